@@ -1,0 +1,53 @@
+"""The one record every dataset yields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question about one image.
+
+    Attributes:
+        id: Unique inside a dataset split; appears in error messages.
+        image: RGB picture, ``(height, width, 3)`` uint8.
+        question: Text of the question, without any chat template.
+        answers: Accepted answers; the first one is the reference that is teacher-forced.
+        image_id: Samples with the same ``image_id`` share one picture, so that it is encoded once.
+        kind: Question type, used to break accuracy down; empty when the dataset has none.
+        metric: Name in ``tprl_env.metrics.METRICS`` that grades free text.
+        relevance: Answer-blind per-token relevance for datasets that know it (the built-in
+            scenes), ``(num_tokens,)`` float32, larger is more relevant; ``None`` elsewhere.
+        meta: Anything else a dataset wants to keep; never read by the library.
+    """
+
+    id: str
+    image: npt.NDArray[np.uint8]
+    question: str
+    answers: tuple[str, ...]
+    image_id: str
+    kind: str = ""
+    metric: str = "exact"
+    relevance: npt.NDArray[np.float32] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse samples that no LVLM can be asked.
+
+        Raises:
+            ValueError: The question is empty, there is no answer, or the image is not RGB uint8.
+        """
+        if not self.question.strip():
+            raise ValueError(f"sample {self.id!r} has an empty question; remove it or fill it in")
+        if not self.answers or not all(a.strip() for a in self.answers):
+            raise ValueError(f"sample {self.id!r} has no answer; remove it or fill it in")
+        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+            raise ValueError(
+                f"sample {self.id!r}: image must be (height, width, 3) uint8, "
+                f"got {self.image.shape} {self.image.dtype}; convert it to RGB"
+            )

@@ -1,0 +1,178 @@
+"""Rows of a feature store and the Arrow batches they become; the last check of every value."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tprl_env.arrow_files import list_column
+from tprl_env.data.sample import Sample
+from tprl_env.manifest import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_PNG_LEVEL = 1  # five times faster than the default for a tenth more bytes
+_ROUNDING = 1e-5  # a product of probabilities may exceed 1 by this much
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One encoded image.
+
+    Attributes:
+        image_id: Its id.
+        picture: ``(H, W, 3)`` uint8.
+        tokens: ``(n, D)``, any float type; stored as float16.
+        tower: ``(n, Dv)`` or None; stored as float16.
+        cls_attention: ``(n,)`` or None; stored as float32.
+        grid: Rows and columns of the token grid.
+    """
+
+    image_id: str
+    picture: npt.NDArray[np.uint8]
+    tokens: npt.NDArray[Any]
+    tower: npt.NDArray[Any] | None
+    cls_attention: npt.NDArray[Any] | None
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One encoded question.
+
+    Attributes:
+        sample: The sample.
+        image: Number of its image.
+        prompt_ids: Prompt with one image placeholder, ``(P,)``.
+        image_at: Place of the placeholder.
+        question_span: Where the question's text starts and stops.
+        answer_ids: Token ids of each answer.
+        query_tokens: ``(Q, d_q)``; stored as float16.
+        exact: Full-token exact score.
+        likelihood: Full-token likelihood score.
+    """
+
+    sample: Sample
+    image: int
+    prompt_ids: Sequence[int]
+    image_at: int
+    question_span: tuple[int, int]
+    answer_ids: Sequence[Sequence[int]]
+    query_tokens: npt.NDArray[Any]
+    exact: float
+    likelihood: float
+
+
+def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
+    """Build the Arrow batch of some images.
+
+    Raises:
+        StoreError: Values are not finite in float16 or shapes disagree; the image is named.
+    """
+    import pyarrow as pa
+
+    tokens, towers, attention = [], [], []
+    for row in rows:
+        name = f"image {row.image_id!r}"
+        tokens.append(_half(row.tokens, f"{name}: tokens", rank=2))
+        count = len(tokens[-1])
+        towers.append(None if row.tower is None else _half(row.tower, f"{name}: tower", 2, count))
+        attention.append(
+            None
+            if row.cls_attention is None
+            else _checked(row.cls_attention, np.float32, f"{name}: cls_attention", 1, count)
+        )
+    return pa.record_batch(
+        {
+            "image_id": pa.array([row.image_id for row in rows], pa.string()),
+            "count": pa.array([len(t) for t in tokens], pa.int32()),
+            "grid_rows": pa.array([row.grid[0] for row in rows], pa.int32()),
+            "grid_columns": pa.array([row.grid[1] for row in rows], pa.int32()),
+            "tokens": list_column(tokens, np.float16),
+            "tower": list_column(towers, np.float16),
+            "cls_attention": list_column(attention, np.float32),
+            "picture": pa.array([_png(row.picture) for row in rows], pa.large_binary()),
+        }
+    )
+
+
+def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordBatch:
+    """Build the Arrow batch of some samples; ``counts`` are the visual tokens of each.
+
+    Raises:
+        StoreError: A query, relevance or score is not finite or has the wrong shape; the
+            sample is named.
+    """
+    import pyarrow as pa
+
+    queries, means, relevance = [], [], []
+    for row, count in zip(rows, counts, strict=True):
+        name = f"sample {row.sample.id!r}"
+        queries.append(_half(row.query_tokens, f"{name}: query_tokens", rank=2))
+        means.append(queries[-1].astype(np.float32).mean(axis=0))
+        given = row.sample.relevance
+        relevance.append(
+            None if given is None else _checked(given, np.float32, f"{name}: relevance", 1, count)
+        )
+        for label, score in (("exact", row.exact), ("likelihood", row.likelihood)):
+            if not 0.0 <= score <= 1.0 + _ROUNDING:
+                raise StoreError(f"{name}: full {label} score must be in [0, 1], got {score}")
+    samples = [row.sample for row in rows]
+    strings, ids = pa.string(), pa.list_(pa.list_(pa.int32()))
+    return pa.record_batch(
+        {
+            "id": pa.array([s.id for s in samples], strings),
+            "image": pa.array([row.image for row in rows], pa.int64()),
+            "kind": pa.array([s.kind for s in samples], strings),
+            "metric": pa.array([s.metric for s in samples], strings),
+            "question": pa.array([s.question for s in samples], strings),
+            "answers": pa.array([list(s.answers) for s in samples], pa.list_(strings)),
+            "prompt_ids": list_column([np.asarray(r.prompt_ids) for r in rows], np.int32),
+            "image_at": pa.array([row.image_at for row in rows], pa.int32()),
+            "question_start": pa.array([row.question_span[0] for row in rows], pa.int32()),
+            "question_stop": pa.array([row.question_span[1] for row in rows], pa.int32()),
+            "answer_ids": pa.array([[list(a) for a in r.answer_ids] for r in rows], ids),
+            "question_tokens": pa.array([len(q) for q in queries], pa.int32()),
+            "query_tokens": list_column(queries, np.float16),
+            "query": list_column(means, np.float32),
+            "relevance": list_column(relevance, np.float32),
+            "full_exact": pa.array([min(r.exact, 1.0) for r in rows], pa.float32()),
+            "full_likelihood": pa.array([min(r.likelihood, 1.0) for r in rows], pa.float32()),
+        }
+    )
+
+
+def _checked(
+    values: npt.ArrayLike, dtype: npt.DTypeLike, name: str, rank: int, count: int | None = None
+) -> npt.NDArray[Any]:
+    with np.errstate(over="ignore"):
+        array = np.asarray(values).astype(dtype)
+    if array.ndim != rank or len(array) == 0 or (count is not None and len(array) != count):
+        expected = f"{count} tokens" if count is not None else "at least one token"
+        raise StoreError(f"{name} has shape {array.shape}; expected rank {rank} and {expected}")
+    if not np.isfinite(array).all():
+        raise StoreError(
+            f"{name} has values that are not finite in {np.dtype(dtype)}; "
+            f"check the LVLM and the image"
+        )
+    return array
+
+
+def _half(
+    values: npt.ArrayLike, name: str, rank: int, count: int | None = None
+) -> npt.NDArray[np.float16]:
+    return _checked(values, np.float16, name, rank, count)
+
+
+def _png(picture: npt.NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=_PNG_LEVEL)
+    return buffer.getvalue()

@@ -1,0 +1,239 @@
+"""The journal of a running encoding, and the manifest at its end.
+
+A store is written in *units*. A unit is a run of samples with the images that appear in it for
+the first time: ``images-<k>.arrow`` and ``samples-<k>.arrow``. The journal (``encoding.json``)
+lists the finished units, so that an interrupted encoding continues behind the last of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tprl_env.arrow_files import ArrowRows
+from tprl_env.data.sample import Sample
+from tprl_env.manifest import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    VERSION,
+    FileEntry,
+    Manifest,
+    StoreError,
+    check_file,
+    package_versions,
+    read_json,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class UnitEntry:
+    """A finished unit: its two files and the dataset hash behind its last sample."""
+
+    images: FileEntry
+    samples: FileEntry
+    dataset: str
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> UnitEntry:
+        """Read what ``dataclasses.asdict`` wrote."""
+        images, samples = (FileEntry(**content[name]) for name in ("images", "samples"))
+        return cls(images, samples, content["dataset"])
+
+
+def unit_names(unit: int) -> tuple[str, str]:
+    """Return the file names of a unit."""
+    return f"images-{unit:05d}.arrow", f"samples-{unit:05d}.arrow"
+
+
+@dataclass
+class Journal:
+    """The state of an encoding, finished or not.
+
+    Attributes:
+        folder: The store's folder.
+        dataset: Description of the samples.
+        settings: What decides how samples fall into units and what is stored.
+        lvlm: Identity of the LVLM; empty until known.
+        units: The finished units in order.
+    """
+
+    folder: Path
+    dataset: str
+    settings: dict[str, Any]
+    lvlm: dict[str, Any] = field(default_factory=dict)
+    units: list[UnitEntry] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, folder: Path, dataset: str, settings: dict[str, Any], *, resume: bool
+    ) -> Journal:
+        """Start or continue an encoding.
+
+        Raises:
+            StoreError: The folder holds something else, another dataset or other settings, or
+                files of finished units are damaged.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / JOURNAL_NAME
+        if not resume and path.is_file():
+            _clear(folder)
+        if not path.is_file():
+            leftovers = [p.name for p in folder.iterdir() if not p.name.endswith(".tmp")]
+            if leftovers and not all(p.startswith(("images-", "samples-")) for p in leftovers):
+                raise StoreError(
+                    f"{folder} is not empty and no encoding was started there (it holds "
+                    f"{sorted(leftovers)[0]!r}); choose an empty or new folder"
+                )
+            return cls(folder, dataset, settings)
+        content = read_json(path)
+        try:
+            units = [UnitEntry.from_json(entry) for entry in content["units"]]
+            journal = cls(folder, content["dataset"], content["settings"], content["lvlm"], units)
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} is damaged (field {error}); start over with resume=False"
+            ) from error
+        for name, found, wanted in (
+            ("dataset", journal.dataset, dataset),
+            *((key, journal.settings.get(key), value) for key, value in settings.items()),
+        ):
+            if found != wanted:
+                raise StoreError(
+                    f"{folder} was started with {name} {found!r}, not {wanted!r}; continue with "
+                    f"that, start over with resume=False, or choose another folder"
+                )
+        for number, unit in enumerate(units):
+            for name, entry in zip(unit_names(number), (unit.images, unit.samples), strict=True):
+                cure = "start over with resume=False"
+                check_file(folder / name, entry, checksum=False, cure=cure)
+        return journal
+
+    def identify(self, lvlm: dict[str, Any]) -> None:
+        """Set the LVLM's identity, or compare it with the one that started the encoding.
+
+        Raises:
+            StoreError: Another LVLM started it.
+        """
+        if self.lvlm and self.lvlm != lvlm:
+            raise StoreError(
+                f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
+                f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
+                f"continue with that one, start over with resume=False, or choose another folder"
+            )
+        self.lvlm = lvlm
+
+    def check(self, unit: int, dataset_hash: str) -> None:
+        """Compare the samples of a finished unit with those given now.
+
+        Raises:
+            StoreError: They are other samples.
+        """
+        if self.units[unit].dataset != dataset_hash:
+            raise StoreError(
+                f"{self.folder} was started with other samples than the given ones (they differ "
+                f"in unit {unit}); continue with the same, start over with resume=False, or "
+                f"choose another folder"
+            )
+
+    def commit(self, entry: UnitEntry) -> None:
+        """Record that the next unit is finished; its files must be in place."""
+        self.units.append(entry)
+        content = {
+            "dataset": self.dataset,
+            "settings": self.settings,
+            "lvlm": self.lvlm,
+            "units": [asdict(unit) for unit in self.units],
+        }
+        write_json(self.folder / JOURNAL_NAME, content)
+
+    def rows(self, which: int) -> ArrowRows:
+        """Open the finished units' images (0) or samples (1)."""
+        names = [unit_names(k)[which] for k in range(len(self.units))]
+        entries = [(unit.images, unit.samples)[which] for unit in self.units]
+        return ArrowRows([self.folder / n for n in names], [e.rows for e in entries])
+
+    def finish(self, units: int, skipped: int) -> None:
+        """Write the manifest; the store is complete from here on.
+
+        Raises:
+            StoreError: There are no samples, or fewer than were encoded before.
+        """
+        if not self.units:
+            raise StoreError("there are no samples to encode; check the dataset and its filters")
+        if units != len(self.units):
+            raise StoreError(
+                f"{self.folder} holds more samples than the given ones; start over with "
+                f"resume=False or choose another folder"
+            )
+        images, samples = self.rows(0), self.rows(1)
+        files: dict[str, FileEntry] = {}
+        for number, unit in enumerate(self.units):
+            files.update(zip(unit_names(number), (unit.images, unit.samples), strict=True))
+        counts = images.vector("count")
+        manifest = Manifest(
+            lvlm=self.lvlm["name"],
+            lvlm_fingerprint=self.lvlm["fingerprint"],
+            model_type=self.lvlm["model_type"],
+            dataset=self.dataset,
+            dataset_fingerprint=self.units[-1].dataset,
+            samples=len(samples),
+            images=len(images),
+            max_tokens=int(counts.max()),
+            max_question_tokens=int(samples.vector("question_tokens").max()),
+            token_width=self.lvlm["token_width"],
+            tower_width=len(images.view("tower", 0)) // int(counts[0]),
+            query_width=self.lvlm["query_width"],
+            skipped=skipped,
+            files=files,
+            packages=package_versions(),
+        )
+        path = self.folder / MANIFEST_NAME
+        if path.is_file() and Manifest.read(self.folder).fingerprint == manifest.fingerprint:
+            return
+        manifest.write(self.folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an encoding wrote, the manifest first, and nothing else."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    patterns = ("images-*.arrow*", "samples-*.arrow*", "channel-*")
+    for path in [p for pattern in patterns for p in folder.glob(pattern)]:
+        path.unlink()
+    (folder / JOURNAL_NAME).unlink()
+
+
+class DatasetHash:
+    """Running hash over samples in order: ids, texts and pictures."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(f"samples v{VERSION}".encode())
+
+    def add(self, sample: Sample, picture_digest: bytes) -> None:
+        """Add one sample."""
+        texts: Iterable[str] = (
+            sample.id, sample.image_id, sample.kind, sample.metric, sample.question, *sample.answers
+        )  # fmt: skip
+        for text in texts:
+            data = text.encode()
+            self._hash.update(len(data).to_bytes(8, "little") + data)
+        self._hash.update(picture_digest)
+        if sample.relevance is not None:
+            self._hash.update(np.ascontiguousarray(sample.relevance, np.float32).tobytes())
+
+    def digest(self) -> str:
+        """Return the hash of everything added so far."""
+        return self._hash.copy().hexdigest()[:32]
+
+
+def picture_digest(picture: npt.NDArray[np.uint8]) -> bytes:
+    """Return a digest of a picture's shape and pixels."""
+    digest = hashlib.blake2b(repr(picture.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(picture).data)
+    return digest.digest()

@@ -1,0 +1,348 @@
+"""Encoded samples: what the environment, the policy and the pruners read.
+
+``TokenSource`` is the interface; ``FeatureStore`` is the memory-mapped folder that has it, and
+``tprl_env.toy.ToyStore`` the in-memory one. Features stay where they are: other processes open
+the same store by its ``spec`` and exchange sample numbers and masks only.
+
+Shapes: B batch, S samples, N ``max_tokens``, n tokens of one image, D token width, d code width,
+Dv tower width, Q question tokens, d_q query width. A *sample number* is a row of the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tprl_env.arrow_files import ArrowRows
+from tprl_env.channels import Channel, check_codes, find_channel, load_channels, write_channel
+from tprl_env.manifest import Manifest, StoreError, check_file
+from tprl_env.token_source import TokenSource
+from tprl_env.toy import ToyStore
+
+__all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source"]
+
+Verify = Literal["sizes", "checksums"]
+CODES = "codes"  # the per-image channel the autoencoder writes
+QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
+
+
+def open_source(spec: str | Path) -> TokenSource:
+    """Open a source by its spec: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
+
+    Raises:
+        ValueError: The toy spec cannot be read, or (``StoreError``) the store not be opened.
+    """
+    text = str(spec)
+    if text == "toy" or text.startswith("toy:"):
+        return ToyStore.from_spec(text)
+    return FeatureStore.open(text)
+
+
+class FeatureStore:
+    """A folder of encoded samples, memory-mapped; make one with ``tprl encode``.
+
+    Images are stored once (``images-*.arrow``) and shared by the questions about them
+    (``samples-*.arrow``); channels (``channel-<name>.arrow``) add one array per image or sample.
+    Rows come back as read-only views, batches as fresh padded arrays. A store pickles as its path.
+
+    Attributes:
+        path: The folder.
+        manifest: What is in it.
+        num_images: Number of distinct images.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, verify: Verify) -> None:
+        """Use :meth:`open` instead."""
+        self.path = path
+        self.spec = str(path)
+        self.manifest = manifest
+        self.num_images = manifest.images
+        self.max_tokens = manifest.max_tokens
+        self.token_width = manifest.token_width
+        self.query_width = manifest.query_width
+        self.max_question_tokens = manifest.max_question_tokens
+        self._images = self._rows("images-")
+        self._samples = self._rows("samples-")
+        self._counts = self._images.vector("count")
+        self._image_numbers = self._samples.vector("image")
+        self._question_counts = self._samples.vector("question_tokens")
+        self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
+        if self._image_numbers.min() < 0 or self._image_numbers.max() >= self.num_images:
+            raise StoreError(f"{path} names images that it does not hold; encode it again")
+        self._channels = load_channels(path, manifest, checksum=verify == "checksums")
+        self.fingerprint = self._fingerprint()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        verify: Verify = "sizes",
+        lvlm_fingerprint: str | None = None,
+        autoencoder_fingerprint: str | None = None,
+    ) -> FeatureStore:
+        """Open a store.
+
+        Args:
+            path: Its folder.
+            verify: ``"sizes"`` compares file sizes; ``"checksums"`` reads every byte.
+            lvlm_fingerprint: Refuse a store that another LVLM encoded.
+            autoencoder_fingerprint: Refuse a store with another autoencoder's codes, or none.
+
+        Raises:
+            StoreError: The store is missing, unfinished, foreign, damaged, or another LVLM's.
+            ValueError: ``verify`` is unknown.
+        """
+        if verify not in ("sizes", "checksums"):
+            raise ValueError(f"verify must be 'sizes' or 'checksums', got {verify!r}")
+        folder = Path(path).resolve()
+        manifest = Manifest.read(folder)
+        if lvlm_fingerprint is not None and manifest.lvlm_fingerprint != lvlm_fingerprint:
+            raise StoreError(
+                f"{folder} was encoded by the LVLM {manifest.lvlm} with fingerprint "
+                f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
+                f"load that LVLM or encode again"
+            )
+        checksum, cure = verify == "checksums", "encode the store again"
+        for name, entry in manifest.files.items():
+            check_file(folder / name, entry, checksum=checksum, cure=cure)
+        store = cls(folder, manifest, verify)
+        if autoencoder_fingerprint is not None:
+            check_codes(store._channel(CODES), autoencoder_fingerprint, folder)
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path; the copy is opened where it is unpickled."""
+        return _reopen, (self.spec, self.fingerprint)
+
+    def __len__(self) -> int:
+        """Return the number of samples S."""
+        return len(self._image_numbers)
+
+    def _rows(self, prefix: str) -> ArrowRows:
+        names, files = self.manifest.named(prefix), self.manifest.files
+        return ArrowRows([self.path / n for n in names], [files[n].rows for n in names])
+
+    def _fingerprint(self) -> str:
+        channels = sorted(self._channels.items())
+        parts = [self.manifest.fingerprint, *(f"{k}={v.file.sha256}" for k, v in channels)]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+    def _numbers(self, samples: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        numbers = np.asarray(samples, dtype=np.int64)
+        if numbers.ndim != 1:
+            raise ValueError(f"samples must have shape (B,), got {numbers.shape}")
+        if numbers.size and not (0 <= numbers.min() and numbers.max() < len(self)):
+            raise IndexError(
+                f"sample numbers {numbers.min()} to {numbers.max()} were asked for; "
+                f"{self.path} holds {len(self)} samples"
+            )
+        return numbers
+
+    # Batches -------------------------------------------------------------------------------
+
+    def exists(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return which tokens exist, ``(B, N)``; False is padding."""
+        counts = self._counts[self._image_numbers[self._numbers(samples)]]
+        return np.arange(self.max_tokens) < counts[:, None]
+
+    def codes(self, samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the autoencoder's codes, ``(B, N, d)``; zero where padding.
+
+        Raises:
+            StoreError: No autoencoder has written codes yet.
+        """
+        rows = self._image_numbers[self._numbers(samples)]
+        channel = self._channel(CODES)
+        return channel.rows.padded("values", rows, self.max_tokens, channel.width)
+
+    def query(self, samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the mean of the question's token embeddings, ``(B, d_q)``."""
+        return self._samples.padded("query", self._numbers(samples), 1, self.query_width)[:, 0]
+
+    def query_tokens(
+        self, samples: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Return the question's token embeddings ``(B, Q, d_q)`` and which exist ``(B, Q)``."""
+        rows, length = self._numbers(samples), self.max_question_tokens
+        exist = np.arange(length) < self._question_counts[rows][:, None]
+        return self._samples.padded("query_tokens", rows, length, self.query_width), exist
+
+    def full_scores(self, metric: str) -> npt.NDArray[np.float32]:
+        """Return each sample's score with all tokens kept, ``(S,)``; ValueError if unknown."""
+        if metric not in self._full:
+            raise ValueError(f"metric must be 'exact' or 'likelihood', got {metric!r}")
+        return self._full[metric].copy()
+
+    # One sample ----------------------------------------------------------------------------
+
+    def image_number(self, sample: int) -> int:
+        """Return the number of the sample's image."""
+        return int(self._image_numbers[self._numbers([sample])[0]])
+
+    def image_id(self, image: int) -> str:
+        """Return the id of an image."""
+        return str(self._images.value("image_id", image))
+
+    def image_tokens(self, image: int) -> npt.NDArray[np.float16]:
+        """Return the visual tokens of an image, ``(n, D)``."""
+        return self._images.view("tokens", image).reshape(-1, self.token_width)
+
+    def image_tower(self, image: int) -> npt.NDArray[np.float16] | None:
+        """Return the vision-tower features of an image, ``(n, Dv)``, or None."""
+        if not self.manifest.tower_width:
+            return None
+        return self._images.view("tower", image).reshape(-1, self.manifest.tower_width)
+
+    def image_count(self, image: int) -> int:
+        """Return the number of visual tokens n of an image."""
+        return int(self._counts[image])
+
+    def tokens(self, sample: int) -> npt.NDArray[np.float16]:
+        """Return the visual tokens as the LLM gets them, ``(n, D)``."""
+        return self.image_tokens(self.image_number(sample))
+
+    def tower(self, sample: int) -> npt.NDArray[np.float16] | None:
+        """Return the vision-tower features, ``(n, Dv)``, or None when they were not stored."""
+        return self.image_tower(self.image_number(sample))
+
+    def cls_attention(self, sample: int) -> npt.NDArray[np.float32] | None:
+        """Return the tower's [CLS] attention, ``(n,)``, or None when the tower has none."""
+        values = self._images.view("cls_attention", self.image_number(sample))
+        return values if len(values) else None
+
+    def relevance(self, sample: int) -> npt.NDArray[np.float32] | None:
+        """Return the dataset's answer-blind relevance, ``(n,)``, or None when unknown."""
+        values = self._samples.view("relevance", sample)
+        return values if len(values) else None
+
+    def grid(self, sample: int) -> tuple[int, int]:
+        """Return rows and columns of the token grid."""
+        image, value = self.image_number(sample), self._images.value
+        return value("grid_rows", image), value("grid_columns", image)
+
+    def picture(self, sample: int) -> npt.NDArray[np.uint8]:
+        """Return the picture as it was encoded, ``(H, W, 3)``."""
+        from PIL import Image
+
+        data = self._images.value("picture", self.image_number(sample))
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
+        """Return the prompt's token ids with one image placeholder, ``(P,)``."""
+        return self._samples.view("prompt_ids", sample).astype(np.int64)
+
+    def image_at(self, sample: int) -> int:
+        """Return the place of the image placeholder in the prompt."""
+        return int(self._samples.value("image_at", sample))
+
+    def question_span(self, sample: int) -> tuple[int, int]:
+        """Return where the question's text starts and stops in the prompt."""
+        value = self._samples.value
+        return value("question_start", sample), value("question_stop", sample)
+
+    def answer_ids(self, sample: int) -> list[npt.NDArray[np.int64]]:
+        """Return the token ids of each answer, end token included."""
+        return [np.asarray(a, np.int64) for a in self._samples.value("answer_ids", sample)]
+
+    def question(self, sample: int) -> str:
+        """Return the question's text."""
+        return str(self._samples.value("question", sample))
+
+    def answers(self, sample: int) -> tuple[str, ...]:
+        """Return the accepted answers, the reference first."""
+        return tuple(self._samples.value("answers", sample))
+
+    def id(self, sample: int) -> str:
+        """Return the sample's id."""
+        return str(self._samples.value("id", sample))
+
+    def kind(self, sample: int) -> str:
+        """Return the question type."""
+        return str(self._samples.value("kind", sample))
+
+    def metric(self, sample: int) -> str:
+        """Return the name of the metric that grades free text."""
+        return str(self._samples.value("metric", sample))
+
+    # Channels ------------------------------------------------------------------------------
+
+    def _channel(self, name: str) -> Channel:
+        return find_channel(self._channels, name, self.path)
+
+    @property
+    def code_width(self) -> int:
+        """Width d of the codes.
+
+        Raises:
+            StoreError: No autoencoder has written codes yet.
+        """
+        return self._channel(CODES).width
+
+    def has_channel(self, name: str) -> bool:
+        """Return whether a channel was written."""
+        return name in self._channels
+
+    def channel(self, name: str, index: int) -> npt.NDArray[np.float32]:
+        """Return one array of a channel, ``(n,)`` or ``(n, width)`` float32.
+
+        ``index`` is the image number for a per-image channel, else the sample number.
+
+        Raises:
+            StoreError: The channel was not written.
+        """
+        return self._channel(name).array(index)
+
+    def channel_meta(self, name: str) -> dict[str, Any]:
+        """Return what the channel's writer said about it.
+
+        Raises:
+            StoreError: The channel was not written.
+        """
+        return dict(self._channel(name).meta)
+
+    def write_channel(
+        self,
+        name: str,
+        arrays: Iterable[npt.ArrayLike],
+        per: Literal["image", "sample"] = "image",
+        meta: Mapping[str, Any] | None = None,
+        dtype: Literal["float16", "float32"] = "float32",
+    ) -> None:
+        """Add or replace a channel: one number or vector per visual token.
+
+        Args:
+            name: Small letters, digits and underscores.
+            arrays: ``(n,)`` or ``(n, width)`` for each image or sample in order; may be a
+                generator, one array is in memory at a time.
+            per: What the arrays are about.
+            meta: JSON values to store beside it.
+            dtype: Type on disk.
+
+        Raises:
+            StoreError: An array has the wrong shape or non-finite values, or there are too
+                few or too many; nothing is changed then.
+        """
+        counts = self._counts if per == "image" else self._counts[self._image_numbers]
+        label = self.image_id if per == "image" else self.id
+        write_channel(
+            self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
+        )
+        self._channels = load_channels(self.path, self.manifest, checksum=False)
+        self.fingerprint = self._fingerprint()
+
+
+def _reopen(spec: str, fingerprint: str) -> FeatureStore:
+    store = FeatureStore.open(spec)
+    if store.fingerprint != fingerprint:
+        raise StoreError(
+            f"the feature store {spec} changed since it was sent to this process "
+            f"(fingerprint {store.fingerprint}, expected {fingerprint}); start the run again"
+        )
+    return store

@@ -1,0 +1,214 @@
+"""The small JSON files that make a feature store a store: what is in it and how to check it.
+
+A store is a folder. Its data files are written first, each under a temporary name and then
+renamed; ``manifest.json`` is written last, so a folder with a manifest is complete by
+construction and a folder without one is a store that was never finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+FORMAT = "tprl-features"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "encoding.json"
+PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
+
+
+class StoreError(ValueError):
+    """A feature store is missing, damaged, unfinished, foreign or does not fit its use."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What one data file of a store must look like.
+
+    Attributes:
+        rows: Rows in the file.
+        bytes: Size of the file.
+        sha256: Hex digest of its content.
+    """
+
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a store that is not tensor data.
+
+    Attributes:
+        lvlm: Name of the LVLM that encoded the images.
+        lvlm_fingerprint: Fingerprint of its weights and processing.
+        model_type: Its family, empty when unknown.
+        dataset: Free description of the samples.
+        dataset_fingerprint: Hash over every sample in order, pictures included.
+        samples: Number of samples S.
+        images: Number of distinct images.
+        max_tokens: Largest number of visual tokens of any image.
+        max_question_tokens: Largest number of question tokens of any sample.
+        token_width: Width D of the visual tokens.
+        tower_width: Width Dv of the vision-tower features, 0 when they were not stored.
+        query_width: Width d_q of the question's token embeddings.
+        skipped: Unreadable samples that were left out on request.
+        files: Name of each data file and what it must look like.
+        packages: Versions of the packages that wrote the store.
+        version: Format version.
+    """
+
+    lvlm: str
+    lvlm_fingerprint: str
+    model_type: str
+    dataset: str
+    dataset_fingerprint: str
+    samples: int
+    images: int
+    max_tokens: int
+    max_question_tokens: int
+    token_width: int
+    tower_width: int
+    query_width: int
+    skipped: int
+    files: dict[str, FileEntry]
+    packages: dict[str, str]
+    version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the content; package versions do not enter."""
+        content = {k: v for k, v in asdict(self).items() if k != "packages"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def named(self, prefix: str) -> list[str]:
+        """Return the data files that start with ``prefix``, in order."""
+        return sorted(name for name in self.files if name.startswith(prefix))
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` atomically."""
+        write_json(folder / MANIFEST_NAME, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check ``manifest.json``.
+
+        Raises:
+            StoreError: The folder or manifest is missing, unfinished, foreign, damaged or of
+                another format version.
+        """
+        if not folder.is_dir():
+            raise StoreError(
+                f"no feature store at {folder}: the folder does not exist; "
+                f"make one with `tprl encode`"
+            )
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            if (folder / JOURNAL_NAME).is_file():
+                raise StoreError(
+                    f"the feature store {folder} is unfinished (it has no {MANIFEST_NAME}); "
+                    f"run the same `tprl encode` again, it continues where it stopped"
+                )
+            raise StoreError(
+                f"{folder} is not a feature store (it has no {MANIFEST_NAME}); "
+                f"give a folder written by `tprl encode`"
+            )
+        content = read_json(path)
+        if content.pop("format", None) != FORMAT:
+            raise StoreError(
+                f"{folder} is not a feature store ({MANIFEST_NAME} belongs to something else); "
+                f"give a folder written by `tprl encode`"
+            )
+        if content.get("version") != VERSION:
+            raise StoreError(
+                f"the feature store {folder} has format version {content.get('version')!r}, this "
+                f"package reads version {VERSION}; encode it again"
+            )
+        wanted = {field.name for field in fields(cls)}
+        if set(content) != wanted:
+            raise StoreError(
+                f"{path} is damaged: fields {sorted(wanted ^ set(content))} are missing or "
+                f"unknown; encode the store again"
+            )
+        try:
+            content["files"] = {k: FileEntry(**v) for k, v in content["files"].items()}
+        except (TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{path} is damaged: its table of files is malformed; encode the store again"
+            ) from error
+        return cls(**content)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically and durably: temporary name, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=1, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        StoreError: The file cannot be read, is truncated, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise StoreError(
+            f"{path} is damaged or unreadable ({error}); encode the store again"
+        ) from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} is damaged: expected a JSON object; encode the store again")
+    return content
+
+
+def describe_file(path: Path, rows: int) -> FileEntry:
+    """Return size and digest of a finished data file."""
+    return FileEntry(rows=rows, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex SHA-256 of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_file(path: Path, entry: FileEntry, *, checksum: bool, cure: str) -> None:
+    """Compare a data file with what was recorded about it.
+
+    Raises:
+        StoreError: The file is missing, has another size, or (with ``checksum``) other content.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise StoreError(f"{path} is missing from its feature store; {cure}") from None
+    if size != entry.bytes:
+        raise StoreError(
+            f"{path} has {size} bytes, its feature store recorded {entry.bytes}: the file is "
+            f"truncated or was replaced; {cure}"
+        )
+    if checksum and file_sha256(path) != entry.sha256:
+        raise StoreError(f"{path} does not have its recorded checksum: bytes changed; {cure}")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages whose change could change a store's content."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,84 @@
+"""Graders of free-text answers: pure functions ``(answer, references) -> score in [0, 1]``.
+
+Scoring during training does not use them (the reference answer is teacher-forced); evaluation of
+generated text does.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+
+_ARTICLES = frozenset(("a", "an", "the"))
+_NUMBER_WORDS = {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+}
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
+_OTHER_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[^\w\s.,:'-]")
+
+
+def normalise(text: str) -> str:
+    """Lower-case, remove punctuation, collapse white space (the GQA convention)."""
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+def normalise_vqa(text: str) -> str:
+    """Normalisation of the VQA-v2 accuracy: case, punctuation, number words, articles.
+
+    A full stop between digits stays ("3.5"), a comma there vanishes ("1,000" is "1000");
+    contractions are left as they are written.
+    """
+    words = _OTHER_PUNCTUATION.sub(" ", _THOUSANDS.sub("", text.lower())).split()
+    return " ".join(_NUMBER_WORDS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def exact(answer: str, references: Sequence[str]) -> float:
+    """1.0 when the normalised answer equals any normalised reference, else 0.0.
+
+    Raises:
+        ValueError: There is no reference.
+    """
+    _need_references(references)
+    return float(normalise(answer) in {normalise(reference) for reference in references})
+
+
+def vqa(answer: str, references: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al. 2015): mean over leave-one-out sets of ``min(1, matches / 3)``.
+
+    With a single reference there is nothing to leave out, and the score is plain equality.
+
+    Raises:
+        ValueError: There is no reference.
+    """
+    _need_references(references)
+    given = normalise_vqa(answer)
+    equal = [normalise_vqa(reference) == given for reference in references]
+    if len(equal) == 1:
+        return float(equal[0])
+    total = sum(equal)
+    return sum(min(1.0, (total - left_out) / 3) for left_out in equal) / len(equal)
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact, "vqa": vqa}
+"""Grader by the name a ``Sample.metric`` carries."""
+
+
+def grade(metric: str, answer: str, references: Sequence[str]) -> float:
+    """Grade ``answer`` with the grader called ``metric``.
+
+    Raises:
+        ValueError: The metric is unknown or there is no reference.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(sorted(METRICS))}")
+    return METRICS[metric](answer, references)
+
+
+def _need_references(references: Sequence[str]) -> None:
+    if not references:
+        raise ValueError("an answer cannot be graded without a reference; pass at least one")

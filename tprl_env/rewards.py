@@ -1,0 +1,230 @@
+"""Transition, reward and termination of the token-pruning MDP (TPRL eq. 2-6) as pure functions.
+
+Legend: B batch, N visual tokens, T steps. ``alive`` is m_t, ``keep`` is a_t, ``kept`` is K_t.
+Everything is numpy and broadcasts over leading axes.
+
+Simplification against the paper: the paper always averages a reward over its mini-batch; here that
+is one explicit function, `batch_mean_reward`, and the default reward belongs to one sample.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "SCORE_STEPS",
+    "advance",
+    "batch_mean_reward",
+    "episode_rewards",
+    "is_terminal",
+    "step_budgets",
+    "step_reward",
+]
+
+SCORE_STEPS: tuple[str, ...] = ("all", "final")
+
+
+def advance(alive: ArrayLike, keep: ArrayLike) -> NDArray[np.bool_]:
+    """Next state of the mask, m_{t+1} = m_t AND a_t (TPRL eq. 2, 3): a pruned token never returns.
+
+    Args:
+        alive: bool (..., N), tokens still in play.
+        keep: bool (..., N), the action; entries of dead tokens have no effect.
+
+    Returns:
+        bool (..., N), a new array.
+
+    Raises:
+        ValueError: if one of them is not boolean or the shapes differ.
+    """
+    alive, keep = np.asarray(alive), np.asarray(keep)
+    if alive.dtype != np.bool_ or keep.dtype != np.bool_ or alive.shape != keep.shape:
+        raise ValueError(
+            "alive and keep must be boolean arrays of one shape, got "
+            f"{alive.dtype}{alive.shape} and {keep.dtype}{keep.shape}"
+        )
+    return np.logical_and(alive, keep)
+
+
+def step_reward(
+    score: ArrayLike,
+    previous_score: ArrayLike,
+    kept: ArrayLike,
+    kept_before: ArrayLike,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+) -> NDArray[np.float32]:
+    """Reward of one step (TPRL eq. 4-6).
+
+    r_t = alpha * [Score(m_{t+1}) - Score(m_t)] + beta * (1 - K_{t+1} / K_t)
+
+    Args:
+        score: (...), Score(m_{t+1}) in [0, 1].
+        previous_score: (...), Score(m_t) in [0, 1]; at t = 0 the score with all tokens.
+        kept: (...), K_{t+1}; 0 is legal, the LVLM then answers from the text alone.
+        kept_before: (...), K_t, at least 1, because an episode ends at K = 0.
+        alpha: weight of the task term.
+        beta: weight of the pruning term.
+
+    Returns:
+        float32 (...).
+
+    Raises:
+        ValueError: if a count before the step is below 1 or grows during the step.
+    """
+    after, before = np.asarray(kept, np.float64), np.asarray(kept_before, np.float64)
+    if np.any(before < 1):
+        raise ValueError(
+            f"kept_before must be at least 1, got {before.min():g}: "
+            "an episode without tokens has ended"
+        )
+    if np.any(after < 0) or np.any(after > before):
+        raise ValueError("kept must lie in [0, kept_before], because a pruned token never returns")
+    task = np.asarray(score, np.float64) - np.asarray(previous_score, np.float64)
+    return np.asarray(alpha * task + beta * (1.0 - after / before), np.float32)
+
+
+def is_terminal(
+    kept: ArrayLike, step: ArrayLike, max_steps: int = 3, min_tokens: int = 1
+) -> NDArray[np.bool_]:
+    """Whether an episode has ended: after T_max steps or with K <= ``min_tokens`` (TPRL sec. 3.2).
+
+    Args:
+        kept: (...), tokens kept now.
+        step: (...), number of steps taken so far.
+        max_steps: T_max.
+        min_tokens: the count at which there is nothing left to decide.
+
+    Returns:
+        bool (...). The end is a termination, never a truncation: the step is in the observation.
+    """
+    return np.asarray((np.asarray(kept) <= min_tokens) | (np.asarray(step) >= max_steps))
+
+
+def batch_mean_reward(rewards: ArrayLike, live: ArrayLike) -> NDArray[np.float32]:
+    """Shared reward of one mini-batch: the mean over the episodes that took the step (TPRL eq. 4).
+
+    Args:
+        rewards: (..., B), rewards per episode; entries that are not live are ignored.
+        live: bool (..., B), episodes that took the step.
+
+    Returns:
+        float32 (..., B): the mean over the live entries of the last axis where live, 0 elsewhere.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    live = np.asarray(live, bool)
+    values = np.asarray(rewards, np.float64)
+    if values.shape != live.shape:
+        raise ValueError(f"rewards {values.shape} and live {live.shape} must have the same shape")
+    total = np.where(live, values, 0.0).sum(axis=-1, keepdims=True)
+    mean = total / np.maximum(live.sum(axis=-1, keepdims=True), 1)
+    return np.where(live, mean, 0.0).astype(np.float32)
+
+
+def episode_rewards(
+    scores: ArrayLike,
+    full: ArrayLike,
+    kept: ArrayLike,
+    live: ArrayLike,
+    alpha: float = 1.0,
+    beta: float = 0.1,
+    score_steps: str = "all",
+) -> NDArray[np.float32]:
+    """Rewards of whole episodes, for a rollout that is scored after its last step (TPRL eq. 4-6).
+
+    With ``score_steps="final"`` the task term is zero before the last step and telescopes there:
+    alpha * [Score(m_T) - Score(m_0)], the same undiscounted return as ``"all"`` for a third of
+    the scores.
+
+    Args:
+        scores: (T, B), Score(m_{t+1}); entries that are not needed may hold anything, also NaN.
+        full: (B,), Score(m_0), the score with all tokens.
+        kept: (T + 1, B), K_0 ... K_T.
+        live: bool (T, B), steps that were taken; a prefix of each column.
+        alpha: weight of the task term.
+        beta: weight of the pruning term.
+        score_steps: "all" or "final".
+
+    Returns:
+        float32 (T, B), 0 where a step was not taken.
+
+    Raises:
+        ValueError: on shapes that do not fit, an episode that goes on after its end, or an unknown
+            ``score_steps``.
+    """
+    scores, full = np.asarray(scores, np.float64), np.asarray(full, np.float64)
+    counts, live = np.asarray(kept), np.asarray(live, bool)
+    _check_episodes(scores, full, counts, live, score_steps)
+    following = np.concatenate([live[1:], np.zeros_like(live[:1])])
+    if score_steps == "all":
+        before, scored = np.concatenate([full[None], scores[:-1]]), live
+    else:
+        before, scored = np.broadcast_to(full, scores.shape), live & ~following
+    return np.where(
+        live,
+        step_reward(
+            np.where(scored, scores, 0.0),
+            np.where(scored, before, 0.0),
+            np.where(live, counts[1:], 1),
+            np.where(live, counts[:-1], 1),
+            alpha,
+            beta,
+        ),
+        np.float32(0.0),
+    )
+
+
+def _check_episodes(
+    scores: NDArray[np.float64],
+    full: NDArray[np.float64],
+    kept: NDArray[np.generic],
+    live: NDArray[np.bool_],
+    score_steps: str,
+) -> None:
+    """Refuse a rollout whose parts do not belong together."""
+    if score_steps not in SCORE_STEPS:
+        raise ValueError(f"score_steps must be one of {SCORE_STEPS}, got {score_steps!r}")
+    if scores.ndim != 2 or scores.shape[0] < 1:
+        raise ValueError(f"scores must have shape (T, B) with T >= 1, got {scores.shape}")
+    steps, batch = scores.shape
+    wanted = {"full": (batch,), "kept": (steps + 1, batch), "live": (steps, batch)}
+    for name, array in (("full", full), ("kept", kept), ("live", live)):
+        if array.shape != wanted[name]:
+            raise ValueError(
+                f"{name} must have shape {wanted[name]} for scores {scores.shape}, "
+                f"got {array.shape}"
+            )
+    if np.any(live[1:] & ~live[:-1]):
+        column = int(np.argwhere(live[1:] & ~live[:-1])[0, 1])
+        raise ValueError(f"live must be a prefix of each episode, but episode {column} goes on")
+
+
+def step_budgets(num_tokens: ArrayLike, budget: ArrayLike, steps: int) -> NDArray[np.int64]:
+    """Tokens to keep after each step so that equal ratios lead from N to the budget.
+
+    k_t = round(N * (k / N)^(t / T)) for t = 1 ... T, so the last entry is the budget exactly.
+
+    Args:
+        num_tokens: int (...), tokens alive before the first step.
+        budget: int (...), wanted count at the end, in [1, num_tokens].
+        steps: number of steps T, at least 1.
+
+    Returns:
+        int64 (..., steps), never growing and never below the budget.
+
+    Raises:
+        ValueError: if ``steps`` < 1 or a budget lies outside [1, num_tokens].
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    total, wanted = np.broadcast_arrays(np.asarray(num_tokens), np.asarray(budget))
+    if np.any(wanted < 1) or np.any(wanted > total):
+        raise ValueError(f"budget must lie in [1, num_tokens], got {wanted} of {total} tokens")
+    exponent = np.arange(1, steps + 1) / steps
+    ratio = wanted / total
+    counts = np.rint(total[..., None] * ratio[..., None] ** exponent).astype(np.int64)
+    counts[..., -1] = wanted
+    return np.maximum(counts, wanted[..., None])

@@ -1,0 +1,191 @@
+"""Settings of the token-pruning MDP, and what the environments accept from their user.
+
+Legend: N = ``max_tokens``, d code width, Q question tokens, d_q query width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+
+from tprl_env import rewards
+from tprl_env.token_source import TokenSource
+
+__all__ = [
+    "METRICS",
+    "QUERIES",
+    "VALUE_LIMIT",
+    "EpisodeRules",
+    "Metric",
+    "Query",
+    "ScoreSteps",
+    "check_choice",
+    "check_integer",
+    "check_options",
+    "coerce_action",
+]
+
+Metric = Literal["exact", "likelihood"]
+Query = Literal["mean", "tokens"]
+ScoreSteps = Literal["all", "final"]
+METRICS: tuple[str, ...] = get_args(Metric)
+QUERIES: tuple[str, ...] = get_args(Query)
+VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
+
+
+@dataclass(frozen=True)
+class EpisodeRules:
+    """Settings of the MDP; the arguments of the environments under the same names.
+
+    Raises:
+        ValueError: for a value outside its range, naming the argument.
+    """
+
+    max_steps: int = 3
+    alpha: float = 1.0
+    beta: float = 0.1
+    score_steps: ScoreSteps = "all"
+    reward_batch_size: int = 1
+    min_tokens: int = 1
+    budget: int | tuple[int, int] | None = None
+    metric: Metric = "exact"
+    query: Query = "mean"
+
+    def __post_init__(self) -> None:
+        """Validate every field once."""
+        check_integer("max_steps", self.max_steps, 1)
+        check_integer("min_tokens", self.min_tokens, 0)
+        check_integer("reward_batch_size", self.reward_batch_size, 1)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        check_choice("score_steps", self.score_steps, rewards.SCORE_STEPS)
+        check_choice("metric", self.metric, METRICS)
+        check_choice("query", self.query, QUERIES)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", _check_budget(self.budget))
+
+    def check_source(self, source: TokenSource) -> None:
+        """Refuse rules that do not fit the token source.
+
+        Raises:
+            ValueError: if the source is empty, or a count is beyond its number of tokens.
+        """
+        if len(source) < 1:
+            raise ValueError(f"the source {source.spec!r} holds no samples, expected at least one")
+        if self.min_tokens >= source.max_tokens:
+            raise ValueError(
+                f"min_tokens must be below the {source.max_tokens} tokens of the source "
+                f"{source.spec!r}, got {self.min_tokens}"
+            )
+        if self.budget is not None and np.max(self.budget) > source.max_tokens:
+            raise ValueError(
+                f"budget must be at most the {source.max_tokens} tokens of the source "
+                f"{source.spec!r}, got {self.budget}"
+            )
+
+    def observation_space(self, source: TokenSource) -> spaces.Dict:
+        """Space of one observation for tokens of this source."""
+        count = source.max_tokens
+
+        def box(*shape: int, low: float = -VALUE_LIMIT, high: float = VALUE_LIMIT) -> spaces.Box:
+            return spaces.Box(low, high, shape, np.float32)
+
+        parts: dict[str, spaces.Space[Any]] = {"tokens": box(count, source.code_width)}
+        if self.query == "mean":
+            parts["query"] = box(source.query_width)
+        else:
+            parts["query"] = box(source.max_question_tokens, source.query_width)
+            parts["query_mask"] = spaces.Box(0, 1, (source.max_question_tokens,), np.int8)
+        parts["alive"] = spaces.Box(0, 1, (count,), np.int8)
+        parts["step"] = box(1, low=0.0, high=float(self.max_steps))
+        if self.budget is not None:
+            parts["budget"] = box(1, low=1.0, high=float(count))
+        return spaces.Dict(parts)
+
+    def draw_budget(self, generator: np.random.Generator) -> int:
+        """One wanted count, log-uniform over the integers of the range (spec sec. 5).
+
+        P(k) = log((k + 1) / k) / log((high + 1) / low); a fixed budget draws nothing.
+        """
+        if isinstance(self.budget, tuple):
+            low, high = self.budget
+            draw = generator.uniform(math.log(low), math.log(high + 1))
+            return min(max(int(math.exp(draw)), low), high)
+        if self.budget is None:
+            raise ValueError("this environment has no budget; pass budget=k or budget=(low, high)")
+        return self.budget
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse an option that is not in the list, with the nearest names."""
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        options = ", ".join(map(repr, known))
+        raise ValueError(f"{name} must be one of {options}, got {value!r}{hint}")
+
+
+def check_integer(name: str, value: object, least: int) -> int:
+    """Refuse what is not an integer of at least ``least``; a bool is not one."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
+        return int(value)
+    raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_budget(budget: object) -> int | tuple[int, int]:
+    if not isinstance(budget, (tuple, list)):
+        return check_integer("budget", budget, 1)
+    if len(budget) != 2:
+        raise ValueError(f"budget must be a count or a pair (low, high), got {budget!r}")
+    low, high = (check_integer("budget", bound, 1) for bound in budget)
+    if high < low:
+        raise ValueError(f"budget (low, high) must have low <= high, got {budget!r}")
+    return low, high
+
+
+def coerce_action(action: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Turn an action of 0 and 1 into booleans; bool, integer and float arrays are accepted.
+
+    Raises:
+        ValueError: for another shape or type, or for values other than 0 and 1.
+    """
+    array = np.asarray(action)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"action must be an array of bool, int or float 0/1, got {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"action must have shape {shape}, got {array.shape}")
+    if array.dtype == np.bool_:
+        return array
+    wrong = (array != 0) & (array != 1)  # NaN differs from both
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"action must hold only 0 (prune) and 1 (keep), got {array[place]} at index "
+            f"{place if len(place) > 1 else place[0]}"
+        )
+    return array.astype(bool)
+
+
+def check_options(
+    options: Mapping[str, object] | None, rules: EpisodeRules, extra: tuple[str, ...] = ()
+) -> dict[str, object]:
+    """Refuse reset options that the environment does not know, with the nearest names."""
+    given = dict(options or {})
+    for name in given:
+        check_choice("an option of reset", name, ("sample", "budget", *extra))
+    if given.get("budget") is not None and rules.budget is None:
+        raise ValueError(
+            "the reset option 'budget' needs an environment made with budget=k or (low, high)"
+        )
+    return given

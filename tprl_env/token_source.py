@@ -1,0 +1,87 @@
+"""The interface between encoded samples and everything that learns from them.
+
+Shapes: B batch, S samples, N ``max_tokens``, d code width, Q question tokens, d_q query width.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class TokenSource(Protocol):
+    """What can be known about encoded samples without the LVLM.
+
+    Attributes:
+        spec: What ``open_source`` needs to open it again in another process.
+        fingerprint: Changes when the content changes.
+        max_tokens: Largest number of visual tokens N.
+        token_width: Width D of the visual tokens.
+        code_width: Width d of the codes.
+        query_width: Width d_q of the question's token embeddings.
+        max_question_tokens: Largest number of question tokens Q.
+    """
+
+    spec: str
+    fingerprint: str
+    max_tokens: int
+    token_width: int
+    query_width: int
+    max_question_tokens: int
+
+    @property
+    def code_width(self) -> int:
+        """Width d of the codes."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of samples S."""
+        ...
+
+    def exists(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return which tokens exist, ``(B, N)``; False is padding."""
+        ...
+
+    def codes(self, samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return codes, ``(B, N, d)``; zero where padding."""
+        ...
+
+    def query(self, samples: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the mean of the question's token embeddings, ``(B, d_q)``."""
+        ...
+
+    def query_tokens(
+        self, samples: npt.ArrayLike
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Return the question's token embeddings ``(B, Q, d_q)`` and which exist ``(B, Q)``."""
+        ...
+
+    def full_scores(self, metric: str) -> npt.NDArray[np.float32]:
+        """Return the score of each sample with all tokens kept, ``(S,)``."""
+        ...
+
+    def grid(self, sample: int) -> tuple[int, int]:
+        """Return rows and columns of the token grid."""
+        ...
+
+    def picture(self, sample: int) -> npt.NDArray[np.uint8]:
+        """Return the picture, ``(H, W, 3)``."""
+        ...
+
+    def question(self, sample: int) -> str:
+        """Return the question's text."""
+        ...
+
+    def answers(self, sample: int) -> tuple[str, ...]:
+        """Return the accepted answers, the reference first."""
+        ...
+
+    def id(self, sample: int) -> str:
+        """Return the sample's id."""
+        ...
+
+    def kind(self, sample: int) -> str:
+        """Return the question type."""
+        ...
