@@ -1,0 +1,306 @@
+"""Demonstrations: what a pruner keeps, as supervised labels for the policy (TPRL eq. 7).
+
+Shapes: M transitions, N ``max_tokens`` of the source, S samples. One transition is one step of one
+trajectory: which tokens were alive and which of them the demonstrator kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tprl_env.pruners.base import PruneInputs, RankingPruner, prune_inputs
+from tprl_env.pruners.vispruner import VisPruner
+from tprl_env.weights import write_atomically
+
+Nest = Literal["restrict", "intersect"]
+_DTYPES: dict[str, type[np.generic]] = {
+    "sample": np.int64,
+    "alive": np.bool_,
+    "keep": np.bool_,
+    "budget": np.int64,
+    "step": np.int64,
+}
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Transitions of a demonstrator.
+
+    Attributes:
+        sample: int64 (M,), sample number.
+        alive: bool (M, N), tokens in play before the step.
+        keep: bool (M, N), label 1 = kept (TPRL eq. 7); a subset of ``alive``.
+        budget: int64 (M,), tokens wanted at the end of the trajectory.
+        step: int64 (M,), steps taken before this one.
+    """
+
+    sample: npt.NDArray[np.int64]
+    alive: npt.NDArray[np.bool_]
+    keep: npt.NDArray[np.bool_]
+    budget: npt.NDArray[np.int64]
+    step: npt.NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not belong together."""
+        count = len(self.sample)
+        for name, dtype in _DTYPES.items():
+            array = getattr(self, name)
+            wanted = self.alive.shape if name in ("alive", "keep") else (count,)
+            if array.dtype != dtype or array.shape != wanted or len(array) != count:
+                raise ValueError(
+                    f"demonstrations need {name} of {np.dtype(dtype)}{wanted} for {count} "
+                    f"transitions, got {array.dtype}{array.shape}"
+                )
+        if self.alive.ndim != 2 or bool((self.keep & ~self.alive).any()):
+            raise ValueError("demonstrations must keep alive tokens only, (M, N) masks both")
+
+    def __len__(self) -> int:
+        """Number of transitions M."""
+        return len(self.sample)
+
+    def draw(self, generator: np.random.Generator, count: int) -> Demonstrations:
+        """``count`` transitions drawn uniformly with replacement."""
+        return self.rows(generator.integers(len(self), size=count))
+
+    def rows(self, numbers: npt.NDArray[np.int64] | slice) -> Demonstrations:
+        """Chosen transitions."""
+        return Demonstrations(*(getattr(self, field.name)[numbers] for field in fields(self)))
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        arrays = {
+            field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)
+        }
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, lambda temporary: save_file(arrays, temporary))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Demonstrations:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is torn or holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is not a file; write it with Demonstrations.save")
+        try:
+            arrays = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); make the demonstrations again"
+            ) from error
+        if set(arrays) != set(_DTYPES):
+            raise ValueError(
+                f"{path} must hold {', '.join(_DTYPES)}, got {', '.join(sorted(arrays))}"
+            )
+        return cls(**arrays)
+
+
+class SaliencyDemonstrator:
+    """Endless demonstrations: fresh budgets over a fixed ranking of each sample's tokens.
+
+    Masks are the top ``k`` of the saliency with k log-uniform on the integers low..high,
+    P(k) = log((k + 1) / k) / log((high + 1) / low), as the environment draws budgets.
+
+    Args:
+        samples: int64 (S,), sample numbers.
+        saliency: float32 (S, N); padding is -inf.
+        low: Smallest budget.
+        high: Largest budget; images with fewer tokens keep all of them.
+
+    Raises:
+        ValueError: on shapes or budgets that cannot be, or NaN in the saliency.
+    """
+
+    def __init__(
+        self,
+        samples: npt.NDArray[np.int64],
+        saliency: npt.NDArray[np.float32],
+        low: int,
+        high: int,
+    ) -> None:
+        if saliency.ndim != 2 or len(saliency) != len(samples) or not len(samples):
+            raise ValueError(
+                f"saliency must be (samples, tokens) for {len(samples)} samples, at least one, "
+                f"got {saliency.shape}"
+            )
+        if not 1 <= low <= high <= saliency.shape[1]:
+            raise ValueError(
+                f"budgets must satisfy 1 <= low <= high <= {saliency.shape[1]}, "
+                f"got low={low}, high={high}"
+            )
+        if np.isnan(saliency).any():
+            raise ValueError("saliency must not hold NaN; compute the channel again")
+        self.samples, self.low, self.high = samples, low, high
+        self._exists = ~np.isneginf(saliency)
+        # place of each token in its image's ranking: top-k is then one comparison
+        order = np.argsort(-saliency, axis=1, kind="stable")
+        self._place = np.empty(saliency.shape, np.int32)
+        places = np.arange(saliency.shape[1], dtype=np.int32)
+        np.put_along_axis(self._place, order, np.broadcast_to(places, saliency.shape), axis=1)
+
+    def __len__(self) -> int:
+        """Number of samples S."""
+        return len(self.samples)
+
+    def draw(self, generator: np.random.Generator, count: int) -> Demonstrations:
+        """``count`` one-step transitions at fresh samples and budgets."""
+        return self.at(
+            generator.integers(len(self), size=count), log_uniform(generator, self, count)
+        )
+
+    def at(self, rows: npt.NDArray[np.int64], budgets: npt.ArrayLike) -> Demonstrations:
+        """Transitions of chosen rows at chosen budgets (one number or one per row)."""
+        alive = self._exists[rows]
+        wanted = np.minimum(np.broadcast_to(budgets, rows.shape), alive.sum(1)).astype(np.int64)
+        keep = (self._place[rows] < wanted[:, None]) & alive
+        return Demonstrations(self.samples[rows], alive, keep, wanted, np.zeros_like(wanted))
+
+
+def log_uniform(
+    generator: np.random.Generator, bounds: SaliencyDemonstrator, count: int
+) -> npt.NDArray[np.int64]:
+    """Log-uniform integers between the budgets of a demonstrator, both included."""
+    logs = generator.uniform(np.log(bounds.low), np.log(bounds.high + 1), size=count)
+    return np.clip(np.floor(np.exp(logs)), bounds.low, bounds.high).astype(np.int64)
+
+
+def saliency_demonstrator(
+    source: Any,
+    saliency: str | RankingPruner,
+    low: int,
+    high: int,
+    samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
+) -> SaliencyDemonstrator:
+    """Rank the tokens of a store once, for demonstrations at any budget.
+
+    Args:
+        source: The store.
+        saliency: Name of a channel ("question_attention" is recommended: from reward alone the
+            policy stays blind to the question for a long time), or a ranking pruner.
+        low: Smallest budget.
+        high: Largest budget.
+        samples: Rows to use; None uses all.
+
+    Raises:
+        ValueError: when the store lacks the channel or what the pruner needs.
+    """
+    chosen = np.arange(len(source)) if samples is None else np.asarray(samples, dtype=np.int64)
+    table = np.full((len(chosen), source.max_tokens), -np.inf, np.float32)
+    if isinstance(saliency, str) and not source.has_channel(saliency):
+        raise ValueError(
+            f"the store {source.spec!r} has no channel {saliency!r}; compute it with "
+            "`tprl encode`, or demonstrate with a ranking pruner"
+        )
+    for row, sample in enumerate(chosen):
+        if isinstance(saliency, str):
+            values = source.channel(saliency, int(sample))
+        else:
+            inputs = prune_inputs(source, int(sample), saliency.needs)
+            saliency.check(inputs, 1)
+            values = saliency.saliency(inputs).numpy()
+        table[row, : len(values)] = values
+    return SaliencyDemonstrator(chosen, table, low, high)
+
+
+def sampled_budgets(
+    source: Any,
+    saliency: str | RankingPruner,
+    low: int,
+    high: int,
+    seed: int,
+    samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
+) -> Demonstrations:
+    """One demonstration per sample at a log-uniform budget; arguments as the demonstrator's."""
+    demonstrator = saliency_demonstrator(source, saliency, low, high, samples)
+    budgets = log_uniform(np.random.default_rng(seed), demonstrator, len(demonstrator))
+    return demonstrator.at(np.arange(len(demonstrator)), budgets)
+
+
+def nested_vispruner(
+    source: Any,
+    rates: Sequence[float] = (0.75, 0.5),
+    nest: Nest = "restrict",
+    samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
+    pruner: VisPruner | None = None,
+) -> Demonstrations:
+    """The paper's trajectories: VisPruner at falling keep-rates, each mask inside the one before.
+
+    VisPruner's own masks at two budgets are not nested, because the quota of important tokens
+    changes with the budget, and TPRL does not say how it nested them.
+
+    Args:
+        source: The store, with tower features and [CLS] attention.
+        rates: Fractions of the image's tokens left after each step, falling.
+        nest: "restrict" runs each later step on the survivors (exact counts), "intersect" runs
+            it on all tokens and intersects (fewer tokens than the rate says).
+        samples: Rows to use; None uses all.
+        pruner: VisPruner with other parameters.
+
+    Returns:
+        ``len(rates)`` transitions per sample, a sample's own ones together. ``budget`` is the
+        last rate's count for all of them.
+
+    Raises:
+        ValueError: on rates that do not fall or lie outside (0, 1], or an unknown ``nest``.
+    """
+    if nest not in ("restrict", "intersect"):
+        raise ValueError(f"nest must be restrict or intersect, got {nest!r}")
+    falling = all(a > b for a, b in itertools.pairwise(rates))
+    if not rates or not falling or not 0.0 < rates[-1] <= rates[0] <= 1.0:
+        raise ValueError(f"rates must fall and lie in (0, 1], got {tuple(rates)}")
+    pruner = VisPruner() if pruner is None else pruner
+    chosen = np.arange(len(source)) if samples is None else np.asarray(samples, dtype=np.int64)
+    shape = (len(chosen), len(rates) + 1, source.max_tokens)
+    states = np.zeros(shape, np.bool_)  # m_0, m_1, ...
+    budget = np.zeros(len(chosen), np.int64)
+    by_image: dict[int, int] = {}  # questions on one image share their masks
+    for row, sample in enumerate(map(int, chosen)):
+        first = by_image.setdefault(source.image_number(sample), row)
+        if first == row:
+            inputs = prune_inputs(source, sample, pruner.needs)
+            pruner.check(inputs, 1)
+            counts = [max(1, round(rate * inputs.num_tokens)) for rate in rates]
+            states[row, :, : inputs.num_tokens] = _trajectory(pruner, inputs, counts, nest)
+            budget[row] = counts[-1]
+        else:
+            states[row], budget[row] = states[first], budget[first]
+    steps = len(rates)
+    return Demonstrations(
+        np.repeat(chosen, steps),
+        states[:, :-1].reshape(-1, shape[2]),
+        states[:, 1:].reshape(-1, shape[2]),
+        np.repeat(budget, steps),
+        np.tile(np.arange(steps), len(chosen)),
+    )
+
+
+def _trajectory(
+    pruner: VisPruner, inputs: PruneInputs, counts: Sequence[int], nest: Nest
+) -> npt.NDArray[np.bool_]:
+    """States (T + 1, n) of one image: everything, then the mask after each step."""
+    states = [torch.ones(inputs.num_tokens, dtype=torch.bool)]
+    for count in counts:
+        alive = states[-1]
+        if nest == "intersect":
+            states.append(alive & pruner.prune(inputs, count))
+            continue
+        part = PruneInputs(sample=inputs.sample)
+        for name in pruner.needs:
+            setattr(part, name, getattr(inputs, name)[alive])
+        after = torch.zeros_like(alive)
+        after[alive] = pruner.prune(part, count)
+        states.append(after)
+    return torch.stack(states).numpy()

@@ -1,0 +1,110 @@
+"""Observations for a policy outside the environment: from a store, or from prune inputs.
+
+Shapes: B batch, N tokens (padded), d code width, Q question tokens, d_q query width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tprl_env.policy import PolicyConfig
+from tprl_env.token_source import TokenSource
+
+if TYPE_CHECKING:
+    from tprl_env.pruners.base import PruneInputs
+
+
+def observe(
+    source: TokenSource,
+    samples: npt.ArrayLike,
+    config: PolicyConfig,
+    *,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """First observation of samples: all tokens alive, step 0, no budget yet.
+
+    Args:
+        source: the store.
+        samples: sample numbers (B,).
+        config: says whether the question comes as its mean or token by token.
+        device: where the tensors go.
+
+    Returns:
+        ``tokens`` (B, N, d), ``alive`` bool (B, N), ``step`` (B, 1), ``query`` and, for
+        ``config.query == "tokens"``, ``query_mask``.
+    """
+    numbers = np.asarray(samples, dtype=np.int64)
+    obs = {
+        "tokens": torch.from_numpy(np.array(source.codes(numbers), np.float32)),
+        "alive": torch.from_numpy(np.array(source.exists(numbers), np.bool_)),
+        "step": torch.zeros(len(numbers), 1),
+    }
+    if config.query == "tokens":
+        question, mask = source.query_tokens(numbers)
+        obs["query"] = torch.from_numpy(np.array(question, np.float32))
+        obs["query_mask"] = torch.from_numpy(np.array(mask, np.bool_))
+    else:
+        obs["query"] = torch.from_numpy(np.array(source.query(numbers), np.float32))
+    return {key: value.to(device) for key, value in obs.items()}
+
+
+def observe_inputs(
+    inputs: Sequence[PruneInputs], config: PolicyConfig, *, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The same from prune inputs, padded to the longest of them."""
+    rows = [_field(one, "codes") for one in inputs]
+    tokens, alive = _pad(rows)
+    obs = {"tokens": tokens, "alive": alive, "step": torch.zeros(len(rows), 1)}
+    if config.query == "tokens":
+        obs["query"], obs["query_mask"] = _pad([_field(one, "query_tokens") for one in inputs])
+    else:
+        obs["query"] = torch.stack([_field(one, "query") for one in inputs])
+    return {key: value.to(device) for key, value in obs.items()}
+
+
+def with_progress(
+    obs: dict[str, Tensor], *, alive: Tensor, step: int | Tensor, budget: int | Tensor | None
+) -> dict[str, Tensor]:
+    """The observation later in the episode.
+
+    Args:
+        obs: from :func:`observe` or :func:`observe_inputs`.
+        alive: bool (B, N), tokens still in play.
+        step: steps taken so far, a number or (B,).
+        budget: count wanted at the end, a number or (B,); None leaves it out.
+    """
+    rows = len(alive)
+    changed = dict(obs, alive=alive, step=_column(step, rows, alive.device))
+    if budget is not None:
+        changed["budget"] = _column(budget, rows, alive.device)
+    return changed
+
+
+def _field(inputs: PruneInputs, name: str) -> Tensor:
+    value = getattr(inputs, name)
+    if value is None:
+        raise ValueError(f"the policy needs {name}, which sample {inputs.sample} lacks")
+    field: Tensor = value
+    return field
+
+
+def _column(value: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    column = torch.as_tensor(value, dtype=torch.float32, device=device)
+    return column.expand(rows)[:, None]
+
+
+def _pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack (n_i, w) rows into (B, max n, w) with the mask of what exists."""
+    longest = max(len(row) for row in rows)
+    padded = rows[0].new_zeros(len(rows), longest, rows[0].shape[1])
+    exists = torch.zeros(len(rows), longest, dtype=torch.bool, device=rows[0].device)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+        exists[number, : len(row)] = True
+    return padded, exists

@@ -1,0 +1,77 @@
+"""Pruners: one file per method, one line each in ``PRUNERS``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.pruners.cls_attention import ClsAttentionPruner
+from tprl_env.pruners.divprune import DivPrune
+from tprl_env.pruners.oracle import OraclePruner
+from tprl_env.pruners.policy_pruner import PolicyPruner
+from tprl_env.pruners.question_attention import QuestionAttentionPruner
+from tprl_env.pruners.random_pruner import RandomPruner
+from tprl_env.pruners.uniform import UniformPruner
+from tprl_env.pruners.vispruner import VisPruner
+
+__all__ = [
+    "PRUNERS",
+    "ClsAttentionPruner",
+    "DivPrune",
+    "OraclePruner",
+    "PolicyPruner",
+    "PruneInputs",
+    "Pruner",
+    "QuestionAttentionPruner",
+    "RandomPruner",
+    "RankingPruner",
+    "UniformPruner",
+    "VisPruner",
+    "make_pruner",
+    "prune_inputs",
+]
+
+PRUNERS: dict[str, type[Pruner]] = {
+    "random": RandomPruner,
+    "uniform": UniformPruner,
+    "cls_attention": ClsAttentionPruner,
+    "vispruner": VisPruner,
+    "divprune": DivPrune,
+    "question_attention": QuestionAttentionPruner,
+    "oracle": OraclePruner,
+    "policy": PolicyPruner,
+}
+
+
+def make_pruner(name: str, **fields: Any) -> Pruner:
+    """Build a pruner by name.
+
+    Args:
+        name: Key of ``PRUNERS``.
+        **fields: Hyper-parameters of the method.
+
+    Raises:
+        ValueError: An unknown name or field; the message names the nearest.
+    """
+    if name not in PRUNERS:
+        near = difflib.get_close_matches(name, PRUNERS, n=2, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"unknown pruner {name!r}, the pruners are {', '.join(PRUNERS)}{hint}")
+    cls: Any = PRUNERS[name]
+    all_fields = dataclasses.fields(cls)
+    known = [field.name for field in all_fields]
+    for given in fields:
+        if given not in known:
+            near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"pruner {name!r} has no field {given!r}, its fields are "
+                f"{', '.join(known) or 'none'}{hint}"
+            )
+    for field in all_fields:
+        if field.default is dataclasses.MISSING and field.name not in fields:
+            raise ValueError(f"pruner {name!r} needs {field.name}=...; pass it to make_pruner")
+    pruner: Pruner = cls(**fields)
+    return pruner

@@ -1,0 +1,26 @@
+"""Attention of the vision tower's [CLS] token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tprl_env.pruners.base import Kind, PruneInputs, RankingPruner, given
+
+
+@dataclass(frozen=True)
+class ClsAttentionPruner(RankingPruner):
+    """Keep the tokens that [CLS] attends to most, averaged over heads (FasterVLM, 2412.01818).
+
+    The attention is that of the layer whose output the LVLM uses (the last but one in LLaVA).
+    """
+
+    name: ClassVar[str] = "cls_attention"
+    kind: ClassVar[Kind] = "heuristic"
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+
+    def saliency(self, inputs: PruneInputs) -> Tensor:
+        """The stored [CLS] attention."""
+        return given(inputs.cls_attention)
