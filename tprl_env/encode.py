@@ -1,0 +1,298 @@
+"""Encoding: samples and an LVLM become a feature store, once; everything else reads the store.
+
+Every distinct image is encoded once, every question is embedded, and every sample is scored with
+all its tokens, because Score(m_0) must be known before training starts (TPRL eq. 4). The work is
+cut into units that are written atomically, so a killed process loses at most one unit.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from tprl_env.arrow_files import ArrowRows, write_arrow
+from tprl_env.data.sample import Sample
+from tprl_env.encode_plan import (
+    SkippingReader,
+    Unit,
+    count_samples,
+    describe_dataset,
+    plan_units,
+)
+from tprl_env.feature_rows import ImageRow, SampleRow, image_batch, sample_batch
+from tprl_env.feature_writer import Journal, UnitEntry, unit_names
+from tprl_env.features import QUESTION_ATTENTION, FeatureStore
+from tprl_env.manifest import StoreError, describe_file
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tprl_env.lvlm.base import LVLM
+
+logger = logging.getLogger(__name__)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+TokensOf = Callable[[int], npt.NDArray[np.float16]]
+
+
+def write_unit(
+    lvlm: LVLM, unit: Unit, folder: Path, batch_size: int, tower: bool, earlier: TokensOf
+) -> UnitEntry:
+    """Encode one unit and write its two files.
+
+    Args:
+        lvlm: The model.
+        unit: The work.
+        folder: The store.
+        batch_size: Images, and questions, per call of the LVLM.
+        tower: Store the vision-tower features too.
+        earlier: Gives the tokens of images from earlier units.
+
+    Raises:
+        StoreError: A value is not finite or has the wrong shape; the sample is named.
+        OSError: The disk is full.
+    """
+    image_file, sample_file = (folder / name for name in unit_names(unit.number))
+    first = _encode_images(lvlm, unit.new[:batch_size], tower)
+    schema = image_batch(first).schema
+
+    def image_batches() -> Iterator[pa.RecordBatch]:
+        if first:
+            yield image_batch(first)
+        for start in range(batch_size, len(unit.new), batch_size):
+            yield image_batch(_encode_images(lvlm, unit.new[start : start + batch_size], tower))
+
+    image_rows = write_arrow(image_file, schema, image_batches())
+    written = ArrowRows([image_file], [image_rows])
+
+    def tokens_of(image: int) -> npt.NDArray[np.float16]:
+        if image < unit.first_image:
+            return earlier(image)
+        flat = written.view("tokens", image - unit.first_image)
+        return flat.reshape(-1, lvlm.token_width)
+
+    rows: list[SampleRow] = []
+    counts: list[int] = []
+    for start in range(0, len(unit.samples), batch_size):
+        stop = start + batch_size
+        tokens = [tokens_of(image) for image in unit.images[start:stop]]
+        rows += _encode_samples(lvlm, unit.samples[start:stop], unit.images[start:stop], tokens)
+        counts += [len(t) for t in tokens]
+    batch = sample_batch(rows, counts)
+    sample_rows = write_arrow(sample_file, batch.schema, [batch])
+    return UnitEntry(
+        describe_file(image_file, image_rows),
+        describe_file(sample_file, sample_rows),
+        unit.dataset,
+    )
+
+
+def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[ImageRow]:
+    if not first:
+        return []
+    visuals = lvlm.encode_images([sample.image for sample in first])
+    rows = []
+    for sample, visual in zip(first, visuals, strict=True):
+        tokens = to_numpy(visual.tokens)
+        if tokens.ndim != 2 or tokens.shape[1] != lvlm.token_width:
+            raise StoreError(
+                f"image {sample.image_id!r}: the LVLM gave tokens of shape {tokens.shape}, its "
+                f"token width is {lvlm.token_width}"
+            )
+        features = to_numpy(visual.tower) if tower and visual.tower is not None else None
+        attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
+        grid = (int(visual.grid[0]), int(visual.grid[1]))
+        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid))
+    return rows
+
+
+def _encode_samples(
+    lvlm: LVLM,
+    samples: Sequence[Sample],
+    images: Sequence[int],
+    tokens: Sequence[npt.NDArray[np.float16]],
+) -> list[SampleRow]:
+    prompts = [lvlm.prompt(sample.question) for sample in samples]
+    answers = [
+        [lvlm.answer_ids(prompt, answer) for answer in sample.answers]
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+    scores = lvlm.score(prompts, answers, tokens, None)
+    exact, likelihood = to_numpy(scores.exact), to_numpy(scores.likelihood)
+    return [
+        SampleRow(
+            sample=sample,
+            image=images[i],
+            prompt_ids=prompts[i].ids,
+            image_at=prompts[i].image_at,
+            question_span=prompts[i].question_span,
+            answer_ids=answers[i],
+            query_tokens=to_numpy(lvlm.question_embeddings(prompts[i])),
+            exact=float(exact[i]),
+            likelihood=float(likelihood[i]),
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def to_numpy(values: Any) -> npt.NDArray[Any]:
+    """Return an array or a tensor (any device, bfloat16 too) as a numpy array."""
+    if hasattr(values, "detach"):
+        return np.asarray(values.detach().float().cpu().numpy())
+    return np.asarray(values)
+
+
+def lvlm_identity(lvlm: LVLM) -> dict[str, Any]:
+    """Return what decides whether two LVLMs give the same features."""
+    return {
+        "name": lvlm.name,
+        "fingerprint": lvlm.fingerprint,
+        "model_type": str(getattr(lvlm, "model_type", "")),
+        "token_width": lvlm.token_width,
+        "query_width": lvlm.query_width,
+    }
+
+
+def check_sizes(batch_size: int, shard_images: int) -> None:
+    """Refuse sizes below one.
+
+    Raises:
+        ValueError: One of them is.
+    """
+    for name, value in (("batch_size", batch_size), ("shard_images", shard_images)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@contextmanager
+def full_disk_as_store_error(folder: Path) -> Iterator[None]:
+    """Turn a full disk into one clear sentence; other errors pass through.
+
+    Raises:
+        StoreError: The disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StoreError(
+            f"the disk of {folder} is full ({error.strerror}); free some space and run the same "
+            f"command again, it continues where it stopped"
+        ) from error
+
+
+def encode_dataset(
+    lvlm: LVLM,
+    samples: Iterable[Sample],
+    out: str | Path,
+    *,
+    batch_size: int = 64,
+    tower: bool = True,
+    shard_images: int = 256,
+    resume: bool = True,
+    skip_bad: bool = False,
+    progress: bool = True,
+    description: str | Mapping[str, Any] | None = None,
+) -> FeatureStore:
+    """Encode samples into a feature store, continuing an interrupted run.
+
+    Args:
+        lvlm: The model.
+        samples: Read once, in order; the same ones in the same order continue a run.
+        out: Folder of the store: new, empty, or holding an encoding of the same samples.
+        batch_size: Images, and questions, per call of the LVLM.
+        tower: Store the vision-tower features too (some pruners need them).
+        shard_images: Images per file; one file's worth is lost when the process is killed.
+        resume: Continue what is in ``out``; ``False`` removes it and starts over.
+        skip_bad: Leave out samples whose reading raises ``BadSampleError``, and count them.
+        progress: Show a progress bar.
+        description: Names the dataset in the manifest; by default the samples' own.
+
+    Returns:
+        The finished store; at once if ``out`` holds these samples already.
+
+    Raises:
+        StoreError: ``out`` holds something else (another LVLM, dataset, settings), a value is
+            not finite, there are no samples, or the disk is full; the state stays resumable.
+        BadSampleError: A sample cannot be read and ``skip_bad`` is off.
+        ValueError: A size is below one.
+    """
+    check_sizes(batch_size, shard_images)
+    folder = Path(out)
+    settings = {"tower": tower, "shard_images": shard_images}
+    reader = SkippingReader(samples, skip_bad)
+    total = count_samples(samples)
+    with full_disk_as_store_error(folder):
+        dataset = describe_dataset(description, samples)
+        journal = Journal.start(folder, dataset, settings, resume=resume)
+        journal.identify(lvlm_identity(lvlm))
+        units = 0
+        with tqdm(total=total, unit=" samples", desc="encode", disable=not progress) as bar:
+            for unit in plan_units(reader, shard_images):
+                if unit.number < len(journal.units):
+                    journal.check(unit.number, unit.dataset)
+                else:
+                    earlier = _earlier_tokens(journal, lvlm.token_width)
+                    journal.commit(write_unit(lvlm, unit, folder, batch_size, tower, earlier))
+                units += 1
+                bar.update(len(unit.samples))
+        journal.finish(units, reader.skipped)
+    if reader.skipped:
+        logger.warning("%d samples were left out of %s", reader.skipped, folder)
+    return FeatureStore.open(folder, lvlm_fingerprint=lvlm.fingerprint)
+
+
+def _earlier_tokens(journal: Journal, width: int) -> TokensOf:
+    opened: list[ArrowRows] = []
+
+    def tokens(image: int) -> npt.NDArray[np.float16]:
+        # Opened on the first use: most datasets ask about an image in one go.
+        if not opened:
+            opened.append(journal.rows(0))
+        return opened[0].view("tokens", image).reshape(-1, width)
+
+    return tokens
+
+
+def add_question_attention(store: FeatureStore, lvlm: LVLM, batch_size: int = 64) -> None:
+    """Write the per-sample channel ``"question_attention"``: the LVLM's own (n,) map.
+
+    It is what the ``question_attention`` demonstrator imitates; it costs one LVLM pass with all
+    tokens per sample and is needed while training only.
+
+    Args:
+        store: A finished store.
+        lvlm: The LVLM that encoded it.
+        batch_size: Samples per call of the LVLM.
+
+    Raises:
+        StoreError: Another LVLM encoded the store, or the attention is not finite.
+        ValueError: ``batch_size`` is below one.
+    """
+    check_sizes(batch_size, 1)
+    if lvlm.fingerprint != store.manifest.lvlm_fingerprint:
+        raise StoreError(
+            f"{store.path} was encoded by the LVLM {store.manifest.lvlm} (fingerprint "
+            f"{store.manifest.lvlm_fingerprint}), not by {lvlm.name} ({lvlm.fingerprint}); give "
+            f"that LVLM"
+        )
+
+    def maps() -> Iterator[npt.NDArray[np.float32]]:
+        numbers = iter(range(len(store)))
+        while batch := list(islice(numbers, batch_size)):
+            prompts = [lvlm.prompt(store.question(sample)) for sample in batch]
+            tokens = [store.tokens(sample) for sample in batch]
+            yield from (to_numpy(m) for m in lvlm.question_attention(prompts, tokens))
+
+    meta = {"lvlm": lvlm.name, "lvlm_fingerprint": lvlm.fingerprint}
+    store.write_channel(QUESTION_ATTENTION, maps(), per="sample", meta=meta)

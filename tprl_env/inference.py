@@ -1,0 +1,171 @@
+"""A trained pruner in front of an LVLM: picture and question in, answer from few tokens out.
+
+>>> model = PrunedLVLM.load("builtin:sparse", policy="runs/mine/policy",
+...                         autoencoder="runs/mine/autoencoder")    # doctest: +SKIP
+>>> model.answer(picture, "what digit is at cx ?", budget=14).text  # doctest: +SKIP
+'5'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tprl_env.autoencoder_model import TokenAutoencoder
+from tprl_env.pruners.base import PruneInputs, Pruner
+
+if TYPE_CHECKING:
+    from tprl_env.lvlm.base import LVLM, Positions
+
+
+@dataclass(frozen=True)
+class PrunedAnswer:
+    """An answer and the tokens it was given from.
+
+    Attributes:
+        text: What the LVLM generated.
+        keep: Tokens that reached the LLM, ``(n,)`` bool in raster order.
+        grid: Rows and columns of the tokens.
+    """
+
+    text: str
+    keep: npt.NDArray[np.bool_]
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedLVLM:
+    """An LVLM that sees only the tokens a pruner keeps.
+
+    Attributes:
+        lvlm: The frozen model.
+        pruner: Any pruner that needs no label: the trained policy or a heuristic.
+        autoencoder: Makes the codes that a policy looks at; not needed by heuristics.
+        positions: Rotary positions of the kept tokens, as in training ("original").
+    """
+
+    lvlm: LVLM
+    pruner: Pruner
+    autoencoder: TokenAutoencoder | None = None
+    positions: Positions = "original"
+
+    def __post_init__(self) -> None:
+        """Refuse a pruner whose inputs cannot be made from a picture and a question.
+
+        Raises:
+            ValueError: The pruner needs codes and there is no autoencoder, or needs a label.
+        """
+        if "codes" in self.pruner.needs and self.autoencoder is None:
+            raise ValueError(
+                f"pruner {self.pruner.name!r} looks at codes; pass the autoencoder of its store"
+            )
+        if "relevance" in self.pruner.needs:
+            raise ValueError(
+                f"pruner {self.pruner.name!r} knows the built-in scenes' labels; it cannot prune "
+                "a new picture, take another pruner"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        lvlm: str,
+        *,
+        policy: str | Path,
+        autoencoder: str | Path,
+        threshold: float | None = None,
+        redundancy_penalty: float = 0.0,
+        **model: Any,
+    ) -> PrunedLVLM:
+        """Load everything from folders.
+
+        Args:
+            lvlm: ``builtin:<task>``, a folder or a hub id, as for ``load_lvlm``.
+            policy: Exported policy.
+            autoencoder: Autoencoder of the store that the policy was trained on.
+            threshold: Keep p > threshold (TPRL eq. 16) instead of an exact budget.
+            redundancy_penalty: See ``PolicyPruner``; `tprl evaluate --calibration` finds one.
+            **model: Passed on to ``load_lvlm`` (device, dtype, revision).
+
+        Raises:
+            ValueError: A folder is missing or holds something else.
+        """
+        from tprl_env.lvlm import load_lvlm
+        from tprl_env.pruners.policy_pruner import PolicyPruner
+
+        pruner = PolicyPruner.from_pretrained(
+            policy,
+            mode="topk" if threshold is None else "threshold",
+            threshold=threshold,
+            redundancy_penalty=redundancy_penalty,
+        )
+        return cls(load_lvlm(lvlm, **model), pruner, TokenAutoencoder.from_pretrained(autoencoder))
+
+    def answer(
+        self,
+        picture: npt.NDArray[np.uint8],
+        question: str,
+        budget: int,
+        max_new_tokens: int = 20,
+    ) -> PrunedAnswer:
+        """Answer one question about one picture; see :meth:`answer_batch`."""
+        return self.answer_batch([picture], [question], budget, max_new_tokens)[0]
+
+    def answer_batch(
+        self,
+        pictures: Sequence[npt.NDArray[np.uint8]],
+        questions: Sequence[str],
+        budget: int,
+        max_new_tokens: int = 20,
+    ) -> list[PrunedAnswer]:
+        """Encode, prune and answer.
+
+        Args:
+            pictures: RGB uint8 ``(H, W, 3)``, one per question.
+            questions: Questions.
+            budget: Tokens to keep; with a threshold it only informs the policy.
+            max_new_tokens: Longest answer in tokens.
+
+        Raises:
+            ValueError: Different numbers of pictures and questions, or a budget out of range.
+        """
+        if len(pictures) != len(questions):
+            raise ValueError(
+                f"expected one question per picture, got {len(pictures)} pictures and "
+                f"{len(questions)} questions"
+            )
+        visuals = self.lvlm.encode_images(pictures)
+        prompts = [self.lvlm.prompt(question) for question in questions]
+        inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
+        if "question_attention" in self.pruner.needs:
+            maps = self.lvlm.question_attention(prompts, [visual.tokens for visual in visuals])
+            for one, saliency in zip(inputs, maps, strict=True):
+                one.question_attention = torch.as_tensor(saliency)
+        keep = [mask.numpy() for mask in self.pruner.prune_batch(inputs, budget)]
+        texts = self.lvlm.generate(
+            prompts, [visual.tokens for visual in visuals], keep, max_new_tokens, self.positions
+        )
+        return [
+            PrunedAnswer(text, mask, visual.grid)
+            for text, mask, visual in zip(texts, keep, visuals, strict=True)
+        ]
+
+    def _inputs(self, visual: Any, prompt: Any) -> PruneInputs:
+        embeddings = self.lvlm.question_embeddings(prompt)
+        tokens = visual.tokens.float().cpu()
+        return PruneInputs(
+            tokens=tokens,
+            tower=visual.tower.float().cpu(),
+            cls_attention=None
+            if visual.cls_attention is None
+            else visual.cls_attention.float().cpu(),
+            grid=visual.grid,
+            query=embeddings.mean(0),
+            query_tokens=embeddings,
+            codes=self.autoencoder.encode(tokens) if self.autoencoder is not None else None,
+        )

@@ -1,0 +1,94 @@
+"""Frozen vision-language models that answer from a part of their visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from tprl_env.lvlm.base import LVLM
+
+FAMILIES: dict[str, tuple[str, str]] = {
+    "llava": ("tprl_env.lvlm.llava", "LlavaLVLM"),
+}
+"""Module and class by the ``model_type`` of a checkpoint's config.json."""
+
+_BUILTIN = "builtin:"
+
+
+def load_lvlm(
+    spec: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> LVLM:
+    """Load a frozen LVLM.
+
+    Args:
+        spec: ``"builtin:crowded"`` or ``"builtin:sparse"`` (shipped with the package), a local
+            checkpoint folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``.
+        device: Default: the GPU if there is one, else the CPU.
+        dtype: Default: bfloat16 on a GPU, float32 on the CPU.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: No such folder or repository.
+        ValueError: The checkpoint's family is not supported, or it has pickle weights only.
+    """
+    source, kind = find_lvlm(spec, revision)
+    module, name = FAMILIES[kind]
+    with _naming_the_extra():
+        family = getattr(import_module(module), name)
+    lvlm: LVLM = family.from_pretrained(source, device=device, dtype=dtype, revision=revision)
+    return lvlm
+
+
+def find_lvlm(spec: str | Path, revision: str | None = None) -> tuple[str, str]:
+    """Find a checkpoint that :func:`load_lvlm` could load, without loading any weight.
+
+    Args:
+        spec: As for :func:`load_lvlm`.
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        Folder or hub id, and the ``model_type`` of its family.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: No such folder or repository.
+        ValueError: The checkpoint's family is not supported, or it has pickle weights only.
+    """
+    source = str(spec)
+    with _naming_the_extra():
+        from tprl_env.lvlm.checkpoint import read_config
+
+        if source.startswith(_BUILTIN):
+            from tprl_env.lvlm.tiny import builtin_path
+
+            source = str(builtin_path(source.removeprefix(_BUILTIN)))
+        kind = read_config(source, revision).get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{source!r} has model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
+        )
+    return source, kind
+
+
+@contextmanager
+def _naming_the_extra() -> Iterator[None]:
+    """Say how to install what an LVLM needs where it is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("transformers", "torch", "huggingface_hub"):
+            raise
+        raise ImportError(
+            f'an LVLM needs {error.name}, which is not installed: pip install "tprl-env[lvlm]"'
+        ) from error

@@ -1,0 +1,151 @@
+"""What the rest of the package knows about a large vision-language model (LVLM).
+
+Shapes: B rows, n visual tokens of one image, D token width, Dv tower width, Q question tokens,
+d_q query width (the width of the language model's input embeddings).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Positions = Literal["original", "contiguous"]
+"""Rotary positions of kept tokens: their place in the full prompt, or closed up without gaps."""
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One encoded image.
+
+    Attributes:
+        tokens: (n, D) visual tokens as the language model gets them, raster order.
+        tower: (n, Dv) the selected features of the vision tower before the projector.
+        cls_attention: (n,) float32, attention of the tower's CLS token to each patch, mean over
+            heads, renormalisation left out (they sum to one minus CLS's attention to itself);
+            ``None`` for towers without a CLS token.
+        grid: (rows, columns) with rows * columns = n.
+    """
+
+    tokens: Tensor
+    tower: Tensor
+    cls_attention: Tensor | None
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised question.
+
+    Attributes:
+        ids: Token ids with ONE image placeholder, which stands for all visual tokens.
+        image_at: Index of the placeholder in ``ids``.
+        question_span: (start, stop) in ``ids`` of the question's own text tokens; system text and
+            template are outside.
+        text: The rendered text, needed to tokenise an answer behind it; empty when the prompt
+            was rebuilt from stored ids.
+    """
+
+    ids: tuple[int, ...]
+    image_at: int
+    question_span: tuple[int, int]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse spans that cannot be.
+
+        Raises:
+            ValueError: A place lies outside ``ids`` or the span covers the image.
+        """
+        start, stop = self.question_span
+        if not 0 <= self.image_at < len(self.ids) or not 0 <= start < stop <= len(self.ids):
+            raise ValueError(
+                f"prompt of {len(self.ids)} ids has image_at {self.image_at} and question_span "
+                f"({start}, {stop}); both must lie inside it and the span must not be empty"
+            )
+        if start <= self.image_at < stop:
+            raise ValueError(
+                f"question_span ({start}, {stop}) covers the image placeholder at {self.image_at}"
+            )
+
+
+@dataclass(frozen=True)
+class LVLMScores:
+    """Scores of B rows from one teacher-forced pass.
+
+    Attributes:
+        exact: (B,) float32, 1.0 when greedy decoding would give one of the answers, else 0.0.
+        likelihood: (B,) float32, probability of answering with any of the distinct answers.
+        sequences: Sequences the language model ran (one per row and distinct answer).
+        padded_tokens: Padding places among them.
+    """
+
+    exact: npt.NDArray[np.float32]
+    likelihood: npt.NDArray[np.float32]
+    sequences: int = 0
+    padded_tokens: int = 0
+
+
+class LVLM(Protocol):
+    """A frozen vision-language model that can answer from a part of its visual tokens."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    token_width: int
+    query_width: int
+    image_token_id: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the weights or the processing change."""
+        ...
+
+    def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
+        """Encode (H, W, 3) uint8 RGB pictures."""
+        ...
+
+    def prompt(self, question: str) -> Prompt:
+        """Tokenise a question inside the checkpoint's own template."""
+        ...
+
+    def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
+        """Token ids of an answer behind ``prompt``, end token appended."""
+        ...
+
+    def question_embeddings(self, prompt: Prompt) -> Tensor:
+        """(Q, d_q) float32 input embeddings of the question's text tokens; q is the mean."""
+        ...
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[Sequence[int]]],
+        tokens: Sequence[Any],
+        keep: Sequence[npt.NDArray[np.bool_]] | None = None,
+        positions: Positions = "original",
+    ) -> LVLMScores:
+        """Score all rows in one batched pass; ``keep=None`` keeps all tokens."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Any],
+        keep: Sequence[npt.NDArray[np.bool_]] | None = None,
+        max_new_tokens: int = 20,
+        positions: Positions = "original",
+    ) -> list[str]:
+        """Answer greedily from the kept tokens."""
+        ...
+
+    def question_attention(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Any]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Per visual token the largest attention any question token pays it, all tokens present."""
+        ...

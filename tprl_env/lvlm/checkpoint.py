@@ -1,0 +1,98 @@
+"""Finding, checking and identifying a checkpoint before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FINGERPRINTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_CHUNK = 1 << 22
+
+
+def is_local(spec: str) -> bool:
+    """Whether ``spec`` means a folder on this machine rather than ``owner/name`` on the hub."""
+    path = Path(spec).expanduser()
+    return (
+        path.exists()
+        or path.is_absolute()
+        or spec.startswith((".", "~"))
+        or spec.count("/") != 1
+        or "\\" in spec
+    )
+
+
+def check_folder(spec: str) -> Path:
+    """Return the folder of a local checkpoint, or say why it cannot be one.
+
+    Raises:
+        FileNotFoundError: No such folder, or no ``config.json`` in it.
+        ValueError: It holds no safetensors weights.
+    """
+    folder = Path(spec).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"LVLM folder {spec!r} does not exist; give a checkpoint folder, a hub id "
+            f"'owner/name', or 'builtin:crowded'"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"LVLM folder {spec!r} has no config.json; it must be what save_pretrained() writes"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+        found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "no weights"
+        raise ValueError(
+            f"LVLM folder {spec!r} holds {found}, but weights are read from safetensors alone; "
+            f"convert them with model.save_pretrained(folder)"
+        )
+    return folder
+
+
+def read_config(spec: str, revision: str | None = None) -> dict[str, Any]:
+    """Read ``config.json`` of a local folder or hub repository as plain data.
+
+    Raises:
+        FileNotFoundError: The folder is missing or the hub has no such repository within reach.
+        ValueError: The file is not JSON, or a local folder holds no safetensors weights.
+    """
+    if is_local(spec):
+        path = check_folder(spec) / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            path = Path(hf_hub_download(spec, "config.json", revision=revision))
+        except (OSError, HfHubHTTPError) as error:
+            raise FileNotFoundError(
+                f"{spec!r} is neither an existing folder nor a reachable hub repository "
+                f"({type(error).__name__}); check the name, the revision and the network"
+            ) from error
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{spec!r}: config.json is no valid JSON ({error}); fetch it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{spec!r}: config.json must hold an object, got {type(config).__name__}")
+    return config
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """sha256 over names and contents of all files that decide what the model computes.
+
+    These are the weights, the configuration, and the files of tokenizer and image processor.
+    """
+    total = hashlib.sha256()
+    files = sorted({path for pattern in _FINGERPRINTED for path in folder.glob(pattern)})
+    for path in files:
+        part = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                part.update(chunk)
+        total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"

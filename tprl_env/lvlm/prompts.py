@@ -1,0 +1,130 @@
+"""Rendering a question into the checkpoint's template, and tokenising answers behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tprl_env.lvlm.base import Prompt
+
+LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
+"""LLaVA-1.5's conversation without its system text, for checkpoints that carry no template."""
+
+_SENTINEL = "QUESTIONxGOESxHERE"
+
+
+class Prompter:
+    """Turns questions and answers into token ids.
+
+    The template is the processor's own chat template when there is one, else
+    :data:`LLAVA_TEMPLATE`. The ids start with exactly one BOS token when the tokenizer has one.
+    """
+
+    def __init__(self, processor: Any, image_token_id: int, eos_id: int) -> None:
+        """Read the template once.
+
+        Raises:
+            ValueError: The tokenizer reports no character offsets, or the template does not hold
+                the image and the question exactly once.
+        """
+        self._tokenizer = processor.tokenizer
+        self._image_token_id = image_token_id
+        self._image_token = self._tokenizer.convert_ids_to_tokens(image_token_id)
+        self._eos_id = eos_id
+        if not self._tokenizer.is_fast:
+            raise ValueError(
+                "the checkpoint's tokenizer reports no character offsets, which are needed to find "
+                "the question in the prompt; save it with a tokenizer.json (a fast tokenizer)"
+            )
+        self._head, self._tail = self._frame(processor)
+
+    def _frame(self, processor: Any) -> tuple[str, str]:
+        """Template text before and behind the question."""
+        if getattr(processor, "chat_template", None):
+            content = [{"type": "image"}, {"type": "text", "text": _SENTINEL}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        else:
+            text = LLAVA_TEMPLATE.format(question=_SENTINEL).replace("<image>", self._image_token)
+        if text.count(_SENTINEL) != 1 or text.count(self._image_token) != 1:
+            raise ValueError(
+                f"the chat template renders to {text!r}; it must hold {self._image_token!r} and "
+                f"the question exactly once each"
+            )
+        head, tail = text.split(_SENTINEL)
+        return head, tail
+
+    def prompt(self, question: str) -> Prompt:
+        """Tokenise ``question`` inside the template.
+
+        Raises:
+            ValueError: The question is empty or contains the image placeholder.
+        """
+        question = question.strip()
+        if not question:
+            raise ValueError("the question is empty; every sample needs one")
+        if self._image_token in question:
+            raise ValueError(
+                f"question {question!r} contains the image placeholder {self._image_token!r}; "
+                f"remove it, the template adds it"
+            )
+        text = self._head + question + self._tail
+        encoded = self._tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+        pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        bos = self._tokenizer.bos_token_id
+        if bos is not None:
+            while pairs and pairs[0][0] == bos:
+                pairs.pop(0)
+            pairs.insert(0, (bos, (0, 0)))
+        ids = tuple(int(token) for token, _ in pairs)
+        start, stop = len(self._head), len(self._head) + len(question)
+        inside = [
+            i
+            for i, (_, (first, last)) in enumerate(pairs)
+            if text[max(first, start) : min(last, stop)].strip()
+        ]
+        if ids.count(self._image_token_id) != 1 or not inside:
+            raise ValueError(
+                f"prompt {text!r} tokenises to {ids.count(self._image_token_id)} image "
+                f"placeholders and {len(inside)} question tokens; expected one and at least one"
+            )
+        span = (inside[0], inside[-1] + 1)
+        return Prompt(ids, ids.index(self._image_token_id), span, text)
+
+    def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
+        """Token ids with which the model would write ``answer``, end token appended.
+
+        The joint text is tokenised and its suffix taken when the prompt's ids are a prefix of it;
+        where the boundary merges, the answer is tokenised alone.
+
+        Raises:
+            ValueError: The answer is empty, the prompt has no text, or the tokenizer cannot
+                express the answer (unknown words).
+        """
+        answer = answer.strip()
+        if not answer or not prompt.text:
+            raise ValueError(
+                f"answer {answer!r} behind prompt text {prompt.text!r} cannot be tokenised; "
+                f"neither may be empty"
+            )
+        gap = "" if prompt.text[-1].isspace() else " "
+        joint = self._ids(prompt.text + gap + answer)
+        before = self._ids(prompt.text)
+        if joint[: len(before)] == before and len(joint) > len(before):
+            ids = joint[len(before) :]
+        else:
+            ids = self._ids(answer)
+        decoded = self._tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
+        if not "".join(decoded.split()).endswith("".join(answer.split())):
+            raise ValueError(
+                f"answer {answer!r} comes back from the tokenizer as the end of "
+                f"{decoded[-40:]!r}; this LVLM's vocabulary cannot express it"
+            )
+        return (*ids, self._eos_id)
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(i) for i in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated ids, special tokens and outer white space removed."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,234 @@
+"""Scoring masks of a feature store's samples with a real LVLM: the inner loop of training.
+
+Batching rule: the rows of a request are sorted by the length of their sequence (prompt + kept
+tokens + longest answer), longest first, and cut into batches. A batch ends when it is full
+(``batch_size`` rows or ``batch_tokens`` padded places), or when the next row is shorter than
+``1 - max_padding`` of the batch's longest. Order of the request does not matter to speed, and
+results come back in its order.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tprl_env.lvlm.base import LVLM, Positions, Prompt
+from tprl_env.scoring import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    NamedFailures,
+    ScoredSource,
+    ScorerStats,
+    check_request,
+    check_scores,
+)
+
+METRICS = ("exact", "likelihood")
+
+
+class ScorableStore(ScoredSource, Protocol):
+    """The part of a ``FeatureStore`` that an :class:`LVLMScorer` reads."""
+
+    manifest: Any
+
+    def image_number(self, sample: int) -> int:
+        """Image of a sample; samples may share one."""
+        ...
+
+    def tokens(self, sample: int) -> npt.NDArray[np.float16]:
+        """(n, D) visual tokens."""
+        ...
+
+    def prompt_ids(self, sample: int) -> IntArray:
+        """(P,) prompt ids with one image placeholder."""
+        ...
+
+    def question_span(self, sample: int) -> tuple[int, int]:
+        """(start, stop) of the question in the prompt ids."""
+        ...
+
+    def answer_ids(self, sample: int) -> list[IntArray]:
+        """Accepted answers, end token included."""
+        ...
+
+
+class LVLMScorer:
+    """Computes scores with an LVLM; wrap it in :class:`~tprl_env.scoring.CachedScorer`.
+
+    Attributes:
+        stats: Counters; read them from any thread.
+    """
+
+    def __init__(
+        self,
+        lvlm: LVLM,
+        store: ScorableStore,
+        metric: str = "exact",
+        batch_size: int = 128,
+        *,
+        batch_tokens: int | None = None,
+        max_padding: float = 0.25,
+        positions: Positions = "original",
+        token_cache_mb: int = 512,
+    ) -> None:
+        """Score samples of ``store`` with ``lvlm``.
+
+        Args:
+            lvlm: The LVLM that encoded the store.
+            store: Visual tokens, prompts and answers by sample number.
+            metric: ``"exact"`` (greedy answer is right, 0 or 1) or ``"likelihood"``.
+            batch_size: Most rows of one forward pass.
+            batch_tokens: Most padded places of one forward pass. Default by measurement: 1024 on
+                a CPU in float32 (activations then stay in its cache), 4096 in bfloat16, 65536 on
+                a GPU.
+            max_padding: Share of the longest row by which a row of its batch may be shorter.
+            positions: Rotary positions of kept tokens.
+            token_cache_mb: Memory for visual tokens already converted to the LVLM's type.
+
+        Raises:
+            ValueError: The store was encoded by another LVLM, or an argument is out of range.
+        """
+        if store.manifest.lvlm_fingerprint != lvlm.fingerprint:
+            raise ValueError(
+                f"the store was encoded by another LVLM ({store.manifest.lvlm_fingerprint}) than "
+                f"{lvlm.name} ({lvlm.fingerprint}); encode it again or load the LVLM it names"
+            )
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if batch_size < 1 or not 0 <= max_padding <= 1:
+            raise ValueError(
+                f"batch_size must be positive and max_padding in [0, 1], "
+                f"got {batch_size} and {max_padding}"
+            )
+        self.lvlm = lvlm
+        self.store = store
+        self.metric = metric
+        self.stats = ScorerStats()
+        self._name = f"LVLMScorer({lvlm.name}, {metric})"
+        self._batch_size = batch_size
+        self._batch_tokens = batch_tokens or _default_batch_tokens(lvlm)
+        self._max_padding = max_padding
+        self._positions: Positions = positions
+        self._cache_bytes = token_cache_mb << 20
+        self._cached_bytes = 0
+        self._tokens: OrderedDict[int, Tensor] = OrderedDict()
+        self._texts: dict[int, tuple[Prompt, list[tuple[int, ...]]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
+        """Score a request with ``metric``; see :class:`~tprl_env.scoring.Scorer`.
+
+        Raises:
+            ValueError: The request is malformed.
+            ScoringError: The LVLM failed; the message names the samples.
+        """
+        exact, likelihood = self.score_both(samples, keep)
+        return exact if self.metric == "exact" else likelihood
+
+    def score_both(
+        self, samples: IntArray, keep: BoolArray | None = None
+    ) -> tuple[FloatArray, FloatArray]:
+        """Both metrics of the same pass.
+
+        Args:
+            samples: (B,) sample numbers.
+            keep: (B, N) masks, or ``None`` for all tokens.
+
+        Returns:
+            (exact, likelihood), float32 (B,) each.
+        """
+        if keep is None:
+            keep = self.store.exists(samples)
+        numbers, masks, exists = check_request(samples, keep, self.store)
+        began = time.perf_counter()
+        counted = ScorerStats(requests=1, scores=len(numbers), computed=len(numbers))
+        found = np.zeros((2, len(numbers)), np.float32)
+        texts = [self._text(int(sample)) for sample in numbers]
+        lengths = masks.sum(1) + np.array([len(p.ids) + max(map(len, a)) - 2 for p, a in texts])
+        sequences = np.array([len(answers) for _, answers in texts], np.int64)
+        counts = exists.sum(1).tolist()
+        for rows in self._batches(lengths, sequences):
+            batch = numbers[rows]
+            with NamedFailures(batch, self.store, self._name):
+                scores = self.lvlm.score(
+                    [texts[r][0] for r in rows],
+                    [texts[r][1] for r in rows],
+                    [self._visual(int(sample)) for sample in batch],
+                    [masks[r, : counts[r]] for r in rows],
+                    self._positions,
+                )
+            found[0, rows], found[1, rows] = scores.exact, scores.likelihood
+            counted.batches += 1
+            counted.batch_rows += scores.sequences
+            counted.padded_tokens += scores.padded_tokens
+        checked = [check_scores(one, numbers, self.store, scorer=self._name) for one in found]
+        counted.busy_seconds = time.perf_counter() - began
+        with self._lock:
+            self.stats.add(counted)
+        return checked[0], checked[1]
+
+    def _batches(self, lengths: IntArray, sequences: IntArray) -> Iterator[list[int]]:
+        """Cut rows into batches by the rule of this module."""
+        batch: list[int] = []
+        longest = used = 0
+        for row in np.argsort(-lengths, kind="stable").tolist():
+            length, count = int(lengths[row]), int(sequences[row])
+            full = (
+                len(batch) == self._batch_size
+                or (used + count) * longest > self._batch_tokens
+                or length < (1 - self._max_padding) * longest
+            )
+            if batch and full:
+                yield batch
+                batch, used = [], 0
+            if not batch:
+                longest = length
+            batch.append(row)
+            used += count
+        if batch:
+            yield batch
+
+    def _text(self, sample: int) -> tuple[Prompt, list[tuple[int, ...]]]:
+        """Prompt and answers of a sample, read once (a few hundred bytes each)."""
+        known = self._texts.get(sample)
+        if known is None:
+            ids = tuple(self.store.prompt_ids(sample).tolist())
+            span = self.store.question_span(sample)
+            prompt = Prompt(ids, ids.index(self.lvlm.image_token_id), (span[0], span[1]))
+            answers: Sequence[IntArray] = self.store.answer_ids(sample)
+            known = (prompt, [tuple(answer.tolist()) for answer in answers])
+            self._texts[sample] = known
+        return known
+
+    def _visual(self, sample: int) -> Tensor:
+        """Visual tokens of a sample in the LVLM's type, on its device, from the cache if there."""
+        image = self.store.image_number(sample)
+        with self._lock:
+            known = self._tokens.get(image)
+            if known is not None:
+                self._tokens.move_to_end(image)
+                return known
+        stored = np.array(self.store.tokens(sample))  # a copy: the store's memory is read-only
+        tokens = torch.from_numpy(stored).to(self.lvlm.device, self.lvlm.dtype)
+        with self._lock:
+            if image not in self._tokens:
+                self._tokens[image] = tokens
+                self._cached_bytes += tokens.nbytes
+            while self._cached_bytes > self._cache_bytes and len(self._tokens) > 1:
+                self._cached_bytes -= self._tokens.popitem(last=False)[1].nbytes
+        return tokens
+
+
+def _default_batch_tokens(lvlm: LVLM) -> int:
+    if lvlm.device.type != "cpu":
+        return 65536
+    return 1024 if lvlm.dtype == torch.float32 else 4096

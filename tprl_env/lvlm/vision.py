@@ -1,0 +1,88 @@
+"""From pictures to visual tokens: processor, vision tower, projector.
+
+Shapes: n visual tokens of one image, D token width, Dv tower width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tprl_env.lvlm.attention import IMPLEMENTATION, ClsProbe, probing
+from tprl_env.lvlm.base import Visual
+from tprl_env.lvlm.parts import CLS_TOWERS
+
+_IMAGES_PER_PASS = 16
+DEFAULT_CLS_LAYER = -2
+"""The tower layer that makes LLaVA-1.5's features, used by FasterVLM and VisPruner."""
+
+
+class VisionEncoder:
+    """The part of a LLaVA in front of the language model.
+
+    Attributes:
+        width: Dv; the widths of all selected tower layers together.
+        cls_attention_layer: Tower layer whose CLS attention is reported: the field of that name
+            in the checkpoint's config.json, else :data:`DEFAULT_CLS_LAYER`.
+    """
+
+    def __init__(self, model: Any, image_processor: Any) -> None:
+        """Use the tower and projector of a ``LlavaForConditionalGeneration``.
+
+        Raises:
+            ValueError: ``cls_attention_layer`` is not a layer of the tower.
+        """
+        config = model.config
+        self._tower = model.model.vision_tower
+        self._tower.set_attn_implementation(IMPLEMENTATION)
+        self._projector = model.model.multi_modal_projector
+        self._image_processor = image_processor
+        layers = config.vision_feature_layer
+        self._feature_layers = [layers] if isinstance(layers, int) else list(layers)
+        self._drop_cls = config.vision_feature_select_strategy == "default"
+        self._patch = int(config.vision_config.patch_size)
+        self.width = int(config.vision_config.hidden_size) * len(self._feature_layers)
+        self.cls_attention_layer = int(getattr(config, "cls_attention_layer", DEFAULT_CLS_LAYER))
+        self._probed: Any = None
+        if config.vision_config.model_type in CLS_TOWERS:
+            # transformers 5.23 gives the tower's encoder directly, earlier releases nest it
+            inner = getattr(self._tower, "vision_model", self._tower)
+            stack = inner.encoder.layers
+            if not -len(stack) <= self.cls_attention_layer < len(stack):
+                raise ValueError(
+                    f"config.json asks for the CLS attention of tower layer "
+                    f"{self.cls_attention_layer}, but the tower has {len(stack)} layers"
+                )
+            self._probed = stack[self.cls_attention_layer].self_attn
+
+    def encode(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
+        """Encode (H, W, 3) uint8 RGB pictures, a few at a time."""
+        found: list[Visual] = []
+        weight = next(self._projector.parameters())
+        for start in range(0, len(images), _IMAGES_PER_PASS):
+            pictures = [Image.fromarray(i) for i in images[start : start + _IMAGES_PER_PASS]]
+            pixels = self._image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+            found += self._encode(pixels.to(weight.device, weight.dtype))
+        return found
+
+    def _encode(self, pixels: Tensor) -> list[Visual]:
+        probe = ClsProbe(self._probed)
+        with probing(probe):
+            states = self._tower(pixels, output_hidden_states=True).hidden_states
+        chosen = [states[layer] for layer in self._feature_layers]
+        if self._drop_cls:
+            chosen = [state[:, 1:] for state in chosen]
+        tower = torch.cat(chosen, -1)
+        tokens = self._projector(tower)
+        grid = (pixels.shape[-2] // self._patch, pixels.shape[-1] // self._patch)
+        rows = probe.rows
+        return [
+            Visual(tokens[i], tower[i], rows[i] if rows is not None else None, grid)
+            for i in range(len(pixels))
+        ]
