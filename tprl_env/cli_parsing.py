@@ -1,0 +1,67 @@
+"""Reading the words of a command line; every complaint is one sentence."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+__all__ = ["Parser", "at_least_one", "counts", "names", "overrides"]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence, like every other mistake of the user."""
+
+    def __init__(self, **options: Any) -> None:
+        # Abbreviations would take `--re` of a config field for `--resume`.
+        super().__init__(**{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and leaving the process."""
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """``"48,29"`` to ``(48, 29)``, each once."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers separated by commas, such as 48,29,14, got {text!r}"
+        ) from error
+
+
+def names(text: str) -> list[str]:
+    """``"random,uniform"`` to a list."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
+    return found
+
+
+def at_least_one(text: str) -> int:
+    """A whole number that is not below one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def overrides(words: Sequence[str]) -> dict[str, str]:
+    """``["--lr", "1e-3", "--seed=2"]`` to ``{"lr": "1e-3", "seed": "2"}``.
+
+    Raises:
+        ValueError: A word is no ``--field``, or a field has no value.
+    """
+    fields: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"expected --field value, got {word!r}")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ValueError(f"--{name} has no value; write --{name} VALUE")
+            value = queue.pop(0)
+        fields[name.replace("-", "_")] = value
+    return fields

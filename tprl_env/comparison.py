@@ -1,0 +1,350 @@
+"""One comparison from an encoded store to the files that people read.
+
+Used by ``tprl evaluate`` and by the quickstart: builds the pruners that a store allows, evaluates
+them at matched budgets and writes ``results.json``, ``per_question.parquet``, the plots, drawn
+trajectories and ``report.html``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tprl_env.evaluate import (
+    MethodResult,
+    check_budgets,
+    evaluate,
+    evaluate_method,
+    write_per_question,
+)
+from tprl_env.pruners import PRUNERS, make_pruner
+from tprl_env.pruners.base import Pruner, prune_inputs
+from tprl_env.pruners.policy_pruner import PolicyPruner, choose_penalty
+from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
+from tprl_env.results import check_results, check_training, versions, write_json
+from tprl_env.scoring import CachedScorer, Scorer
+from tprl_env.trajectories import choose_examples, draw_examples
+
+if TYPE_CHECKING:
+    from tprl_env.features import FeatureStore
+    from tprl_env.policy import PruningPolicy
+
+PrunerEntry = Pruner | Callable[[int], Pruner]
+
+# Methods that the report labels otherwise than by their key in PRUNERS.
+LABELS = {
+    "random": "random",
+    "uniform": "uniform grid",
+    "cls_attention": "CLS attention (FasterVLM)",
+    "vispruner": "VisPruner",
+    "divprune": "DivPrune",
+    "question_attention": "LLM question attention (full pass)",
+    "oracle": "question oracle",
+}
+
+
+def available_pruners(
+    store: FeatureStore, names: Sequence[str] | None = None
+) -> dict[str, PrunerEntry]:
+    """Untrained pruners that the store has the inputs for.
+
+    Args:
+        store: Store to prune.
+        names: Keys of ``PRUNERS``; by default every one whose inputs the store holds.
+
+    Raises:
+        ValueError: A name is unknown, or named explicitly although the store lacks its inputs.
+    """
+    chosen: dict[str, PrunerEntry] = {}
+    example = prune_inputs(store, 0)
+    if names is not None and "policy" in names:
+        raise ValueError(
+            "the pruner 'policy' needs weights; leave it out of the names and give its folder "
+            "as policy (--policy)"
+        )
+    for name in names if names is not None else [name for name in PRUNERS if name != "policy"]:
+        pruner = make_pruner(name)
+        missing = [need for need in pruner.needs if getattr(example, need) is None]
+        if missing and names is not None:
+            raise ValueError(
+                f"pruner {name!r} needs {', '.join(missing)}, which this store does not hold; "
+                "encode it again with them or leave the pruner out"
+            )
+        if not missing:
+            chosen[LABELS.get(name, name)] = pruner
+    return chosen
+
+
+def policy_entries(
+    policy: PruningPolicy,
+    calibration: FeatureStore | None,
+    *,
+    threshold: float | None = None,
+    redundancy_penalty: float = 0.0,
+    label: str = "policy",
+) -> dict[str, PrunerEntry]:
+    """The trained policy by exact budget and, where asked, by threshold.
+
+    Args:
+        policy: The policy.
+        calibration: Store on which a threshold is calibrated for each budget.
+        threshold: A fixed tau in (0, 1) (TPRL eq. 16); the number of tokens then varies.
+        redundancy_penalty: What a copy of a kept token loses (see ``PolicyPruner``); where it is
+            not 0, plain top-k is measured beside it.
+        label: Name in the table.
+
+    Raises:
+        ValueError: ``threshold`` is out of range.
+    """
+    entries: dict[str, PrunerEntry] = {
+        label: PolicyPruner(policy, redundancy_penalty=redundancy_penalty)
+    }
+    if redundancy_penalty:
+        entries[f"{label}, plain top-k"] = PolicyPruner(policy)
+    if calibration is not None:
+
+        def calibrated(budget: int) -> Pruner:
+            return PolicyPruner(policy, mode="threshold").calibrate(calibration, budget)
+
+        entries[f"{label}, calibrated threshold"] = calibrated
+    if threshold is not None:
+        fixed = PolicyPruner(policy, mode="threshold", threshold=threshold)
+        entries[f"{label}, threshold {threshold:g}"] = fixed
+    return entries
+
+
+def tune_penalty(
+    policy: PruningPolicy,
+    calibration: FeatureStore,
+    scorer: Scorer,
+    budgets: Sequence[int],
+    questions: int = 300,
+) -> PolicyPruner:
+    """The redundancy penalty with the best mean accuracy over the budgets.
+
+    Args:
+        policy: The policy.
+        calibration: Store of the calibration split, never the one that is reported on.
+        scorer: Exact-match scorer of that store.
+        budgets: Token counts.
+        questions: Use the first so many.
+    """
+    samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
+
+    def accuracy(pruner: PolicyPruner) -> float:
+        rows = [
+            evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
+            for budget in budgets
+        ]
+        return float(np.mean([row.accuracy for row in rows]))
+
+    return choose_penalty(PolicyPruner(policy), accuracy)
+
+
+def load_policy(folder: str | Path, store: FeatureStore) -> PruningPolicy:
+    """A policy that fits a store.
+
+    Raises:
+        ValueError: The folder holds no policy, or one of other widths.
+    """
+    from tprl_env.policy import PruningPolicy
+
+    policy = PruningPolicy.from_pretrained(folder)
+    config = policy.config
+    wanted, found = (
+        (config.token_width, config.query_width),
+        (store.code_width, store.query_width),
+    )
+    if wanted != found:
+        raise ValueError(
+            f"the policy in {folder} reads codes of width {wanted[0]} and queries of width "
+            f"{wanted[1]}, {store.path} has {found[0]} and {found[1]}; take the policy that was "
+            "trained with this store's LVLM and autoencoder"
+        )
+    return policy
+
+
+def open_calibration(path: str | Path, store: FeatureStore) -> FeatureStore:
+    """The store that thresholds are calibrated on: same LVLM, same autoencoder.
+
+    Raises:
+        ValueError: It belongs to another LVLM or autoencoder.
+    """
+    from tprl_env.features import CODES, FeatureStore
+
+    opened = FeatureStore.open(path, lvlm_fingerprint=store.manifest.lvlm_fingerprint)
+    ours, theirs = (s.channel_meta(CODES).get("fingerprint") for s in (store, opened))
+    if ours != theirs:
+        raise ValueError(
+            f"the codes of {opened.path} come from another autoencoder than those of "
+            f"{store.path}; write both with `tprl autoencoder {store.path} --load WEIGHTS --also "
+            f"{opened.path}`"
+        )
+    return opened
+
+
+def print_row(result: MethodResult) -> None:
+    """One line of live output per method and budget."""
+    print(
+        f"{result.name:<36} {result.kind:<10} {result.budget:>4} tokens "
+        f"(mean {result.mean_tokens:6.1f})  accuracy {result.accuracy:.3f} "
+        f"[{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]  {result.seconds:5.1f} s",
+        flush=True,
+    )
+
+
+def build_results(
+    task: str, rows: Sequence[MethodResult], training: Mapping[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``results.json`` from the evaluated rows, the unpruned model first."""
+    full, *methods = rows
+    return {
+        "task": task,
+        "visual_tokens": full.budget,
+        "full": {
+            "accuracy": round(full.accuracy, 5),
+            "ci95": [round(bound, 5) for bound in full.ci95],
+            "questions": len(full.scores),
+            "by_type": {kind: round(value, 5) for kind, value in full.by_type.items()},
+        },
+        "methods": [row.as_dict() for row in methods],
+        "training": dict(training),
+        "versions": versions(),
+        **extra,
+    }
+
+
+def write_comparison(
+    out: Path,
+    results: dict[str, Any],
+    rows: Sequence[MethodResult],
+    store: FeatureStore,
+    samples: npt.NDArray[np.int64],
+    *,
+    curve: Sequence[Mapping[str, Any]] = (),
+    curve_full: float | None = None,
+    trajectories: Sequence[tuple[Path, str]] = (),
+) -> None:
+    """Write ``results.json``, ``per_question.parquet``, the plots and ``report.html``."""
+    out.mkdir(parents=True, exist_ok=True)
+    check_results(results, sorted({row.budget for row in rows[1:]}))
+    ids = [store.id(int(sample)) for sample in samples]
+    kinds = [store.kind(int(sample)) for sample in samples]
+    write_per_question(rows, ids, kinds, out / "per_question.parquet")
+    figures = [(plot_accuracy(results, out / "accuracy.png"), "Accuracy against tokens kept.")]
+    if curve:
+        path = plot_learning_curve(
+            curve, curve_full or results["full"]["accuracy"], out / "learning_curve.png"
+        )
+        figures.append((path, "Learning curve on the calibration split."))
+    write_report(results, figures, trajectories, out / "report.html")
+    write_json(out / "results.json", results)
+
+
+def compare(
+    store: FeatureStore,
+    scorer: Scorer,
+    entries: Mapping[str, PrunerEntry],
+    budgets: Sequence[int],
+    samples: npt.NDArray[np.int64],
+) -> list[MethodResult]:
+    """Evaluate and print every row as it comes."""
+    return evaluate(store, scorer, entries, budgets, samples=samples, on_result=print_row)
+
+
+def evaluate_store(
+    store: str | Path,
+    lvlm: str,
+    out: str | Path,
+    *,
+    policy: str | Path | None = None,
+    calibration: str | Path | None = None,
+    threshold: float | None = None,
+    pruners: Sequence[str] | None = None,
+    budgets: Sequence[int] = (48, 29, 14, 7, 4),
+    limit: int | None = None,
+    trajectories: int = 10,
+) -> dict[str, Any]:
+    """Compare pruners on a store and write the files that people read (``tprl evaluate``).
+
+    Args:
+        store: Encoded split.
+        lvlm: LVLM that encoded it, as for ``load_lvlm``.
+        out: Folder for the results.
+        policy: Exported policy; ``None`` compares the untrained pruners only.
+        calibration: Store of another split on which thresholds and the redundancy penalty are
+            calibrated.
+        threshold: Evaluate the policy with this threshold too (TPRL eq. 16).
+        pruners: Keys of ``PRUNERS``; by default all that the store allows.
+        budgets: Token counts.
+        limit: Use the first so many questions.
+        trajectories: How many to draw with the policy.
+
+    Returns:
+        Content of ``results.json``.
+
+    Raises:
+        ValueError: Something is missing, does not fit, or is out of range.
+    """
+    from tprl_env.features import FeatureStore
+    from tprl_env.lvlm import load_lvlm
+    from tprl_env.lvlm.scorer import LVLMScorer
+
+    if policy is None and (calibration is not None or threshold is not None):
+        raise ValueError("calibration and threshold belong to a policy; give its folder as policy")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    model = load_lvlm(lvlm)
+    opened = FeatureStore.open(store, lvlm_fingerprint=model.fingerprint)
+    check_budgets(budgets, opened.max_tokens)
+    samples = np.arange(len(opened), dtype=np.int64)[:limit]
+    entries: dict[str, PrunerEntry] = {}
+    trained = best = None
+    training = training_of(policy)
+    if policy is not None:
+        trained = load_policy(policy, opened)
+        held_out = None if calibration is None else open_calibration(calibration, opened)
+        best = PolicyPruner(trained)
+        if held_out is not None:
+            held_out_scorer = CachedScorer(
+                LVLMScorer(model, held_out, metric="exact"), held_out, "exact"
+            )
+            best = tune_penalty(trained, held_out, held_out_scorer, budgets)
+        entries |= policy_entries(
+            trained, held_out, threshold=threshold, redundancy_penalty=best.redundancy_penalty
+        )
+    entries |= available_pruners(opened, pruners)
+    scorer = CachedScorer(LVLMScorer(model, opened, metric="exact"), opened, "exact")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
+    rows = compare(opened, scorer, entries, budgets, samples)
+    drawn: list[tuple[Path, str]] = []
+    if best is not None and trajectories > 0:
+        chosen = choose_examples(opened, samples, trajectories)
+        steps = sorted(budgets, reverse=True)
+        drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)
+    results = build_results(str(Path(store).name), rows, training, {})
+    write_comparison(out, results, rows, opened, samples, trajectories=drawn)
+    return results
+
+
+def training_of(policy: str | Path | None) -> dict[str, Any]:
+    """How a policy was trained, from the ``training.json`` beside its weights; empty without.
+
+    Raises:
+        ValueError: The file is damaged or incomplete.
+    """
+    path = None if policy is None else Path(policy) / "training.json"
+    if path is None or not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); export the policy again") from error
+    check_training(content, str(path))
+    return dict(content)

@@ -1,0 +1,316 @@
+"""Compare pruners on one store at matched budgets.
+
+Every method keeps the same number of tokens for every question (top-k), or, for a calibrated
+threshold, the same number on average; each answer is scored by the LVLM with only those tokens.
+Intervals: Wilson's score interval where every score is 0 or 1, the normal interval of the mean
+otherwise; differences between two methods are paired by question.
+
+Shapes: S samples, N visual tokens (padded to ``max_tokens``).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tprl_env.pruners.base import Pruner, prune_inputs
+from tprl_env.scoring import Scorer
+
+if TYPE_CHECKING:
+    from tprl_env.features import FeatureStore
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
+CHUNK = 256  # questions pruned and scored together; bounds memory, changes no result
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One method at one budget.
+
+    Attributes:
+        name: Method, as in the table.
+        kind: ``policy``, ``heuristic``, ``oracle``, ``random``, or ``none`` for all tokens.
+        budget: Number of tokens asked for.
+        mean_tokens: Mean number of tokens kept.
+        std_tokens: Standard deviation of that number over the questions.
+        accuracy: Mean score in [0, 1].
+        ci95: 95 % interval of ``accuracy``.
+        by_type: Mean score per question type.
+        seconds: Wall time of pruning and scoring.
+        scores: Score of each question, ``(S,)``.
+        kept: Tokens kept for each question, ``(S,)``.
+    """
+
+    name: str
+    kind: str
+    budget: int
+    mean_tokens: float
+    std_tokens: float
+    accuracy: float
+    ci95: tuple[float, float]
+    by_type: dict[str, float]
+    seconds: float
+    scores: FloatArray
+    kept: npt.NDArray[np.int64]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row of ``results.json``; per-question arrays are left to the Parquet file."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "budget": self.budget,
+            "mean_tokens": round(self.mean_tokens, 3),
+            "std_tokens": round(self.std_tokens, 3),
+            "accuracy": round(self.accuracy, 5),
+            "ci95": [round(self.ci95[0], 5), round(self.ci95[1], 5)],
+            "by_type": {kind: round(value, 5) for kind, value in self.by_type.items()},
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def wilson_interval(successes: float, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion.
+
+    Args:
+        successes: Number of ones.
+        total: Number of trials.
+
+    Raises:
+        ValueError: There are no trials, or more successes than trials.
+    """
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(
+            f"an interval needs 0 <= successes <= total and total >= 1, got {successes} of {total}"
+        )
+    p, z2 = successes / total, Z95**2
+    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
+    # At 0 and 1 the bound is exact; rounding must not leave it a hair inside.
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == total else min(1.0, centre + half)
+    return low, high
+
+
+def mean_interval(scores: FloatArray) -> tuple[float, float]:
+    """95 % interval of a mean score: Wilson for 0/1 scores, normal otherwise.
+
+    Args:
+        scores: ``(S,)`` in [0, 1].
+    """
+    if np.all((scores == 0) | (scores == 1)):
+        return wilson_interval(float(scores.sum()), len(scores))
+    mean = float(scores.mean())
+    half = Z95 * float(scores.std(ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 1.0
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def paired_difference(first: FloatArray, second: FloatArray) -> tuple[float, float, float]:
+    """Mean of ``first - second`` over the same questions, with its 95 % interval.
+
+    Args:
+        first: Scores of one method, ``(S,)``.
+        second: Scores of another method on the same questions, ``(S,)``.
+
+    Returns:
+        Mean difference, lower and upper bound.
+
+    Raises:
+        ValueError: The arrays differ in length or are empty.
+    """
+    if first.shape != second.shape or not len(first):
+        raise ValueError(
+            f"paired scores must have the same length >= 1, got {first.shape} and {second.shape}"
+        )
+    delta = first.astype(np.float64) - second
+    half = Z95 * float(delta.std(ddof=1)) / math.sqrt(len(delta)) if len(delta) > 1 else 1.0
+    mean = float(delta.mean())
+    return mean, mean - half, mean + half
+
+
+def by_type(kinds: npt.NDArray[np.str_], scores: FloatArray) -> dict[str, float]:
+    """Mean score per question type, in alphabetical order."""
+    return {str(kind): float(scores[kinds == kind].mean()) for kind in np.unique(kinds)}
+
+
+def summarise(
+    name: str,
+    kind: str,
+    budget: int,
+    scores: FloatArray,
+    kept: npt.NDArray[np.int64],
+    kinds: npt.NDArray[np.str_],
+    seconds: float,
+) -> MethodResult:
+    """Turn per-question scores into one row of the comparison."""
+    return MethodResult(
+        name=name,
+        kind=kind,
+        budget=budget,
+        mean_tokens=float(kept.mean()),
+        std_tokens=float(kept.std()),
+        accuracy=float(scores.mean()),
+        ci95=mean_interval(scores),
+        by_type=by_type(kinds, scores),
+        seconds=seconds,
+        scores=scores,
+        kept=kept,
+    )
+
+
+def check_budgets(budgets: Sequence[int], max_tokens: int) -> None:
+    """Refuse budgets that no image of the store can meet.
+
+    Raises:
+        ValueError: A budget is not in ``[1, max_tokens]`` or none is given.
+    """
+    bad = [budget for budget in budgets if not 1 <= budget <= max_tokens]
+    if bad or not budgets:
+        raise ValueError(
+            f"budgets must be one or more counts in [1, {max_tokens}] for this store, got "
+            f"{list(budgets)}; drop {bad or 'nothing, add one'}"
+        )
+
+
+def keep_masks(
+    pruner: Pruner, store: FeatureStore, samples: npt.NDArray[np.int64], budget: int
+) -> BoolArray:
+    """Masks of one pruner, padded to the store's ``max_tokens``.
+
+    Args:
+        pruner: Any pruner.
+        store: Store that the samples are rows of.
+        samples: Sample numbers, ``(B,)``.
+        budget: Number of tokens to keep.
+
+    Returns:
+        ``(B, max_tokens)`` bool, False where padding.
+    """
+    inputs = [prune_inputs(store, int(sample), _reads(pruner)) for sample in samples]
+    keep = np.zeros((len(samples), store.max_tokens), dtype=np.bool_)
+    for row, mask in enumerate(pruner.prune_batch(inputs, budget)):
+        keep[row, : len(mask)] = mask.cpu().numpy()
+    return keep
+
+
+def _reads(pruner: Pruner) -> tuple[str, ...]:
+    """Fields to read for a pruner; a policy looks at the question in either form."""
+    return (*pruner.needs, "query", "query_tokens") if "codes" in pruner.needs else pruner.needs
+
+
+def iterate_chunks(samples: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Slices of at most ``CHUNK`` samples."""
+    for start in range(0, len(samples), CHUNK):
+        yield slice(start, min(start + CHUNK, len(samples)))
+
+
+def evaluate_method(
+    name: str,
+    pruner: Pruner,
+    store: FeatureStore,
+    scorer: Scorer,
+    budget: int,
+    samples: npt.NDArray[np.int64],
+) -> MethodResult:
+    """Score one pruner at one budget on the given samples."""
+    start = time.perf_counter()
+    scores = np.zeros(len(samples), dtype=np.float32)
+    kept = np.zeros(len(samples), dtype=np.int64)
+    for part in iterate_chunks(samples):
+        keep = keep_masks(pruner, store, samples[part], budget)
+        scores[part] = scorer(samples[part], keep)
+        kept[part] = keep.sum(1)
+    kinds = np.array([store.kind(int(sample)) for sample in samples])
+    seconds = time.perf_counter() - start
+    return summarise(name, pruner.kind, budget, scores, kept, kinds, seconds)
+
+
+def evaluate_full(store: FeatureStore, samples: npt.NDArray[np.int64]) -> MethodResult:
+    """The unpruned LVLM, from the exact scores that encoding stored."""
+    scores = np.asarray(store.full_scores("exact"))[samples]
+    kept = store.exists(samples).sum(1).astype(np.int64)
+    kinds = np.array([store.kind(int(sample)) for sample in samples])
+    return summarise("all tokens", "none", int(kept.max()), scores, kept, kinds, 0.0)
+
+
+def evaluate(
+    store: FeatureStore,
+    scorer: Scorer,
+    pruners: Mapping[str, Pruner | Callable[[int], Pruner]],
+    budgets: Sequence[int],
+    *,
+    samples: npt.NDArray[np.int64] | None = None,
+    on_result: Callable[[MethodResult], None] | None = None,
+) -> list[MethodResult]:
+    """Compare pruners at the same budgets.
+
+    Args:
+        store: Encoded split to evaluate on.
+        scorer: Exact-match scorer of the same LVLM, any :class:`~tprl_env.scoring.Scorer`.
+        pruners: Name to pruner, or name to a function from the budget to a pruner (a threshold
+            calibrated for that budget, for instance).
+        budgets: Token counts.
+        samples: Sample numbers to use; all by default.
+        on_result: Called after each row, for live output.
+
+    Returns:
+        The unpruned LVLM first, then one row per method and budget.
+
+    Raises:
+        ValueError: No samples, a budget out of range, or a scorer of another metric.
+    """
+    chosen = np.arange(len(store), dtype=np.int64) if samples is None else samples
+    if not len(chosen):
+        raise ValueError("there is nothing to evaluate: got 0 samples, expected at least 1")
+    check_budgets(budgets, store.max_tokens)
+    metric = getattr(scorer, "metric", "exact")
+    if metric != "exact":
+        raise ValueError(f"evaluation needs a scorer of metric 'exact', got {metric!r}")
+    results = [evaluate_full(store, chosen)]
+    if on_result is not None:
+        on_result(results[0])
+    for name, entry in pruners.items():
+        for budget in budgets:
+            pruner = entry if isinstance(entry, Pruner) else entry(budget)
+            results.append(evaluate_method(name, pruner, store, scorer, budget, chosen))
+            if on_result is not None:
+                on_result(results[-1])
+    return results
+
+
+def write_per_question(
+    results: Sequence[MethodResult], ids: Sequence[str], kinds: Sequence[str], path: Path
+) -> None:
+    """Write every single score as Parquet, so that others can compute their own statistics.
+
+    Columns: ``method``, ``kind``, ``budget``, ``sample``, ``question_type``, ``kept``, ``score``.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = [
+        pa.table(
+            {
+                "method": [result.name] * len(ids),
+                "kind": [result.kind] * len(ids),
+                "budget": pa.array([result.budget] * len(ids), pa.int32()),
+                "sample": list(ids),
+                "question_type": list(kinds),
+                "kept": pa.array(result.kept, pa.int32()),
+                "score": pa.array(result.scores, pa.float32()),
+            }
+        )
+        for result in results
+    ]
+    temporary = path.with_name(path.name + ".tmp")
+    pq.write_table(pa.concat_tables(tables), temporary)
+    temporary.replace(path)

@@ -1,0 +1,83 @@
+"""Learning curves: held-out accuracy against LVLM scores used."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tprl_env.evaluate import evaluate_method
+from tprl_env.pruners.policy_pruner import PolicyPruner
+from tprl_env.scoring import CachedScorer, Scorer
+
+if TYPE_CHECKING:
+    from tprl_env.features import FeatureStore
+    from tprl_env.lvlm.base import LVLM
+    from tprl_env.policy import PruningPolicy
+
+CURVE_BUDGETS = (48, 14, 7)
+
+
+def local_scorer(lvlm: LVLM, store: FeatureStore) -> Scorer:
+    """Exact-match scorer of a store in this process, with its cache."""
+    from tprl_env.lvlm.scorer import LVLMScorer
+
+    return CachedScorer(LVLMScorer(lvlm, store, metric="exact"), store, "exact")
+
+
+class LearningCurve:
+    """Accuracy on calibration questions while the policy learns, one JSON line per point."""
+
+    def __init__(self, path: Path, store: FeatureStore, scorer: Scorer, questions: int) -> None:
+        self.path = path
+        self.samples = np.arange(min(questions, len(store)), dtype=np.int64)
+        self.store = store
+        self.scorer = scorer
+        self.seconds = 0.0
+
+    def add(self, policy: PruningPolicy, lvlm_scores: int) -> dict[str, float]:
+        """Measure one point and append it to the file."""
+        begin = time.perf_counter()
+        pruner = PolicyPruner(policy)
+        budgets = [b for b in CURVE_BUDGETS if b <= self.store.max_tokens]
+        accuracy = {
+            str(budget): round(
+                evaluate_method(
+                    "policy", pruner, self.store, self.scorer, budget, self.samples
+                ).accuracy,
+                5,
+            )
+            for budget in budgets
+        }
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"lvlm_scores": lvlm_scores, "accuracy": accuracy}) + "\n")
+        self.seconds += time.perf_counter() - begin
+        return accuracy
+
+    def points(self) -> list[dict[str, Any]]:
+        """All points so far, oldest first."""
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+
+    def full(self) -> float:
+        """Accuracy with all tokens on the same questions."""
+        return float(np.asarray(self.store.full_scores("exact"))[self.samples].mean())
+
+
+def curve_hook(curve: LearningCurve, start: PruningPolicy | None, total: int) -> Any:
+    """Measure the policy that training starts from, and then about eight times."""
+    if not curve.points() and start is not None:
+        curve.add(start, 0)
+
+    def hook(metrics: Mapping[str, Any], policy: PruningPolicy) -> None:
+        used = int(metrics["scores"])
+        points = curve.points()
+        if not points or used - points[-1]["lvlm_scores"] >= total / 8:
+            curve.add(policy, used)
+
+    return hook

@@ -1,0 +1,153 @@
+"""``results.json``: what a comparison leaves behind, written atomically and checked.
+
+The file is meant to be read by scripts; :func:`check_results` is the definition of its layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+KINDS = ("policy", "heuristic", "oracle", "random")
+PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
+TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "algorithm": str,
+    "preset": str,
+    "seconds": (int, float),
+    "lvlm_scores": int,
+    "env_steps": int,
+    "seed": int,
+}
+METHOD_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "kind": str,
+    "budget": int,
+    "mean_tokens": (int, float),
+    "accuracy": (int, float),
+    "ci95": list,
+}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # an optional extra that this machine does not have
+    return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON under a temporary name, then rename it, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _check_fields(
+    row: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str
+) -> None:
+    for name, kind in fields.items():
+        if name not in row:
+            raise ValueError(f"{where} has no {name!r}; write the file with this version")
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise ValueError(f"{where}: {name!r} must be {kind}, got {row[name]!r}")
+
+
+def _check_method(row: Mapping[str, Any], where: str) -> None:
+    _check_fields(row, METHOD_FIELDS, where)
+    if row["kind"] not in KINDS:
+        raise ValueError(f"{where}: kind must be one of {KINDS}, got {row['kind']!r}")
+    if len(row["ci95"]) != 2 or not 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1:
+        raise ValueError(
+            f"{where}: expected 0 <= ci95[0] <= accuracy <= ci95[1] <= 1, got {row['ci95']} "
+            f"around {row['accuracy']}"
+        )
+
+
+def check_training(training: Mapping[str, Any], where: str = "results: 'training'") -> None:
+    """Refuse an incomplete record of a training; an empty one says that nothing was trained.
+
+    Raises:
+        ValueError: A field is missing or of the wrong kind.
+    """
+    if training:
+        _check_fields(training, TRAINING_FIELDS, where)
+
+
+def check_results(results: Mapping[str, Any], budgets: Sequence[int] = (48, 29, 14, 7, 4)) -> None:
+    """Refuse a results file that does not hold what readers rely on.
+
+    ``training`` is empty where nothing was trained (heuristics alone, or a policy that came
+    without a record of its training); otherwise it must be complete.
+
+    Args:
+        results: Content of ``results.json``.
+        budgets: Budgets that every method must have been measured at.
+
+    Raises:
+        ValueError: Something is missing or of the wrong kind; the sentence says what.
+    """
+    for name, kind in {
+        "task": str,
+        "visual_tokens": int,
+        "full": dict,
+        "methods": list,
+        "training": dict,
+        "versions": dict,
+    }.items():
+        if not isinstance(results.get(name), kind):
+            raise ValueError(f"results: {name!r} must be a {kind.__name__}")
+    _check_fields(
+        results["full"],
+        {"accuracy": (int, float), "questions": int, "by_type": dict},
+        "results: 'full'",
+    )
+    check_training(results["training"])
+    measured: dict[str, set[int]] = {}
+    for number, row in enumerate(results["methods"]):
+        _check_method(row, f"results: methods[{number}]")
+        measured.setdefault(row["name"], set()).add(row["budget"])
+    if not measured:
+        raise ValueError("results: 'methods' is empty, expected at least one method")
+    for name, seen in measured.items():
+        missing = sorted(set(budgets) - seen, reverse=True)
+        if missing:
+            raise ValueError(f"results: method {name!r} was not measured at {missing} tokens")
+
+
+def read_results(path: str | Path, budgets: Sequence[int] = (48, 29, 14, 7, 4)) -> dict[str, Any]:
+    """Read and check a results file.
+
+    Args:
+        path: The file.
+        budgets: Budgets that every method must have been measured at.
+
+    Raises:
+        ValueError: The file is missing, is not JSON, or lacks something.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"no results file at {path}; `tprl evaluate` or `tprl quickstart` write it"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it was not written here") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    check_results(content, budgets)
+    return content

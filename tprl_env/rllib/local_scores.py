@@ -1,0 +1,54 @@
+"""Scoring without actors: what a runner uses when a run has no pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tprl_env.rllib.config import TrainConfig, scorer_spec
+from tprl_env.rllib.module import shared_source
+from tprl_env.rllib.scorer_pool import ScorerPool
+from tprl_env.scoring import CachedScorer
+
+__all__ = ["LocalScores", "open_scorer"]
+
+
+class LocalScores:
+    """A scorer in this process behind the pool's interface: `submit` computes at once."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        spec = scorer_spec(config)
+        source = shared_source(config.source)
+        self._scorer = CachedScorer(spec.build(), source, config.metric, config.cache_size)
+
+    class Ready(NamedTuple):
+        """Scores that are there already."""
+
+        scores: NDArray[np.float32]
+
+        def result(self) -> NDArray[np.float32]:
+            """The scores, float32 (B,)."""
+            return self.scores
+
+    def __call__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """Score, as `tprl_env.scoring.Scorer`."""
+        return self._scorer(samples, keep)
+
+    def submit(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> LocalScores.Ready:
+        """Score now."""
+        return self.Ready(self._scorer(samples, keep))
+
+    def pump(self, timeout: float = 0.0) -> None:
+        """Nothing is ever under way."""
+
+    def counters(self) -> dict[str, float]:
+        """Counters of the scorer."""
+        return self._scorer.stats.as_dict()
+
+
+def open_scorer(config: TrainConfig, pool: Mapping[str, Any] | None) -> ScorerPool | LocalScores:
+    """The run's scorer actors, or a scorer of this process where there are none."""
+    return ScorerPool.connect(pool) if pool else LocalScores(config)

@@ -1,0 +1,216 @@
+"""The folder of a run: what was run, what came out, and where to go on.
+
+    config.json        the resolved TrainConfig
+    run.json           one entry per start: versions, git revision, seed
+    metrics.jsonl      one line per iteration
+    tensorboard/       the same for TensorBoard
+    checkpoints/       iteration_000020/{rllib, policy, progress.json}; a folder is whole or absent
+    lfd_policy/        the policy after imitation
+    policy/            the newest policy, safetensors + config.json
+
+RLlib's checkpoints hold pickles: resume only runs you made yourself. ``policy/`` holds none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tprl_env.policy import PruningPolicy
+from tprl_env.rllib.config import TrainConfig, policy_fields
+
+__all__ = ["Progress", "RunFolder"]
+
+KEPT_CHECKPOINTS = 3
+_VERSIONED = ("tprl-env", "ray", "torch", "numpy", "gymnasium", "transformers")
+_PREFIX = "iteration_"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint.
+
+    Attributes:
+        iteration: finished iterations.
+        env_steps: steps of all episodes.
+        episodes: episodes.
+        scores: scores asked for.
+        computed: scores that the LVLM computed (the others were equal, remembered or trivial).
+        seconds: training time over all starts.
+    """
+
+    iteration: int = 0
+    env_steps: int = 0
+    episodes: int = 0
+    scores: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+
+
+class RunFolder:
+    """Reads and writes a run's files.
+
+    Args:
+        path: the folder; made if it does not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.policy = self.path / "policy"
+        self.lfd_policy = self.path / "lfd_policy"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self._checkpoints = self.path / "checkpoints"
+
+    def begin(self, config: TrainConfig, *, resume: bool) -> None:
+        """Claim the folder for a run, or check that a run in it can go on.
+
+        Raises:
+            ValueError: if the folder holds a run already and ``resume`` is off, holds none and
+                ``resume`` is on, or holds a run with another policy.
+        """
+        saved = self.path / "config.json"
+        if resume:
+            if not saved.is_file():
+                raise ValueError(f"there is no run in {str(self.path)!r} to resume")
+            self._check_same_policy(TrainConfig.from_dict(json.loads(saved.read_text())), config)
+        elif saved.exists():
+            raise ValueError(
+                f"{str(self.path)!r} holds a run already; resume it with --resume, or choose "
+                "another --out"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(saved, config.as_dict())
+        starts = self.path / "run.json"
+        entries = json.loads(starts.read_text()) if starts.is_file() else []
+        entries.append(_description(config, resume))
+        _write_json(starts, entries)
+
+    def _check_same_policy(self, old: TrainConfig, new: TrainConfig) -> None:
+        before, now = _shape(old), _shape(new)
+        different = [name for name in before if before[name] != now[name]]
+        if different:
+            table = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in different)
+            raise ValueError(
+                f"the run in {str(self.path)!r} trains a policy of another shape ({table}); resume "
+                "with its own settings, or choose another --out"
+            )
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        found = self._checkpoints.glob(f"{_PREFIX}*/progress.json")
+        return sorted(path.parent for path in found)
+
+    def save_checkpoint(
+        self, progress: Progress, policy: PruningPolicy, save: Callable[[str], Any]
+    ) -> Path:
+        """Write a checkpoint beside its final place, rename it, drop the oldest.
+
+        Args:
+            progress: where the run stands.
+            policy: the policy.
+            save: writes the algorithm's own state into the folder it is given.
+        """
+        self._checkpoints.mkdir(exist_ok=True)
+        final = self._checkpoints / f"{_PREFIX}{progress.iteration:06d}"
+        for stale in self._checkpoints.glob(".writing-*"):
+            shutil.rmtree(stale)
+        draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._checkpoints))
+        save(str((draft / "rllib").resolve()))
+        policy.save_pretrained(draft / "policy")
+        _write_json(draft / "progress.json", asdict(progress))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+        policy.save_pretrained(self.policy)
+        return final
+
+    def newest(self) -> tuple[Path, Progress] | None:
+        """The newest whole checkpoint, None if there is none."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        return found[-1], Progress(**json.loads((found[-1] / "progress.json").read_text()))
+
+    @contextlib.contextmanager
+    def metrics_writer(self, after: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+        """A function that appends one iteration's metrics to the files.
+
+        Args:
+            after: iterations to keep; later lines come from work that a crash has undone.
+        """
+        from tensorboardX import SummaryWriter
+
+        if self.metrics.is_file():
+            lines = self.metrics.read_text().splitlines()
+            whole = [line for line in lines if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["iteration"] <= after]
+            _write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        board = SummaryWriter(str(self.tensorboard), purge_step=after + 1)
+        with self.metrics.open("a", encoding="utf-8") as file, contextlib.closing(board):
+
+            def write(row: dict[str, Any]) -> None:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                for name, value in row.items():
+                    if isinstance(value, (int, float)) and name != "iteration":
+                        board.add_scalar(name, value, row["iteration"])
+
+            yield write
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """What a policy's weights and their meaning depend on."""
+    table = policy_fields(config)
+    del table["initial_keep"]
+    return table | {"distribution": config.distribution, "discount": config.discount}
+
+
+def _description(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    versions = {}
+    for name in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "resume": resume,
+        "seed": config.seed,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _git_revision() -> str | None:
+    """Revision of the checkout this package lies in, with ``-dirty`` if it was changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.writing")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,344 @@
+"""Which actor scores what: routing, back-pressure, and what happens when an actor dies.
+
+One `Router` belongs to one client of the pool. A request is cut into pieces; a piece travels to one
+actor. See `tprl_env.rllib.scorer_pool` for the rules in words.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from tprl_env.features import TokenSource
+from tprl_env.rllib.scorer_actor import ScoreReply
+from tprl_env.scoring import ScorerStats, ScoringError, check_scores
+
+__all__ = ["ActorState", "Limits", "Request", "Router", "first_lines"]
+
+logger = logging.getLogger(__name__)
+
+_PROMPT_WORK = 32  # work of a row without visual tokens, in tokens: the question and the answer
+_SPLIT = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one client.
+
+    Attributes:
+        max_outstanding: pieces per actor under way at once; the rest waits in the client.
+        poison_limit: actor processes that a single row may kill.
+        restart_timeout: seconds without any usable actor after which waiting ends.
+        cache_size: masks that the client remembers.
+    """
+
+    max_outstanding: int = 4
+    poison_limit: int = 3
+    restart_timeout: float = 300.0
+    cache_size: int = 200_000
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that would stop everything."""
+        for name in ("max_outstanding", "poison_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.restart_timeout <= 0:
+            raise ValueError(f"restart_timeout must be positive, got {self.restart_timeout}")
+
+
+class Request:
+    """Rows to be scored and the scores that have arrived.
+
+    Args:
+        samples: int64 (M,), sample numbers.
+        keep: bool (M, N), masks.
+    """
+
+    def __init__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> None:
+        self.samples, self.keep = samples, keep
+        self.work = keep.sum(axis=1) + _PROMPT_WORK
+        self.scores = np.full(len(samples), np.nan, np.float32)
+        self.left = len(samples)
+        self.error: ScoringError | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether all scores are there, or never will be."""
+        return self.left == 0 or self.error is not None
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Rows of one request that travel together to one actor."""
+
+    request: Request
+    places: NDArray[np.int64]
+    home: int
+    alone: bool = False
+    kills: int = 0
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """Sample numbers of the rows."""
+        return self.request.samples[self.places]
+
+    @property
+    def work(self) -> int:
+        """Estimated work in tokens."""
+        return int(self.request.work[self.places].sum())
+
+
+@dataclass(eq=False)
+class ActorState:
+    """One actor as a client sees it."""
+
+    name: str
+    handle: Any
+    outstanding: dict[Any, _Piece] = field(default_factory=dict)
+    work: int = 0
+    ping: Any = None  # reference of a health check while the actor is down
+    down_since: float = 0.0
+    lost: str = ""  # why the actor will not come back
+    restarts: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether pieces may be sent to it."""
+        return self.ping is None and not self.lost
+
+
+class Router:
+    """Sends pieces to actors and takes the answers in; one client, one thread.
+
+    Args:
+        actors: the pool's actors.
+        source: names the samples in errors.
+        batch_size: most rows of a piece.
+        stats: counters of the passes are added here.
+        limits: bounds.
+    """
+
+    def __init__(
+        self,
+        actors: list[ActorState],
+        source: TokenSource,
+        batch_size: int,
+        stats: ScorerStats,
+        limits: Limits,
+    ) -> None:
+        self.actors, self.stats = actors, stats
+        self._source, self._batch_size, self._limits = source, batch_size, limits
+        self._waiting: deque[_Piece] = deque()
+        self.retries = 0
+        self.queue_peak = 0
+
+    def submit(self, request: Request) -> None:
+        """Send a request off and return at once; pieces beyond the caps wait here."""
+        self._waiting.extend(self._cut(request))
+        self.pump(0.0)
+
+    def _cut(self, request: Request) -> list[_Piece]:
+        """Share a request out: a sample's rows to its home actor, equal work, pieces by length."""
+        samples, work = request.samples, request.work
+        if not len(samples):
+            return []
+        load = np.array([float(actor.work) for actor in self.actors])
+        load[[bool(actor.lost) for actor in self.actors]] = np.inf
+        if not np.isfinite(load).any():
+            load[:] = 0.0  # nobody is left; `pump` says so
+        usable = np.isfinite(load)
+        share = (load[usable].sum() + work.sum()) / usable.sum()
+        groups, inverse = np.unique(samples, return_inverse=True)
+        group_work = np.bincount(inverse, work)
+        target = np.empty(len(groups), np.int64)
+        for group in np.argsort(-group_work, kind="stable"):
+            home = int(groups[group]) % len(load)
+            if load[home] + group_work[group] > share * 1.05:
+                home = int(np.argmin(load))
+            target[group] = home
+            load[home] += group_work[group]
+        pieces = []
+        for home in np.unique(target):
+            rows = np.flatnonzero(target[inverse] == home)
+            rows = rows[np.argsort(work[rows], kind="stable")]
+            count = -(-len(rows) // self._batch_size)
+            pieces += [_Piece(request, part, int(home)) for part in np.array_split(rows, count)]
+        return pieces
+
+    def pump(self, timeout: float = 0.0) -> None:
+        """Take in answers, restart what died, send what waits.
+
+        Args:
+            timeout: seconds to wait for the next event, 0 for none.
+        """
+        self._dispatch()
+        owners = {ref: actor for actor in self.actors for ref in actor.outstanding}
+        owners |= {actor.ping: actor for actor in self.actors if actor.ping is not None}
+        if owners:
+            refs = list(owners)
+            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout)
+            if len(refs) > 1:
+                ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            for ref in ready:
+                self._receive(owners[ref], ref)
+            self._dispatch()
+        self._check_alive()
+
+    def _dispatch(self) -> None:
+        """Send waiting pieces, home actor first, then the least loaded one below its cap."""
+        held: list[_Piece] = []
+        while self._waiting:
+            piece = self._waiting.popleft()
+            if piece.request.error is not None:
+                continue
+            actor = self._choose(piece)
+            if actor is None:
+                held.append(piece)
+                if not piece.alone:
+                    break  # every actor is full
+                continue
+            packed = np.packbits(piece.request.keep[piece.places], axis=1)
+            # No retry by Ray: it would hide how often a request has killed its actor.
+            ref = actor.handle.score.options(max_task_retries=0).remote(
+                piece.samples, packed, piece.alone
+            )
+            actor.outstanding[ref] = piece
+            actor.work += piece.work
+        self._waiting.extendleft(reversed(held))
+        self.queue_peak = max(self.queue_peak, self.queue_depth)
+
+    def _choose(self, piece: _Piece) -> ActorState | None:
+        free = [
+            actor
+            for actor in self.actors
+            if actor.usable
+            and len(actor.outstanding) < (1 if piece.alone else self._limits.max_outstanding)
+            and not any(other.alone for other in actor.outstanding.values())
+        ]
+        home = self.actors[piece.home]
+        if home in free:
+            return home
+        return min(free, key=lambda actor: actor.work, default=None)
+
+    def _receive(self, actor: ActorState, ref: Any) -> None:
+        """One event of one actor: a reply, a death, or the end of a restart."""
+        if ref is actor.ping:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                actor.lost = first_lines(error)
+                logger.error("scorer actor %s is gone for good: %s", actor.name, actor.lost)
+            else:
+                actor.restarts += 1
+            actor.ping = None
+            return
+        piece = actor.outstanding.pop(ref)
+        actor.work -= piece.work
+        try:
+            reply: ScoreReply = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # a fault of ScorerActor itself
+            self._fail(piece, actor, first_lines(error), piece.samples)
+        except ray.exceptions.RayError as error:
+            self._retry(piece, actor, error)
+        else:
+            self._accept(piece, actor, reply)
+
+    def _accept(self, piece: _Piece, actor: ActorState, reply: ScoreReply) -> None:
+        stats = self.stats
+        for name, value in reply.work.items():
+            kind = type(getattr(stats, name))
+            setattr(stats, name, getattr(stats, name) + kind(value))
+        if reply.scores is None:
+            guilty = np.asarray(reply.guilty, np.int64)
+            self._fail(piece, actor, reply.error, guilty, reply.pid, reply.trace)
+            return
+        try:
+            scores = check_scores(
+                reply.scores, piece.samples, self._source, scorer=f"scorer actor {actor.name}"
+            )
+        except ScoringError as error:
+            self._fail(piece, actor, str(error), piece.samples, reply.pid)
+            return
+        piece.request.scores[piece.places] = scores
+        piece.request.left -= len(piece.places)
+
+    def _retry(self, piece: _Piece, actor: ActorState, error: ray.exceptions.RayError) -> None:
+        """A request whose actor died: again, alone; smaller after a second death."""
+        if actor.ping is None and not actor.lost:
+            actor.ping, actor.down_since = actor.handle.ready.remote(), time.monotonic()
+            logger.warning("scorer actor %s died: %s", actor.name, first_lines(error))
+        if piece.request.error is not None:
+            return
+        piece.kills += 1
+        self.retries += 1
+        rows = len(piece.places)
+        if rows == 1 and piece.kills >= self._limits.poison_limit:
+            reason = (
+                f"the request killed {piece.kills} scorer processes, the last time with: "
+                f"{first_lines(error)}"
+            )
+            self._fail(piece, actor, reason, piece.samples)
+        elif piece.alone and rows > 1:
+            for part in np.array_split(piece.places, min(_SPLIT, rows)):
+                self._waiting.appendleft(_Piece(piece.request, part, piece.home, True, 1))
+        else:
+            piece.alone = True
+            self._waiting.appendleft(piece)
+
+    def _fail(
+        self,
+        piece: _Piece,
+        actor: ActorState,
+        reason: str,
+        samples: NDArray[np.int64],
+        pid: int = 0,
+        trace: str = "",
+    ) -> None:
+        """End a request with an error that names samples and actor; tell the other processes."""
+        names = ", ".join(f"{self._source.id(int(s))!r} (number {s})" for s in samples[:4])
+        more = f" and {len(samples) - 4} more" if len(samples) > 4 else ""
+        process = f" (process {pid})" if pid else ""
+        message = f"scorer actor {actor.name}{process} failed on sample {names}{more}: {reason}"
+        error = ScoringError(message)
+        if trace:
+            error.add_note(f"in the scorer actor:\n{trace}")
+        piece.request.error = error
+        alive = [other for other in self.actors if other.usable]
+        if alive:
+            ray.wait([alive[0].handle.report_failure.remote(message)], timeout=5)
+
+    def _check_alive(self) -> None:
+        """Give up when pieces wait and no actor has been usable for too long."""
+        if not self._waiting or any(actor.usable for actor in self.actors):
+            return
+        away = min(time.monotonic() - (actor.down_since or 0.0) for actor in self.actors)
+        lost = all(actor.lost for actor in self.actors)
+        if not lost and away < self._limits.restart_timeout:
+            return
+        reason = self.actors[0].lost if lost else f"none came back within {away:.0f} s"
+        while self._waiting:
+            piece = self._waiting.popleft()
+            self._fail(piece, self.actors[piece.home], f"no actor left: {reason}", piece.samples)
+
+    @property
+    def queue_depth(self) -> int:
+        """Pieces waiting or under way, from this client."""
+        return len(self._waiting) + sum(len(actor.outstanding) for actor in self.actors)
+
+
+def first_lines(error: BaseException) -> str:
+    """What a Ray error says, without its pages of traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"

@@ -1,0 +1,110 @@
+"""What a scorer actor needs to know to build its scorer in another process.
+
+Only names and paths travel, never weights or features: large constructor arguments live in Ray's
+object store and would break the restart of an actor.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tprl_env.scoring import Scorer
+
+__all__ = ["KINDS", "PoolAddress", "ScorerSpec"]
+
+KINDS = ("lvlm", "toy", "import")
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """A scorer by name; small, picklable and JSON-able.
+
+    Attributes:
+        source: store path or ``"toy:..."``, opened by `tprl_env.features.open_source`.
+        metric: ``"exact"`` or ``"likelihood"``.
+        kind: ``"lvlm"`` (a frozen LVLM scores), ``"toy"`` (the toy source's rule), or
+            ``"import"`` (``factory`` builds the scorer).
+        lvlm: what `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
+        batch_size: rows of one forward pass; also the largest micro-batch of an actor.
+        device: torch device of the LVLM, None for the best one.
+        dtype: torch dtype name of the LVLM, None for its default.
+        factory: ``"module:function"``; the function gets this spec and returns a Scorer.
+        options: free JSON values for ``factory``.
+    """
+
+    source: str
+    metric: str = "likelihood"
+    kind: str = "lvlm"
+    lvlm: str = ""
+    batch_size: int = 128
+    device: str | None = None
+    dtype: str | None = None
+    factory: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate what can be checked without building anything."""
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.kind == "lvlm" and not self.lvlm:
+            raise ValueError("kind='lvlm' needs lvlm='...', what load_lvlm opens")
+        if self.kind == "import" and ":" not in self.factory:
+            raise ValueError(f"kind='import' needs factory='module:function', got {self.factory!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def build(self) -> Scorer:
+        """Open the source, load the LVLM and return the raw scorer (no cache).
+
+        Raises:
+            ValueError: if the source or the factory does not fit.
+        """
+        if self.kind == "import":
+            module, _, name = self.factory.partition(":")
+            build: Callable[[ScorerSpec], Scorer] = getattr(importlib.import_module(module), name)
+            return build(self)
+        if self.kind == "toy":
+            return self._toy()
+        return self._lvlm()
+
+    def _toy(self) -> Scorer:
+        from tprl_env.features import open_source
+        from tprl_env.toy import ToyScorer, ToyStore
+
+        source = open_source(self.source)
+        if not isinstance(source, ToyStore):
+            raise ValueError(f"kind='toy' needs a source 'toy:...', got {self.source!r}")
+        return ToyScorer(source, self.metric)  # type: ignore[arg-type]
+
+    def _lvlm(self) -> Scorer:
+        from tprl_env.features import FeatureStore
+        from tprl_env.lvlm import load_lvlm
+        from tprl_env.lvlm.scorer import LVLMScorer
+
+        lvlm = load_lvlm(self.lvlm, device=self.device, dtype=self.dtype)
+        store = FeatureStore.open(self.source, lvlm_fingerprint=lvlm.fingerprint)
+        return LVLMScorer(lvlm, store, self.metric, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class PoolAddress:
+    """How another process of the same Ray job reaches a running pool; JSON-able.
+
+    Attributes:
+        names: actor names.
+        namespace: Ray namespace of the names.
+        spec: the pool's `ScorerSpec` as a dict.
+        limits: keyword arguments of `ScorerPool` (caps and time limits).
+    """
+
+    names: tuple[str, ...]
+    namespace: str
+    spec: dict[str, Any]
+    limits: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dict for a config."""
+        return asdict(self)

@@ -1,0 +1,67 @@
+"""Imitation before reinforcement (TPRL eq. 7, 8), as a run's config asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tprl_env.demonstrations import nested_vispruner, saliency_demonstrator
+from tprl_env.lfd import LfdReport, pretrain
+from tprl_env.policy import PruningPolicy
+from tprl_env.rllib.config import TrainConfig, policy_config
+from tprl_env.token_source import TokenSource
+
+__all__ = ["imitate"]
+
+
+def imitate(
+    config: TrainConfig,
+    source: TokenSource,
+    folder: Path,
+    progress: Callable[[int, float], None] | None = None,
+) -> LfdReport:
+    """Train a fresh policy on demonstrations and save it.
+
+    Args:
+        config: names the demonstrator and its settings.
+        source: the samples.
+        folder: gets the policy, which `tprl_env.rllib.ppo.ppo_config` takes as ``init_policy``.
+        progress: called with (step, loss).
+
+    Raises:
+        ValueError: if the source lacks what the demonstrator needs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        policy = PruningPolicy(policy_config(config, source))
+    report = pretrain(
+        policy,
+        source,
+        _demonstrator(config, source),
+        steps=config.lfd_steps,
+        batch_size=config.lfd_batch_size,
+        lr=config.lfd_lr,
+        seed=config.seed,
+        pos_weight=config.lfd_weights,  # type: ignore[arg-type]
+        progress=progress,
+    )
+    policy.save_pretrained(folder)
+    return report
+
+
+def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
+    if config.demonstrator == "vispruner":
+        return nested_vispruner(source)
+    if isinstance(config.budget, tuple):
+        low, high = config.budget
+    else:
+        low = high = config.budget or round(config.count_target or 0)
+    if low < 1:
+        raise ValueError(
+            f"demonstrator={config.demonstrator!r} ranks tokens and needs to know how many to "
+            "keep; set budget or count_target"
+        )
+    return saliency_demonstrator(source, config.demonstrator, low, min(high, source.max_tokens))

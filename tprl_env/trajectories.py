@@ -1,0 +1,117 @@
+"""Drawn trajectories: what a policy keeps of a picture, step by step (TPRL fig. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tprl_env.pruners.base import prune_inputs
+from tprl_env.pruners.policy_pruner import PolicyPruner
+from tprl_env.render import TrajectoryStep, draw_trajectory
+from tprl_env.scoring import Scorer
+
+if TYPE_CHECKING:
+    from tprl_env.features import FeatureStore
+    from tprl_env.lvlm.base import LVLM
+
+
+def choose_examples(
+    store: FeatureStore, samples: npt.NDArray[np.int64], count: int
+) -> npt.NDArray[np.int64]:
+    """``count`` samples spread over the question types, one image each where possible."""
+    by_kind: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    repeated: list[int] = []
+    for sample in map(int, samples):
+        image = store.image_number(sample)
+        if image in seen:
+            repeated.append(sample)
+        else:
+            seen.add(image)
+            by_kind.setdefault(store.kind(sample), []).append(sample)
+    order: list[int] = []
+    while by_kind and len(order) < count:
+        for kind in sorted(by_kind):
+            if by_kind[kind]:
+                order.append(by_kind[kind].pop(0))
+        by_kind = {kind: left for kind, left in by_kind.items() if left}
+    # fewer images than examples: ask more about the same ones
+    return np.array((order + repeated)[:count], dtype=np.int64)
+
+
+def draw_examples(
+    store: FeatureStore,
+    scorer: Scorer,
+    pruner: PolicyPruner,
+    samples: npt.NDArray[np.int64],
+    budgets: Sequence[int],
+    out: Path,
+    lvlm: LVLM | None = None,
+) -> list[tuple[Path, str]]:
+    """Draw what the policy keeps step by step on the picture, one strip per sample.
+
+    Args:
+        store: Store of the samples.
+        scorer: Scores the mask of every step.
+        pruner: The trained policy.
+        samples: Sample numbers, ``(B,)``.
+        budgets: Tokens kept after each step, largest first.
+        out: Folder for ``trajectory-NN.png``.
+        lvlm: Where given, its generated answer stands under every step.
+
+    Returns:
+        Files and captions.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    drawn: list[tuple[Path, str]] = []
+    for number, sample in enumerate(map(int, samples)):
+        masks = _step_masks(store, pruner, sample, budgets)
+        scores = scorer(np.full(len(masks), sample, dtype=np.int64), masks)
+        answers = [None] * len(masks) if lvlm is None else _answers(store, lvlm, sample, masks)
+        count = int(np.prod(store.grid(sample)))
+        steps = [
+            TrajectoryStep(alive=mask[:count], score=float(score), answer=answer)
+            for mask, score, answer in zip(masks, scores, answers, strict=True)
+        ]
+        strip = draw_trajectory(
+            store.picture(sample),
+            store.grid(sample),
+            steps,
+            question=store.question(sample),
+            answer=store.answers(sample)[0],
+        )
+        path = out / f"trajectory-{number:02d}.png"
+        temporary = path.with_name(path.name + ".tmp")
+        Image.fromarray(strip).save(temporary, format="PNG")
+        temporary.replace(path)
+        drawn.append((path, f"{store.question(sample)} — {store.answers(sample)[0]}"))
+    return drawn
+
+
+def _step_masks(
+    store: FeatureStore, pruner: PolicyPruner, sample: int, budgets: Sequence[int]
+) -> npt.NDArray[np.bool_]:
+    """All tokens first, then what is left after each step, ``(T + 1, max_tokens)``."""
+    steps = pruner.trajectory(prune_inputs(store, sample), budgets)
+    masks = np.zeros((len(steps) + 1, store.max_tokens), dtype=np.bool_)
+    masks[0] = store.exists(np.array([sample]))[0]
+    for row, mask in enumerate(steps, start=1):
+        masks[row, : len(mask)] = np.asarray(mask)
+    return masks
+
+
+def _answers(
+    store: FeatureStore, lvlm: LVLM, sample: int, masks: npt.NDArray[np.bool_]
+) -> list[str]:
+    """What the LVLM says with each mask."""
+    import torch
+
+    tokens = torch.from_numpy(np.array(store.tokens(sample)))
+    prompt = lvlm.prompt(store.question(sample))
+    keep = [mask[: len(tokens)] for mask in masks]
+    return lvlm.generate([prompt] * len(masks), [tokens] * len(masks), keep)
