@@ -1,0 +1,66 @@
+"""The benchmarks run end to end on a tiny random checkpoint and end with their JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from lvlm_fixtures import save_llava
+from small_run import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    data = write_dataset(folder / "data")
+    return ["--lvlm", str(save_llava(folder / "lvlm")), "--dataset", str(data)]
+
+
+def last_line(name: str, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_rollout(inputs: list[str]) -> None:
+    pytest.importorskip("ray")
+    result = last_line(
+        "rollout", *inputs, "--episodes", "64", "--one-by-one", "2", "--repeats", "1",
+        "--warmup", "0", "--autoencoder-steps", "5",
+    )  # fmt: skip
+    for name in ("collect_vs_one_by_one", "cpu_per_step_vs_handwritten",
+                 "cpu_per_step_vs_rllib_default"):  # fmt: skip
+        assert result[name] > 0
+        low, high = result["ranges"][name]
+        assert low <= result[name] <= high
+    rows = {name: row["rows_trained_per_step"] for name, row in result["contenders"].items()}
+    assert rows["handwritten"] == result["setting"]["epochs"] == 4
+    assert rows["ours"] < rows["default"]  # no padding rows
+    assert 64 <= result["contenders"]["ours"]["steps_per_round"] <= 3 * 64
+    agreement = result["generated_equals_scored"]
+    assert agreement["equal"] == agreement["masks"] >= 2
+
+
+def test_scoring(inputs: list[str]) -> None:
+    result = last_line("scoring", *inputs, "--rows", "40", "--samples", "12", "--repeats", "1")
+    for figures in result["dtypes"].values():
+        assert all(rate > 0 for rate in figures["by_kept"].values())
+        assert set(figures["batching"]) == {"bucketed", "one_by_one", "padded_to_longest"}
+        assert figures["cache"]["computed"] + figures["cache"]["duplicates"] <= 40

@@ -1,0 +1,150 @@
+"""Demonstrations: nesting, budgets, files."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tprl_env.demonstrations import (
+    Demonstrations,
+    SaliencyDemonstrator,
+    nested_vispruner,
+    saliency_demonstrator,
+    sampled_budgets,
+)
+from tprl_env.pruners import OraclePruner, VisPruner, prune_inputs
+from tprl_env.toy import ToyStore
+
+
+class Towers(ToyStore):
+    """A toy store with a tower, two questions per picture and a question-attention channel."""
+
+    def __init__(self, **fields):
+        super().__init__(**fields)
+        self.pruned = 0
+
+    def image_number(self, sample):
+        return int(sample) // 2
+
+    def _features(self, sample, width):
+        rng = np.random.default_rng(self.image_number(sample))
+        return rng.normal(size=(int(self.exists([sample]).sum()), width)).astype(np.float32)
+
+    def tower(self, sample):
+        self.pruned += 1
+        return self._features(sample, 6)
+
+    def cls_attention(self, sample):
+        return np.exp(self._features(sample, 1)[:, 0])
+
+    def has_channel(self, name):
+        return name in ("codes", "question_attention")
+
+    def channel(self, name, index):
+        assert name == "question_attention"
+        return np.random.default_rng(index).random(int(self.exists([index]).sum()))
+
+
+def test_nested_vispruner_restricts_to_survivors():
+    store = Towers(samples=6, tokens=16)
+    d = nested_vispruner(store)
+    assert len(d) == 12 and store.pruned == 3  # once per picture
+    assert d.sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert d.step.tolist() == [0, 1] * 6 and set(d.budget.tolist()) == {8}
+    assert d.alive.sum(1).tolist() == [16, 12] * 6 and d.keep.sum(1).tolist() == [12, 8] * 6
+    assert np.array_equal(d.keep[0::2], d.alive[1::2])  # the next state is what was kept
+    first = VisPruner().prune(prune_inputs(store, 4), 12).numpy()
+    assert np.array_equal(d.keep[8], first)
+
+
+def test_nested_vispruner_intersects():
+    store = Towers(samples=4, tokens=16)
+    d = nested_vispruner(store, (0.5, 0.25), nest="intersect", samples=[3])
+    inputs = prune_inputs(store, 3)
+    half, quarter = (VisPruner().prune(inputs, k).numpy() for k in (8, 4))
+    assert np.array_equal(d.keep[0], half) and np.array_equal(d.keep[1], half & quarter)
+
+
+def test_nested_vispruner_with_padding_and_errors():
+    store = Towers(samples=6, tokens=16, vary=True)
+    rows = [0, 2, 4]
+    d = nested_vispruner(store, samples=rows)
+    assert np.array_equal(d.alive[0::2], store.exists(rows))
+    assert d.keep[1::2].sum(1).tolist() == [
+        round(0.5 * n) for n in store.exists(rows).sum(1).tolist()
+    ]
+    for rates in ((), (0.5, 0.75), (0.5, 0.5), (1.2, 0.5), (0.5, 0.0)):
+        with pytest.raises(ValueError, match="rates must fall"):
+            nested_vispruner(store, rates)
+    with pytest.raises(ValueError, match="nest must be restrict or intersect, got 'union'"):
+        nested_vispruner(store, nest="union")
+    with pytest.raises(ValueError, match="needs tower, cls_attention"):
+        nested_vispruner(ToyStore(samples=2))
+
+
+@pytest.mark.parametrize("saliency", ["question_attention", OraclePruner()])
+def test_sampled_budgets_are_top_k(saliency):
+    store = Towers(samples=50, tokens=16, vary=True)
+    d = sampled_budgets(store, saliency, 2, 8, seed=1)
+    again = sampled_budgets(store, saliency, 2, 8, seed=1)
+    assert np.array_equal(d.keep, again.keep)
+    assert np.array_equal(d.alive, store.exists(range(50)))
+    assert np.array_equal(d.keep.sum(1), d.budget) and not d.step.any()
+    assert d.budget.min() == 2 and d.budget.max() == 8
+    if saliency == "question_attention":
+        values = store.channel(saliency, 7)
+        assert set(np.flatnonzero(d.keep[7])) == set(np.argsort(-values)[: d.budget[7]])
+    else:
+        mask = saliency.prune(prune_inputs(store, 7), int(d.budget[7])).numpy()
+        assert np.array_equal(d.keep[7][: len(mask)], mask)
+
+
+def test_budgets_are_log_uniform():
+    demonstrator = SaliencyDemonstrator(
+        np.arange(4), np.random.default_rng(0).random((4, 16)).astype(np.float32), 1, 3
+    )
+    budgets = demonstrator.draw(np.random.default_rng(0), 20_000).budget
+    share = [np.mean(budgets == k) for k in (1, 2, 3)]
+    wanted = [np.log((k + 1) / k) / np.log(4) for k in (1, 2, 3)]  # .5, .2925, .2075
+    assert np.allclose(share, wanted, atol=0.015)
+
+
+def test_demonstrator_errors():
+    store = ToyStore(samples=4, tokens=16)
+    with pytest.raises(ValueError, match="has no channel 'question_attention'"):
+        saliency_demonstrator(store, "question_attention", 1, 4)
+    for low, high in ((0, 4), (5, 4), (1, 17)):
+        with pytest.raises(ValueError, match="1 <= low <= high <= 16"):
+            saliency_demonstrator(store, OraclePruner(), low, high)
+    with pytest.raises(ValueError, match="NaN"):
+        SaliencyDemonstrator(np.arange(1), np.full((1, 3), np.nan, np.float32), 1, 2)
+    with pytest.raises(ValueError, match="at least one"):
+        saliency_demonstrator(store, OraclePruner(), 1, 4, samples=[])
+
+
+def test_files_come_back_and_torn_ones_do_not(tmp_path):
+    d = sampled_budgets(ToyStore(samples=5), OraclePruner(), 1, 4, seed=0)
+    path = tmp_path / "demonstrations" / "oracle.safetensors"
+    d.save(path)
+    again = Demonstrations.load(path)
+    for name in ("sample", "alive", "keep", "budget", "step"):
+        assert np.array_equal(getattr(d, name), getattr(again, name))
+    assert [p.name for p in path.parent.iterdir()] == ["oracle.safetensors"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="damaged"):
+        Demonstrations.load(path)
+    save_file({"sample": np.zeros(2)}, path)
+    with pytest.raises(ValueError, match="must hold sample, alive"):
+        Demonstrations.load(path)
+    with pytest.raises(FileNotFoundError, match="is not a file"):
+        Demonstrations.load(tmp_path / "none")
+
+
+def test_rows_that_do_not_belong_together_are_refused():
+    one, mask = np.zeros(2, np.int64), np.ones((2, 4), np.bool_)
+    Demonstrations(one, mask, mask, one, one)
+    with pytest.raises(ValueError, match=r"budget of int64\(2,\)"):
+        Demonstrations(one, mask, mask, one[:1], one)
+    with pytest.raises(ValueError, match="keep alive tokens only"):
+        Demonstrations(one, ~mask, mask, one, one)
+    assert torch.from_numpy(mask).dtype == torch.bool

@@ -1,0 +1,76 @@
+"""The batch of episodes below both environments."""
+
+import numpy as np
+import pytest
+
+from tprl_env.episodes import Episodes, choose_episode, open_environment
+from tprl_env.features import StoreError
+from tprl_env.rules import EpisodeRules
+from tprl_env.scoring import ScoringError
+from tprl_env.toy import ToyScorer, ToyStore
+
+
+def begin(count=2, scorer=None, **rules):
+    source = ToyStore(samples=8, tokens=8)
+    episodes = Episodes(source, scorer or ToyScorer(source, "exact"), EpisodeRules(**rules), count)
+    numbers = np.arange(count)
+    episodes.start(numbers, numbers, numbers * 0 + 3)
+    return episodes
+
+
+def test_episodes_that_are_not_live_are_left_untouched():
+    episodes = begin()
+    rewards, ended = episodes.advance(np.zeros((2, 8), bool), np.array([True, False]))
+    assert ended.tolist() == [True, False] and rewards[1] == 0
+    assert episodes.alive.sum(1).tolist() == [0, 8] and episodes.step.tolist() == [1, 0]
+    assert episodes.live.tolist() == [False, True]
+
+
+def test_starting_one_slot_leaves_the_others():
+    episodes = begin()
+    episodes.advance(np.arange(16).reshape(2, 8) % 2 == 0, np.ones(2, bool))
+    episodes.start(np.array([1]), np.array([5]), np.array([2]))
+    assert episodes.samples.tolist() == [0, 5] and episodes.step.tolist() == [1, 0]
+    assert episodes.alive.sum(1).tolist() == [4, 8]
+
+
+def test_unscored_steps_have_no_score():
+    episodes = begin(score_steps="final")
+    episodes.advance(np.ones((2, 8), bool), np.array([True, False]))
+    values, known = episodes.info()["score"]
+    assert known.tolist() == [False, True] and not np.isnan(values).any()
+
+
+def test_stored_full_scores_are_checked_too():
+    source = ToyStore(samples=8, tokens=8)
+    source.full_scores = lambda metric: np.full(8, np.nan, np.float32)
+    episodes = Episodes(source, ToyScorer(source, "exact"), EpisodeRules(), 1)
+    with pytest.raises(ScoringError, match=r"full_scores of the source .*toy-4"):
+        episodes.start(np.array([0]), np.array([4]), np.array([0]))
+
+
+def test_a_scorer_of_the_wrong_length_is_refused():
+    episodes = begin(scorer=lambda samples, keep: np.ones(3))
+    with pytest.raises(ScoringError, match="for 2 samples"):
+        episodes.advance(np.ones((2, 8), bool), np.ones(2, bool))
+
+
+def test_choices_are_drawn_in_a_fixed_order():
+    source, rules = ToyStore(samples=100), EpisodeRules(budget=(2, 9))
+    expected = np.random.default_rng(0)
+    sample = int(expected.integers(100))
+    found = choose_episode(np.random.default_rng(0), source, rules)
+    assert found == (sample, rules.draw_budget(expected))
+    assert choose_episode(expected, source, EpisodeRules(), 7) == (7, 0)
+    assert choose_episode(expected, source, rules, 7, 4) == (7, 4)
+
+
+def test_opening_by_path_goes_to_the_feature_store(tmp_path):
+    with pytest.raises((ValueError, OSError, StoreError), match="missing"):
+        open_environment(tmp_path / "missing", None, EpisodeRules())
+
+
+def test_a_source_object_is_used_as_it_is():
+    source = ToyStore()
+    opened, scorer = open_environment(source, None, EpisodeRules(metric="likelihood"))
+    assert opened is source and isinstance(scorer, ToyScorer) and scorer.metric == "likelihood"

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from lvlm_fixtures import NUM_TOKENS, QUESTIONS, pictures, save_llava
+
+from tprl_env.autoencoder_model import AutoencoderConfig, TokenAutoencoder
+from tprl_env.inference import PrunedLVLM
+from tprl_env.lvlm import load_lvlm
+from tprl_env.policy import PolicyConfig, PruningPolicy
+from tprl_env.pruners import make_pruner
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inference")
+    save_llava(root / "lvlm")
+    lvlm = load_lvlm(str(root / "lvlm"))
+    torch.manual_seed(0)
+    TokenAutoencoder(AutoencoderConfig(lvlm.token_width, 8)).save_pretrained(root / "autoencoder")
+    config = PolicyConfig.question_aware(8, lvlm.query_width)
+    PruningPolicy(config).save_pretrained(root / "policy")
+    return root
+
+
+def test_three_lines_prune_and_answer(folders):
+    model = PrunedLVLM.load(
+        str(folders / "lvlm"), policy=folders / "policy", autoencoder=folders / "autoencoder"
+    )
+    answers = model.answer_batch(pictures(3), list(QUESTIONS), budget=5)
+    assert [int(answer.keep.sum()) for answer in answers] == [5, 5, 5]
+    single = model.answer(pictures(3)[1], QUESTIONS[1], budget=5)
+    assert single.text == answers[1].text
+    assert np.array_equal(single.keep, answers[1].keep)
+
+
+def test_keeping_all_tokens_is_the_plain_model(folders):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    model = PrunedLVLM(lvlm, make_pruner("cls_attention"))
+    picture = pictures(1)[0]
+    pruned = model.answer(picture, QUESTIONS[0], budget=NUM_TOKENS)
+    plain = lvlm.generate([lvlm.prompt(QUESTIONS[0])], [lvlm.encode_images([picture])[0].tokens])
+    assert pruned.text == plain[0]
+    assert pruned.keep.all()
+
+
+def test_the_llm_s_own_attention_can_prune(folders):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("question_attention"))
+    assert model.answer(pictures(1)[0], QUESTIONS[0], budget=3).keep.sum() == 3
+
+
+def test_a_threshold_keeps_a_varying_number(folders):
+    model = PrunedLVLM.load(
+        str(folders / "lvlm"),
+        policy=folders / "policy",
+        autoencoder=folders / "autoencoder",
+        threshold=0.999999,
+    )
+    assert model.answer(pictures(1)[0], QUESTIONS[0], budget=5).keep.sum() == 1  # the arg-max
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("oracle", "labels"), ("policy", "autoencoder")])
+def test_pruners_that_cannot_see_their_inputs_are_refused(folders, name, sentence):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    fields = {"policy": PruningPolicy.from_pretrained(folders / "policy")}
+    pruner = make_pruner(name, **(fields if name == "policy" else {}))
+    with pytest.raises(ValueError, match=sentence):
+        PrunedLVLM(lvlm, pruner)
+
+
+def test_one_question_per_picture(folders):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("uniform"))
+    with pytest.raises(ValueError, match="1 pictures and 2 questions"):
+        model.answer_batch(pictures(1), list(QUESTIONS[:2]), budget=3)

@@ -1,0 +1,176 @@
+"""Prompts, answers, fingerprints, and what is refused before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from lvlm_fixtures import LLAVA15_CHAT_TEMPLATE, QUESTIONS, byte_tokenizer, save_llava
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from tprl_env.lvlm import FAMILIES, load_lvlm
+from tprl_env.lvlm.base import Prompt
+from tprl_env.lvlm.llava import LlavaLVLM
+
+torch.set_num_threads(1)
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def word_folder(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("word"), cls_attention_layer=-1)
+
+
+@pytest.fixture(scope="module")
+def word_lvlm(word_folder):
+    return load_lvlm(word_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def byte_folder(tmp_path_factory):
+    """Like LLaVA-1.5's folder: chat template, byte-level words, layer -2 for everything."""
+    folder = tmp_path_factory.mktemp("byte")
+    return save_llava(
+        folder, tokenizer=byte_tokenizer(), chat_template=LLAVA15_CHAT_TEMPLATE, seed=1
+    )
+
+
+@pytest.fixture(scope="module", params=["word", "byte"])
+def folder(request, word_folder, byte_folder):
+    return {"word": word_folder, "byte": byte_folder}[request.param]
+
+
+@pytest.fixture(scope="module")
+def lvlm(folder):
+    return load_lvlm(folder, device="cpu")
+
+
+def test_prompt_is_what_the_template_gives(lvlm, folder):
+    tokenizer = LlavaProcessor.from_pretrained(folder).tokenizer
+    for question in QUESTIONS:
+        prompt = lvlm.prompt(f"  {question} ")
+        text = f"USER: <image>\n{question} ASSISTANT:"
+        assert prompt.text.strip() == text
+        ids = list(prompt.ids)
+        assert ids == [1, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        assert ids.count(1) == 1 and ids.count(4) == 1 and ids[prompt.image_at] == 4
+        start, stop = prompt.question_span
+        assert tokenizer.decode(ids[start:stop]).strip() == question
+        assert "USER" not in tokenizer.decode(ids[start:stop])
+
+
+def test_question_span_is_not_fooled_by_template_words(word_lvlm):
+    prompt = word_lvlm.prompt("USER: USER: ASSISTANT:")
+    assert prompt.question_span == (3, 6)
+    assert len(prompt.ids) == 7
+
+
+def test_question_embeddings(lvlm, folder):
+    plain = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    prompt = lvlm.prompt(QUESTIONS[0])
+    ids = torch.tensor(prompt.ids[slice(*prompt.question_span)])
+    embedded = lvlm.question_embeddings(prompt)
+    assert embedded.dtype == torch.float32
+    torch.testing.assert_close(embedded, plain.get_input_embeddings()(ids))
+
+
+def test_answer_ids_follow_the_joint_tokenisation(lvlm, folder):
+    tokenizer = LlavaProcessor.from_pretrained(folder).tokenizer
+    prompt = lvlm.prompt(QUESTIONS[0])
+    for answer in ("7", "red c1", " yes "):
+        ids = lvlm.answer_ids(prompt, answer)
+        assert ids[-1] == EOS
+        joint = tokenizer(f"{prompt.text.strip()} {answer.strip()}", add_special_tokens=False)
+        assert [*prompt.ids[1:], *ids[:-1]] == joint["input_ids"]
+
+
+def test_prompt_and_answer_errors(word_lvlm):
+    prompt = word_lvlm.prompt(QUESTIONS[0])
+    with pytest.raises(ValueError, match="question is empty"):
+        word_lvlm.prompt(" ")
+    with pytest.raises(ValueError, match="contains the image placeholder '<image>'"):
+        word_lvlm.prompt("what is <image> ?")
+    with pytest.raises(ValueError, match="vocabulary cannot express it"):
+        word_lvlm.answer_ids(prompt, "zebra")
+    with pytest.raises(ValueError, match="neither may be empty"):
+        word_lvlm.answer_ids(prompt, "")
+    with pytest.raises(ValueError, match="covers the image placeholder"):
+        Prompt((1, 4, 5), 1, (1, 3))
+    with pytest.raises(ValueError, match="must lie inside"):
+        Prompt((1, 4, 5), 1, (2, 2))
+
+
+def test_fingerprint_follows_weights_and_config(word_folder, tmp_path):
+    first = load_lvlm(word_folder, device="cpu").fingerprint
+    assert first.startswith("sha256:") and len(first) == 71
+    copy = shutil.copytree(word_folder, tmp_path / "copy")
+    (copy / "README.md").write_text("notes")
+    assert load_lvlm(copy, device="cpu").fingerprint == first
+    config = json.loads((copy / "config.json").read_text())
+    config["cls_attention_layer"] = -2
+    (copy / "config.json").write_text(json.dumps(config))
+    assert load_lvlm(copy, device="cpu").fingerprint != first
+    other = save_llava(tmp_path / "other", cls_attention_layer=-1, seed=5)
+    assert load_lvlm(other, device="cpu").fingerprint != first
+
+
+def test_refusals(word_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'\./nowhere' does not exist"):
+        load_lvlm("./nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        load_lvlm(empty)
+    pickled = shutil.copytree(word_folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for load in (load_lvlm, LlavaLVLM.from_pretrained):
+        with pytest.raises(ValueError, match=r"only pickle files \(pytorch_model\.bin\)"):
+            load(pickled)
+    bert = shutil.copytree(word_folder, tmp_path / "bert")
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type 'bert'; known families: llava"):
+        load_lvlm(bert)
+    with pytest.raises(ValueError, match="model_type 'bert', but LlavaLVLM loads 'llava'"):
+        LlavaLVLM.from_pretrained(bert)
+    (bert / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no valid JSON"):
+        load_lvlm(bert)
+    with pytest.raises(ValueError, match="dtype must be like 'float32' or 'bfloat16', got 'int8'"):
+        load_lvlm(word_folder, device="cpu", dtype="int8")
+    assert set(FAMILIES) == {"llava"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": {"model_type": "gemma2", "head_dim": 12}}, "'gemma2' language model"),
+        ({"text_config": {"model_type": "mistral", "sliding_window": 8}}, "sliding window 8"),
+        ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
+    ],
+)
+def test_parts_that_cannot_be_run_are_refused_before_loading(
+    word_folder, tmp_path, changes, message
+):
+    folder = shutil.copytree(word_folder, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "model.safetensors").write_bytes(b"never read")
+    with pytest.raises(ValueError, match=message):
+        load_lvlm(folder, device="cpu")
+
+
+def test_without_transformers_one_line_names_the_cure(word_folder):
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from tprl_env.lvlm import load_lvlm\n"
+        f"try: load_lvlm({str(word_folder)!r})\n"
+        "except ImportError as error: print(error)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert out.stdout.strip().endswith('pip install "tprl-env[lvlm]"')

@@ -1,0 +1,98 @@
+"""Batches, caches and refusals of the scorer that drives training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lvlm_fixtures import NUM_TOKENS, memory_store, save_llava
+
+from tprl_env.lvlm import load_lvlm
+from tprl_env.lvlm.scorer import LVLMScorer
+from tprl_env.scoring import CachedScorer, ScoringError
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def word_folder(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("word"), cls_attention_layer=-1)
+
+
+@pytest.fixture(scope="module")
+def word_lvlm(word_folder):
+    return load_lvlm(word_folder, device="cpu")
+
+
+def test_scorer_equals_the_lvlm_row_by_row(word_lvlm):
+    store = memory_store(word_lvlm)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, len(store), 60)
+    keep = rng.random((60, NUM_TOKENS)) < rng.random((60, 1))
+    scorer = LVLMScorer(word_lvlm, store, "likelihood", batch_size=8, batch_tokens=200)
+    exact, likelihood = scorer.score_both(samples, keep)
+    np.testing.assert_array_equal(scorer(samples, keep), likelihood)
+    for row, sample in enumerate(samples):
+        alone = word_lvlm.score(
+            [store.prompts[sample]],
+            [[tuple(a) for a in store.answers[sample]]],
+            [store.tokens(sample)],
+            [keep[row]],
+        )
+        assert exact[row] == alone.exact[0]
+        assert likelihood[row] == pytest.approx(alone.likelihood[0], rel=1e-4)
+    stats = scorer.stats
+    assert (stats.requests, stats.scores, stats.computed) == (2, 120, 120)
+    answers = sum(len(store.answers[s]) for s in samples)
+    assert stats.batch_rows == 2 * answers
+    assert stats.batches >= 2 * 60 / 8
+    assert stats.busy_seconds > 0
+    everything = scorer.score_both(np.arange(len(store)))
+    full = scorer.score_both(np.arange(len(store)), store.exists(np.arange(len(store))))
+    np.testing.assert_array_equal(everything, full)
+
+
+def test_buckets_pad_less(word_lvlm):
+    store = memory_store(word_lvlm)
+    rng = np.random.default_rng(1)
+    samples = rng.integers(0, len(store), 64)
+    keep = rng.random((64, NUM_TOKENS)) < rng.random((64, 1))
+    loose = LVLMScorer(word_lvlm, store, batch_size=64, batch_tokens=1 << 20, max_padding=1.0)
+    tight = LVLMScorer(word_lvlm, store, batch_size=64, batch_tokens=1 << 20, max_padding=0.1)
+    np.testing.assert_array_equal(loose(samples, keep), tight(samples, keep))
+    assert loose.stats.batches == 1
+    assert tight.stats.padded_tokens < loose.stats.padded_tokens / 2
+
+
+def test_token_cache_stays_within_its_bound(word_lvlm):
+    store = memory_store(word_lvlm)
+    scorer = LVLMScorer(word_lvlm, store, token_cache_mb=0)
+    samples = np.arange(len(store))
+    keep = np.ones((len(store), NUM_TOKENS), bool)
+    first = scorer(samples, keep)
+    assert len(scorer._tokens) == 1
+    np.testing.assert_array_equal(LVLMScorer(word_lvlm, store)(samples, keep), first)
+
+
+def test_scorer_refuses_the_store_of_another_lvlm(word_lvlm):
+    store = memory_store(word_lvlm)
+    store.manifest.lvlm_fingerprint = "sha256:other"
+    with pytest.raises(ValueError, match=r"another LVLM \(sha256:other\)"):
+        LVLMScorer(word_lvlm, store)
+    with pytest.raises(ValueError, match="metric must be one of exact, likelihood, got 'bleu'"):
+        LVLMScorer(word_lvlm, memory_store(word_lvlm), "bleu")
+
+
+def test_failures_inside_name_the_samples(word_lvlm):
+    store = memory_store(word_lvlm)
+    store.visual[2] = store.visual[2][:, :7]
+    scorer = LVLMScorer(word_lvlm, store)
+    keep = np.ones((2, NUM_TOKENS), bool)
+    keep[:, 0] = False
+    with pytest.raises(ScoringError, match=r"failed on \['sample-4', 'sample-5'\]: ValueError"):
+        scorer(np.array([4, 5]), keep)
+    store = memory_store(word_lvlm)
+    store.visual[1] = np.full_like(store.visual[1], np.nan)
+    cached = CachedScorer(LVLMScorer(word_lvlm, store, "likelihood"), store, "likelihood")
+    with pytest.raises(ScoringError, match="nan for sample 'sample-3'"):
+        cached(np.array([0, 3]), keep)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from tprl_env.scoring import CachedScorer, ScorerStats, ScoringError, check_scores
+
+
+class Source:
+    """Five samples of up to six tokens; sample 4 has only four."""
+
+    max_tokens = 6
+
+    def __len__(self):
+        return 5
+
+    def exists(self, samples):
+        counts = np.where(np.asarray(samples) == 4, 4, 6)
+        return np.arange(6)[None] < counts[:, None]
+
+    def id(self, sample):
+        return f"s{sample}"
+
+    def full_scores(self, metric):
+        return np.array([0.5, 0.6, 0.7, 0.8, 0.9], np.float32)
+
+
+class Counting:
+    """Scores a mask by its share of kept tokens, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, samples, keep):
+        self.asked += [(int(s), row.tolist()) for s, row in zip(samples, keep, strict=True)]
+        return keep.mean(1).astype(np.float32)
+
+
+def masks(*rows):
+    return np.array([[bit == "1" for bit in row] for row in rows])
+
+
+def test_counters_are_exact():
+    inner = Counting()
+    scorer = CachedScorer(inner, Source(), "exact")
+    keep = masks("110000", "110000", "111111", "100000", "110000")
+    samples = np.array([0, 0, 1, 0, 3])
+    scores = scorer(samples, keep)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [1 / 3, 1 / 3, 0.6, 1 / 6, 1 / 3])
+    assert len(inner.asked) == 3
+    np.testing.assert_allclose(scorer(samples, keep), scores)
+    assert len(inner.asked) == 3
+    stats = scorer.stats
+    assert (stats.requests, stats.scores, stats.computed) == (2, 10, 3)
+    assert (stats.duplicates, stats.cache_hits, stats.full_hits) == (2, 3, 2)
+    assert stats.scores == stats.computed + stats.duplicates + stats.cache_hits + stats.full_hits
+
+
+def test_padding_is_ignored_and_full_means_all_existing_tokens():
+    inner = Counting()
+    scorer = CachedScorer(inner, Source(), "exact")
+    scores = scorer(np.array([4, 4, 4, 4]), masks("111100", "111111", "110011", "110000"))
+    np.testing.assert_allclose(scores, [0.9, 0.9, 1 / 3, 1 / 3])
+    assert inner.asked == [(4, [True, True, False, False, False, False])]
+
+
+def test_cache_drops_the_least_recently_used():
+    inner = Counting()
+    scorer = CachedScorer(inner, Source(), "exact", cache_size=2)
+    one, two, three = (masks(m) for m in ("100000", "010000", "001000"))
+    zero = np.array([0])
+    for mask in (one, two, one, three, one, two):
+        scorer(zero, mask)
+    assert [sum(row) for _, row in inner.asked] == [1, 1, 1, 1]
+    assert scorer.stats.cache_hits == 2
+    off = CachedScorer(Counting(), Source(), "exact", cache_size=0)
+    off(zero, one)
+    off(zero, one)
+    assert off.stats.computed == 2
+
+
+def test_empty_request_and_no_token_left():
+    scorer = CachedScorer(Counting(), Source(), "exact")
+    assert scorer(np.zeros(0, np.int64), np.zeros((0, 6), bool)).shape == (0,)
+    assert scorer(np.array([2]), masks("000000")).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 1.5])
+def test_a_number_that_is_no_score_names_the_sample(bad):
+    def inner(samples, keep):
+        return np.where(samples == 3, bad, 0.5)
+
+    scorer = CachedScorer(inner, Source(), "exact")
+    with pytest.raises(ScoringError, match=r"inner returned .* for sample 's3' \(number 3\)"):
+        scorer(np.array([0, 3]), masks("100000", "100000"))
+    assert scorer(np.array([0]), masks("100000")).tolist() == [0.5]
+
+
+def test_wrong_length_is_refused():
+    scorer = CachedScorer(lambda samples, keep: np.zeros(1), Source(), "exact")
+    with pytest.raises(ScoringError, match=r"shape \(1,\) for 2 samples \['s0', 's1'\]"):
+        scorer(np.array([0, 1]), masks("100000", "100000"))
+
+
+class OwnError(Exception):
+    """Not derived from RuntimeError."""
+
+
+def test_a_raising_scorer_names_samples_and_cause():
+    def broken(samples, keep):
+        raise OwnError("device lost")
+
+    scorer = CachedScorer(broken, Source(), "exact")
+    with pytest.raises(ScoringError, match=r"broken failed on \['s2'\]: OwnError: device lost"):
+        scorer(np.array([2]), masks("100000"))
+
+
+def test_interrupts_pass_through():
+    def stopped(samples, keep):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CachedScorer(stopped, Source(), "exact")(np.array([2]), masks("100000"))
+
+
+@pytest.mark.parametrize(
+    ("samples", "keep", "message"),
+    [
+        (np.array([[0]]), masks("100000"), "1-D integer array"),
+        (np.array([0.0]), masks("100000"), "1-D integer array"),
+        (np.array([0]), masks("10000"), r"shape \(1, 6\)"),
+        (np.array([0]), masks("100000").astype(int), "must be bool"),
+        (np.array([5]), masks("100000"), r"lie in \[0, 5\), got 5..5"),
+        (np.array([-1]), masks("100000"), r"lie in \[0, 5\)"),
+    ],
+)
+def test_malformed_requests(samples, keep, message):
+    with pytest.raises(ValueError, match=message):
+        CachedScorer(Counting(), Source(), "exact")(samples, keep)
+
+
+def test_negative_cache_size():
+    with pytest.raises(ValueError, match="cache_size must be 0"):
+        CachedScorer(Counting(), Source(), "exact", cache_size=-1)
+
+
+def test_check_scores_forgives_rounding_only():
+    checked = check_scores(np.array([1.0 + 5e-7, -5e-7, 1]), np.array([0, 1, 2]), Source())
+    assert checked.tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(ScoringError):
+        check_scores(np.array([1.001]), np.array([0]), Source())
+    with pytest.raises(ScoringError):
+        check_scores(np.array(["a"]), np.array([0]), Source())
+
+
+def test_stats_add():
+    total = ScorerStats(requests=1, busy_seconds=0.5).add(ScorerStats(requests=2, batches=3))
+    assert total.as_dict()["requests"] == 3
+    assert (total.batches, total.busy_seconds) == (3, 0.5)
+
+
+def test_threads_lose_no_count():
+    scorer = CachedScorer(Counting(), Source(), "exact", cache_size=8)
+    rng = np.random.default_rng(0)
+    requests = [(rng.integers(0, 5, 16), rng.random((16, 6)) < 0.5) for _ in range(40)]
+
+    def work(part):
+        for samples, keep in part:
+            np.testing.assert_array_equal(
+                scorer(samples, keep),
+                CachedScorer(Counting(), Source(), "exact")(samples, keep),
+            )
+
+    threads = [threading.Thread(target=work, args=(requests[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = scorer.stats
+    assert (stats.requests, stats.scores) == (40, 640)
+    assert stats.scores == stats.computed + stats.duplicates + stats.cache_hits + stats.full_hits
+
+
+def test_a_copied_cache_scores_the_same_from_an_empty_cache():
+    import copy
+    import pickle
+
+    from tprl_env.toy import ToyScorer, ToyStore
+
+    store = ToyStore(samples=4, tokens=9)
+    scorer = CachedScorer(ToyScorer(store), store, "likelihood")
+    samples, keep = np.arange(4), np.eye(4, 9, dtype=bool)
+    expected = scorer(samples, keep)
+    for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
+        assert twin.stats.computed == 0
+        np.testing.assert_array_equal(twin(samples, keep), expected)
