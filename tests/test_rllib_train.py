@@ -71,6 +71,18 @@ def test_exact_budgets_learn_and_everything_is_written(tmp_path: Path):
     assert policy.config == policy_config(load_config("smoke"), source)
 
 
+def test_without_scorer_actors_the_runner_scores_and_the_scores_are_the_same(tmp_path: Path):
+    limits = {"iterations": 2, "report_every": 1}
+    with_actors = load_config("smoke", limits)
+    without = with_actors.replace(num_scorers=0)
+    for name, config in (("actors", with_actors), ("none", without)):
+        train(config, tmp_path / name, progress=False)
+    first, second = rows(tmp_path / "actors"), rows(tmp_path / "none")
+    for name in ("score", "kept", "scores", "mean_return"):
+        assert [row[name] for row in first] == pytest.approx([row[name] for row in second])
+    assert second[-1]["busy_share"] <= 1.05
+
+
 def test_bernoulli_actions_learn_with_a_count_loss(tmp_path: Path):
     config = load_config(
         "smoke",

@@ -110,7 +110,7 @@ class TrainConfig:
         num_env_runners: remote runners; 0 runs in the driver.
         num_learners: remote learners; 0 learns in the driver.
         gpus_per_learner: GPUs of each learner.
-        num_scorers: scorer actors.
+        num_scorers: scorer actors; 0 scores in each runner's own process.
         scorer_cpus: CPUs, and torch threads, of each.
         scorer_gpus: GPUs of each.
         scorer_resources: custom resources of each.

@@ -30,7 +30,7 @@ _AT_LEAST: dict[str, float] = {
     "num_env_runners": 0,
     "num_learners": 0,
     "gpus_per_learner": 0,
-    "num_scorers": 1,
+    "num_scorers": 0,
     "scorer_cpus": 0,
     "scorer_gpus": 0,
     "scorer_batch_size": 1,

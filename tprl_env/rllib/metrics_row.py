@@ -131,7 +131,7 @@ def iteration_row(
         kl=number(learner, "mean_kl_loss"),
         clipped=number(learner, "clipped_share"),
         scores_per_second=float(scorer.get("scores", 0)) / max(seconds, 1e-9),
-        busy_share=float(scorer.get("busy_seconds", 0)) / max(seconds, 1e-9) / config.num_scorers,
+        busy_share=float(scorer.get("busy_seconds", 0)) / max(seconds, 1e-9) / max(1, config.num_scorers),
         batch_fill=number(scorer, "batch_fill"),
         duplicates=int(scorer.get("duplicates", 0)),
         cache_hits=int(scorer.get("cache_hits", 0)),

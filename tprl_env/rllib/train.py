@@ -29,6 +29,7 @@ from tprl_env.rllib.module import load_policy, shared_source
 from tprl_env.rllib.ppo import ppo_config
 from tprl_env.rllib.run_folder import Progress, RunFolder
 from tprl_env.rllib.scorer_pool import ScorerPool
+from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.warmup import imitate
 
 __all__ = ["TrainResult", "ray_session", "train"]
@@ -109,9 +110,8 @@ def train(
     lines = ProgressLines(config.report_every if progress else 0)
     with _quiet(), _threads(config.torch_threads), ray_session(config):
         start, lfd = _start_policy(config, folder, init_policy, lines)
-        lines.say(f"starting {config.num_scorers} scorers")
-        with contextlib.closing(_start_pool(config)) as pool:
-            algorithm = ppo_config(config, pool=pool.address, init_policy=start).build_algo()
+        with _scorers(config, lines) as pool:
+            algorithm = ppo_config(config, pool=pool, init_policy=start).build_algo()
             try:
                 loop = _Loop(config, folder, algorithm, lines, on_iteration)
                 stopped_by = loop.run()
@@ -290,8 +290,14 @@ class _Loop:
         return policy.eval()
 
 
-def _start_pool(config: TrainConfig) -> ScorerPool:
-    return ScorerPool.start(
+@contextlib.contextmanager
+def _scorers(config: TrainConfig, lines: ProgressLines) -> Iterator[PoolAddress | None]:
+    """Address of the run's scorer actors; None where the runners score in their own process."""
+    if not config.num_scorers:
+        yield None
+        return
+    lines.say(f"starting {config.num_scorers} scorers")
+    pool = ScorerPool.start(
         scorer_spec(config),
         config.num_scorers,
         num_cpus=config.scorer_cpus,
@@ -302,6 +308,8 @@ def _start_pool(config: TrainConfig) -> ScorerPool:
         poison_limit=config.poison_limit,
         cache_size=config.cache_size,
     )
+    with contextlib.closing(pool):
+        yield pool.address
 
 
 @contextlib.contextmanager
