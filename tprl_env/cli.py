@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env import __version__
-from tprl_env.cli_parsing import Parser, at_least_one, counts, names, overrides
+from tprl_env.cli_cluster import add_submit, add_token, split_script
+from tprl_env.cli_parsing import Parser, at_least_one, counts, names, overrides, resume
 from tprl_env.scoring import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
@@ -139,9 +140,11 @@ def train(args: argparse.Namespace) -> int:
     from tprl_env.rllib.config import load_config
 
     config = load_config(args.config, overrides(args.overrides))
+    from tprl_env.rllib.mirror import open_run_folder
     from tprl_env.rllib.train import train as run  # ray takes seconds to load
 
-    result = run(config, args.out, resume=args.resume, init_policy=args.init_policy)
+    folder = open_run_folder(args.out)
+    result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
     imitation = 0.0 if result.lfd is None else result.lfd.seconds
     record = {
         "algorithm": "PPO",
@@ -152,7 +155,8 @@ def train(args: argparse.Namespace) -> int:
         "seed": config.seed,
     }
     write_json(result.policy_path / "training.json", record)  # read by `tprl evaluate`
-    print(f"policy in {result.policy_path}; metrics in {args.out}")
+    folder.publish()
+    print(f"policy in {folder.where}/policy; metrics in {folder.where}")
     return 0
 
 
@@ -244,8 +248,11 @@ def _add_autoencoder(commands: Any) -> None:
 def _add_train(commands: Any) -> None:
     sub = commands.add_parser("train", help="train a policy: tprl train CONFIG [--field value ...]")
     sub.add_argument("config", help="name in rllib_configs/ or a .py file")
-    sub.add_argument("--out", type=Path, default=Path("runs/train"))
-    sub.add_argument("--resume", action="store_true", help="continue the run in --out")
+    sub.add_argument("--out", default="runs/train", help="a folder, or a URI of shared storage")
+    sub.add_argument(
+        "--resume", nargs="?", type=resume, const=True, default=False, metavar="auto",
+        help="continue the run in --out; auto: or start it if there is none",
+    )  # fmt: skip
     sub.add_argument("--init-policy", type=Path, help="start from this policy folder")
     sub.set_defaults(run=train, takes_fields=True)
 
@@ -293,6 +300,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_evaluate,
         _add_tiny_lvlm,
+        add_submit,
+        add_token,
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
@@ -313,12 +322,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        args, rest = build_parser().parse_known_args(argv)
+        words, script = split_script(sys.argv[1:] if argv is None else argv)
+        args, rest = build_parser().parse_known_args(words)
         if rest and not getattr(args, "takes_fields", False):
             raise ValueError(
                 f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
             )
-        args.overrides = rest
+        args.overrides, args.script = rest, script
         return int(args.run(args))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tprl_env"):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "at_least_one", "counts", "names", "overrides"]
+__all__ = ["Parser", "at_least_one", "counts", "names", "overrides", "resume"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +44,15 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def resume(text: str) -> str:
+    """The ``auto`` of ``--resume auto``."""
+    if text != "auto":
+        raise argparse.ArgumentTypeError(
+            f"expected nothing or auto, got {text!r}; write --resume after the config"
+        )
+    return text
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from tprl_env.encode_plan import (
 from tprl_env.feature_writer import Journal, UnitEntry
 from tprl_env.features import FeatureStore
 from tprl_env.manifest import StoreError
+from tprl_env.ray_token import make_private
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.base import LVLM
@@ -179,6 +181,8 @@ def _check_resources(num_cpus: float, num_gpus: float) -> None:
     import ray
 
     if not ray.is_initialized():
+        if not os.environ.get("RAY_ADDRESS"):
+            make_private()  # before Ray writes a token that everybody can read
         ray.init()
     available = ray.cluster_resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -25,16 +26,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, policy_fields
 
-__all__ = ["Progress", "RunFolder"]
+__all__ = ["Progress", "Resume", "RunFolder"]
+
+logger = logging.getLogger(__name__)
+
+Resume = bool | Literal["auto"]
+"""Whether a run has to be there already; "auto" goes on if there is one and starts if not."""
 
 KEPT_CHECKPOINTS = 3
 _VERSIONED = ("tprl-env", "ray", "torch", "numpy", "gymnasium", "transformers")
 _PREFIX = "iteration_"
+_FREE = (  # settings that a run may change between its starts without becoming another one
+    *("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds"),
+    *("report_every", "torch_threads", "num_scorers", "scorer_cpus", "scorer_gpus"),
+    *("scorer_resources", "scorer_device", "max_outstanding", "poison_limit", "cache_size"),
+    *("start_timeout", "sample_timeout", "gpus_per_learner"),
+)
 
 
 @dataclass
@@ -67,27 +79,35 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.where = str(path)
         self.policy = self.path / "policy"
         self.lfd_policy = self.path / "lfd_policy"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self._checkpoints = self.path / "checkpoints"
 
-    def begin(self, config: TrainConfig, *, resume: bool) -> None:
+    def begin(self, config: TrainConfig, *, resume: Resume) -> None:
         """Claim the folder for a run, or check that a run in it can go on.
+
+        Args:
+            config: the run.
+            resume: False wants an empty folder, True a run; ``"auto"`` takes either, so that the
+                same command started again goes on.
 
         Raises:
             ValueError: if the folder holds a run already and ``resume`` is off, holds none and
                 ``resume`` is on, or holds a run with another policy.
         """
         saved = self.path / "config.json"
+        if resume == "auto":
+            resume = saved.is_file()
         if resume:
             if not saved.is_file():
-                raise ValueError(f"there is no run in {str(self.path)!r} to resume")
+                raise ValueError(f"there is no run in {self.where!r} to resume")
             self._check_same_policy(TrainConfig.from_dict(json.loads(saved.read_text())), config)
         elif saved.exists():
             raise ValueError(
-                f"{str(self.path)!r} holds a run already; resume it with --resume, or choose "
+                f"{self.where!r} holds a run already; resume it with --resume, or choose "
                 "another --out"
             )
         self.path.mkdir(parents=True, exist_ok=True)
@@ -103,9 +123,17 @@ class RunFolder:
         if different:
             table = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in different)
             raise ValueError(
-                f"the run in {str(self.path)!r} trains a policy of another shape ({table}); resume "
+                f"the run in {self.where!r} trains a policy of another shape ({table}); resume "
                 "with its own settings, or choose another --out"
             )
+        old_table, new_table = old.as_dict(), new.as_dict()
+        changed = [n for n in new_table if n not in _FREE and old_table[n] != new_table[n]]
+        if changed:
+            table = ", ".join(f"{n} {old_table[n]!r}, now {new_table[n]!r}" for n in changed)
+            logger.warning("the run in %s goes on with other settings: %s", self.where, table)
+
+    def publish(self) -> None:
+        """Make what was written after training visible where the run lives; here it is already."""
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

@@ -25,6 +25,7 @@ import ray
 from numpy.typing import NDArray
 
 from tprl_env.features import open_source
+from tprl_env.rllib.placement import requested_and_available
 from tprl_env.rllib.score_cache import Plan, ScoreCache
 from tprl_env.rllib.scorer_actor import ScorerActor
 from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router, first_lines
@@ -258,12 +259,7 @@ def _wait_until_ready(handles: list[Any], each: dict[str, Any], timeout: float) 
     if waiting:
         wanted = {"CPU": each["num_cpus"], "GPU": each["num_gpus"], **each["resources"]}
         wanted = {name: amount for name, amount in wanted.items() if amount}
-        total, free = ray.cluster_resources(), ray.available_resources()
-        table = ", ".join(
-            f"{name}: {amount * len(handles):g} requested, {total.get(name, 0):g} in the cluster, "
-            f"{free.get(name, 0):g} free"
-            for name, amount in wanted.items()
-        )
+        table = requested_and_available([wanted] * len(handles))
         raise ScoringError(
             f"{len(ready)} of {len(handles)} scorer actors were ready after {timeout:g} s; each "
             f"asks for {wanted} ({table}); lower num_scorers or its resources, add nodes, or "

@@ -23,11 +23,14 @@ from ray.rllib.core import (
 
 from tprl_env.lfd import LfdReport
 from tprl_env.policy import PruningPolicy
+from tprl_env.ray_token import make_private
+from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
 from tprl_env.rllib.metrics_row import IterationRow, ProgressLines, iteration_row
+from tprl_env.rllib.mirror import open_run_folder
 from tprl_env.rllib.module import load_policy, shared_source
-from tprl_env.rllib.ppo import ppo_config
-from tprl_env.rllib.run_folder import Progress, RunFolder
+from tprl_env.rllib.placement import check_room
+from tprl_env.rllib.run_folder import Progress, Resume, RunFolder
 from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.warmup import imitate
@@ -71,9 +74,9 @@ class TrainResult:
 
 def train(
     config: TrainConfig,
-    out: str | Path,
+    out: str | Path | RunFolder,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     init_policy: str | Path | None = None,
     progress: bool = True,
     iterations: int | None = None,
@@ -85,8 +88,9 @@ def train(
 
     Args:
         config: the run.
-        out: folder for everything that is written, see `tprl_env.rllib.run_folder`.
-        resume: go on from the newest whole checkpoint in ``out``.
+        out: folder or URI for everything that is written, see `tprl_env.rllib.run_folder`.
+        resume: go on from the newest whole checkpoint in ``out``; ``"auto"`` starts if there is
+            no run.
         init_policy: policy folder to start from instead of imitation or random weights.
         progress: print a line every ``config.report_every`` iterations.
         iterations: overrides ``config.iterations``.
@@ -97,6 +101,7 @@ def train(
     Raises:
         ValueError: for a run without an end, a folder or a policy that does not fit.
         ScoringError: if the scorers cannot be started, or a mask cannot be scored.
+        PlacementError: if the cluster has no room for the env runners or learners.
         RuntimeError: if the remote runners deliver nothing.
     """
     given = {"iterations": iterations, "max_scores": max_scores, "max_seconds": max_seconds}
@@ -105,13 +110,15 @@ def train(
         raise ValueError("this run would never end; set iterations, max_scores or max_seconds")
     config = _absolute(config)
     _check_inputs(config, init_policy)
-    folder = RunFolder(out)
+    folder = open_run_folder(out)
     folder.begin(config, resume=resume)
     lines = ProgressLines(config.report_every if progress else 0)
     with _quiet(), _threads(config.torch_threads), ray_session(config):
         start, lfd = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
-            algorithm = ppo_config(config, pool=pool, init_policy=start).build_algo()
+            settings = algorithm_config(config, pool=pool, init_policy=start)
+            check_room(settings, config.start_timeout)  # RLlib would wait for ever
+            algorithm = settings.build_algo()
             try:
                 loop = _Loop(config, folder, algorithm, lines, on_iteration)
                 stopped_by = loop.run()
@@ -285,7 +292,11 @@ class _Loop:
         head = "pruning_policy."
         policy = PruningPolicy(policy_config(self.config, shared_source(self.config.source)))
         policy.load_state_dict(
-            {name.removeprefix(head): torch.as_tensor(part) for name, part in weights.items()}
+            {
+                name.removeprefix(head): torch.as_tensor(part)
+                for name, part in weights.items()
+                if name.startswith(head)  # GRPO's learner also holds the start policy
+            }
         )
         return policy.eval()
 
@@ -354,6 +365,7 @@ def ray_session(config: TrainConfig) -> Iterator[None]:
         wanted = config.num_scorers * config.scorer_cpus
         wanted += config.num_env_runners + config.num_learners
         cpus = max(2, os.cpu_count() or 1, math.ceil(wanted))
+        make_private()  # Ray would write its token for everybody on this machine to read
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     try:
         yield

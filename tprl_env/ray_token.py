@@ -1,0 +1,99 @@
+"""The file that holds Ray's authentication token: made, found and kept private.
+
+Ray 2.60 writes its token readable for everybody (mode 644). Whoever has the token runs code on the
+cluster, so ours is written with mode 600 in a folder of mode 700 before Ray would make it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+__all__ = [
+    "MODE",
+    "TOKEN",
+    "TOKEN_PATH",
+    "check_private",
+    "make_private",
+    "token_path",
+    "use_token",
+]
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def token_path() -> Path:
+    """Where Ray looks for the token file: RAY_AUTH_TOKEN_PATH, else ``~/.ray/auth_token``."""
+    given = os.environ.get(TOKEN_PATH)
+    return Path(given).expanduser() if given else Path.home() / ".ray" / "auth_token"
+
+
+def make_private(path: Path | None = None) -> Path:
+    """Make the token file if it is missing, and take it from all others if it is ours.
+
+    Args:
+        path: the file, by default the one that Ray reads.
+
+    Raises:
+        OSError: it can be neither written nor changed.
+    """
+    path = path or token_path()
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        file = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(file, secrets.token_hex(32).encode())
+        finally:
+            os.close(file)
+        try:
+            os.link(draft, path)  # never over a token that another process has just made
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    status = path.stat()
+    if status.st_uid == os.getuid() and status.st_mode & _OTHERS:
+        path.chmod(0o600)
+    return path
+
+
+def check_private(path: Path) -> None:
+    """Refuse a token file that is missing, empty or readable for others.
+
+    Raises:
+        PermissionError: with the cure.
+    """
+    if not path.is_file() or not path.read_text().strip():
+        raise PermissionError(
+            f"there is no Ray token in {str(path)!r}; make one with `tprl token`, or copy the "
+            "cluster's there with mode 600"
+        )
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & _OTHERS:
+        raise PermissionError(
+            f"the Ray token in {str(path)!r} has mode {mode:o}, so others can read it; run "
+            f"chmod 600 {path}"
+        )
+
+
+def use_token() -> str:
+    """Turn token mode on for this process, before ray is imported, and return the token.
+
+    Raises:
+        PermissionError: the mode is another one, or there is no private token.
+    """
+    mode = os.environ.setdefault(MODE, "token")
+    if mode.lower() != "token":
+        raise PermissionError(
+            f"{MODE} is {mode!r}, but jobs are sent with a token only; set {MODE}=token"
+        )
+    given = os.environ.get(TOKEN, "").strip()
+    if given:
+        return given
+    check_private(token_path())
+    return token_path().read_text().strip()

@@ -1,0 +1,89 @@
+"""Room for actors: what is asked for, what the cluster has, and an end to waiting for it.
+
+Ray queues an actor that fits nowhere for ever and says so in its logs alone. Before RLlib starts
+its runners and learners, the same resources are reserved once, with a deadline; a pending
+reservation also makes an autoscaler add nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+__all__ = ["PlacementError", "actor_bundles", "check_room", "requested_and_available"]
+
+
+class PlacementError(TimeoutError):
+    """The cluster has no room for the actors of a run."""
+
+
+def requested_and_available(bundles: Sequence[Mapping[str, float]]) -> str:
+    """``"CPU: 6 requested, 4 in the cluster, 1 free; ..."`` for the sum of what actors ask for."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    names = sorted({name for bundle in bundles for name in bundle})
+    return ", ".join(
+        f"{name}: {sum(bundle.get(name, 0) for bundle in bundles):g} requested, "
+        f"{total.get(name, 0):g} in the cluster, {free.get(name, 0):g} free"
+        for name in names
+    )
+
+
+def actor_bundles(config: Any) -> dict[str, list[dict[str, float]]]:
+    """Resources of each remote actor that RLlib will start for an AlgorithmConfig, by kind.
+
+    Raises:
+        ValueError: an actor would ask for no resource at all, so that nothing limits their number.
+    """
+    runner = {
+        "CPU": config.num_cpus_per_env_runner,
+        "GPU": config.num_gpus_per_env_runner,
+        **config.custom_resources_per_env_runner,
+    }
+    cpus = config.num_cpus_per_learner
+    if cpus == "auto":  # as LearnerGroup reads it
+        cpus = 0 if config.num_gpus_per_learner else 1
+    learner = {
+        "CPU": cpus,
+        "GPU": config.num_gpus_per_learner,
+        **(config.custom_resources_per_learner or {}),
+    }
+    wanted = {
+        "env runners": [runner] * config.num_env_runners,
+        "learners": [learner] * config.num_learners,
+    }
+    found = {}
+    for kind, bundles in wanted.items():
+        found[kind] = [{n: float(a) for n, a in bundle.items() if a} for bundle in bundles]
+        if not all(found[kind]):
+            raise ValueError(f"{kind} must ask for at least one resource, got {bundles[0]}")
+    return found
+
+
+def check_room(config: Any, timeout: float) -> None:
+    """Wait until the cluster has room for the remote actors of an AlgorithmConfig.
+
+    Args:
+        config: AlgorithmConfig.
+        timeout: seconds; with an autoscaler, the time that new nodes may take.
+
+    Raises:
+        PlacementError: it has not; compares requested with available resources.
+    """
+    kinds = actor_bundles(config)
+    bundles = [bundle for kind in kinds.values() for bundle in kind]
+    if not bundles:
+        return
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if not group.wait(timeout):
+            counts = " and ".join(f"{len(kind)} {name}" for name, kind in kinds.items() if kind)
+            raise PlacementError(
+                f"the cluster had no room for {counts} within {timeout:g} s "
+                f"({requested_and_available(bundles)}); ask for fewer, add nodes, or raise "
+                "start_timeout if the autoscaler needs longer"
+            )
+    finally:
+        remove_placement_group(group)
