@@ -16,7 +16,7 @@ from tprl_env.rllib.config import TrainConfig, load_config, policy_config, rules
 from tprl_env.rllib.module import load_policy
 from tprl_env.rllib.run_folder import Progress, RunFolder
 
-PRESETS = ("recommended", "paper", "bernoulli_count", "mean_query", "smoke")
+PRESETS = ("recommended", "paper", "bernoulli_count", "mean_query", "smoke", "grpo")
 
 
 def test_an_unknown_field_names_its_neighbours():
@@ -65,6 +65,17 @@ def test_strings_become_the_fields_types(name, text, value):
             {"num_learners": 2, "max_steps": 3, "distribution": "bernoulli"},
             "num_learners > 1 needs minibatch_size",
         ),
+        ({"algorithm": "grpo0"}, "did you mean 'grpo'"),
+        ({"algorithm": "grpo", "draws": 1}, "draws must be at least 2"),
+        ({"algorithm": "grpo", "runner": "default"}, "needs runner='fast'"),
+        ({"algorithm": "grpo", "reward_batch_size": 32}, "needs reward_batch_size=1"),
+        ({"algorithm": "grpo", "group_baseline": True}, "group_baseline has no meaning"),
+        ({"algorithm": "mapo", "regress_count": True}, "regress_count is not defined"),
+        ({"algorithm": "mapo", "num_learners": 2}, "needs minibatch_size"),
+        ({"kl_coefficient": 0.1}, "kl_coefficient applies to algorithm='grpo' only"),
+        ({"algorithm": "grpo", "memory_size": 9}, "memory_size applies to algorithm='mapo' only"),
+        ({"memory_weight": 1.0}, r"memory_weight must lie in \[0, 1\)"),
+        ({"one_budget": True, "fixed_budgets": True}, "exclude each other"),
         ({"min_tokens": 6}, "min_tokens must be below the smallest budget"),
     ],
 )
@@ -80,6 +91,14 @@ def test_presets_load_and_survive_json(name):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
+def test_the_presets_of_the_algorithms_differ_from_recommended_only_where_they_must():
+    recommended = load_config("recommended").as_dict()
+    for name in ("grpo",):
+        other = load_config(name).as_dict()
+        different = {field for field in other if other[field] != recommended[field]}
+        assert different == {"algorithm"} | ({"fixed_budgets"} if name == "mapo" else set())
+
+
 def test_the_paper_preset_is_the_papers():
     config = load_config("paper")
     assert (config.max_steps, config.discount, config.ratio) == (3, 0.5, "joint")
@@ -92,7 +111,7 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_unknown_presets_and_files_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="known: bernoulli_count, mean_query, paper"):
+    with pytest.raises(ValueError, match="known: bernoulli_count, grpo, "):
         load_config("recomended")
     with pytest.raises(ValueError, match="no config file"):
         load_config(tmp_path / "missing.py")

@@ -16,13 +16,9 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.connector import ColumnsToBatch
+from tprl_env.rllib.estimates import advantages, generalised_advantages
 from tprl_env.rllib.ppo import ppo_config
-from tprl_env.rllib.rollout import (
-    EpisodeColumns,
-    Rollout,
-    advantages,
-    generalised_advantages,
-)
+from tprl_env.rllib.rollout import EpisodeColumns, Rollout
 from tprl_env.rllib.runner import TokenPruningRunner
 from tprl_env.rules import EpisodeRules
 

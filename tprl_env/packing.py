@@ -8,25 +8,27 @@ Shapes: B rows, N visual tokens, L tokens of the longest row of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from tprl_env.policy import DEAD_LOGIT, PolicyOutput, PruningPolicy
+from tprl_env.policy import DEAD_LOGIT, PolicyOutput
 
 __all__ = ["forward_packed", "groups_by_length"]
+
+Forward = Callable[[Mapping[str, Tensor]], PolicyOutput]
 
 # A group of its own costs one more pass over the layers; with less to save, padding is cheaper.
 SHORTER = 0.6
 LEAST_SAVED = 16
 
 
-def forward_packed(policy: PruningPolicy, obs: Mapping[str, Tensor]) -> PolicyOutput:
+def forward_packed(policy: Forward, obs: Mapping[str, Tensor]) -> PolicyOutput:
     """What ``policy(obs)`` gives, up to rounding, without computing dead tokens.
 
     Args:
-        policy: the policy.
+        policy: the policy, or another function of its observations.
         obs: batched observation as `PruningPolicy.forward` takes it.
 
     Returns:
@@ -49,7 +51,7 @@ def forward_packed(policy: PruningPolicy, obs: Mapping[str, Tensor]) -> PolicyOu
     return PolicyOutput(torch.cat(logits)[back], torch.cat(values)[back])
 
 
-def _shortened(policy: PruningPolicy, obs: dict[str, Tensor], length: int) -> PolicyOutput:
+def _shortened(policy: Forward, obs: dict[str, Tensor], length: int) -> PolicyOutput:
     """Policy on the alive tokens of each row, moved to the front and back again."""
     alive, tokens = obs["alive"].bool(), obs["tokens"]
     place = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]

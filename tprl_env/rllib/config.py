@@ -15,13 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tprl_env.rllib.config_parts import (
-    check_ranges,
-    policy_config,
-    policy_fields,
-    rules,
-    scorer_spec,
-)
+from tprl_env.rllib.config_checks import check_combinations, check_ranges
+from tprl_env.rllib.config_parts import policy_config, policy_fields, rules, scorer_spec
 from tprl_env.rllib.config_values import coerce
 
 __all__ = ["TrainConfig", "load_config", "policy_config", "rules", "scorer_spec"]
@@ -78,9 +73,13 @@ class TrainConfig:
         group_baseline: subtract the group's mean advantage per step.
         regress_count: subtract from the advantage what log K explains inside groups (for
             Bernoulli actions, where one more token always helps).
+        fixed_budgets: a sample has one budget in the whole run, drawn from its number. MAPO's
+            memory holds masks of one count, so it only helps where a count comes again.
         runner: ``"fast"`` rolls out whole episodes without gymnasium, ``"default"`` is RLlib's
             runner on the vector environment.
 
+        algorithm: ``"ppo"`` (with a critic), ``"grpo"`` (group-relative, KL to the start policy)
+            or ``"mapo"`` (a memory of the best episodes), see `tprl_env.rllib.algorithms`.
         lr: Adam learning rate.
         epochs: passes over a batch.
         minibatch_size: rows per gradient step, 0 for the whole batch.
@@ -93,14 +92,20 @@ class TrainConfig:
         count_loss: coefficient of mean(log(sum p / target))^2 for Bernoulli actions.
         count_target: the target, tokens expected to be kept after the last step.
         gamma: discount of rewards.
-        gae_lambda: lambda of generalised advantage estimation.
-        value_coefficient: weight of the critic's squared error.
-        value_clip: largest squared error per row.
+        gae_lambda: lambda of generalised advantage estimation (PPO).
+        value_coefficient: weight of the critic's squared error (PPO).
+        value_clip: largest squared error per row (PPO).
+        kl_coefficient: of the k3 estimate of KL(policy || start policy) (GRPO).
+        memory_weight: w_min, least weight of a sample's remembered episodes (MAPO).
+        memory_size: episodes remembered per sample and budget (MAPO).
+        memory_limit: episodes remembered in total (MAPO).
         grad_clip: largest norm of the gradient.
-        normalize_advantages: to mean 0 and deviation 1 per iteration.
+        normalize_advantages: to deviation 1 per iteration, with PPO also to mean 0. GRPO's are
+            normalised in their groups, whatever this says.
 
-        demonstrator: imitate before reinforcement: ``"none"``, ``"vispruner"`` (nested, keep-rates
-            .75 and .5, TPRL eq. 7, 8), or the name of a per-sample channel such as
+        demonstrator: imitate before reinforcement: ``"none"``; a heuristic, ``"vispruner"`` or
+            ``"divprune"``, at budgets as drawn, or nested at keep-rates .75 and .5 where there is
+            no budget (TPRL eq. 7, 8); or the name of a per-sample channel such as
             ``"question_attention"``.
         lfd_steps: gradient steps of imitation.
         lfd_batch_size: transitions per step.
@@ -174,8 +179,10 @@ class TrainConfig:
     rounds: int = 1
     group_baseline: bool = False
     regress_count: bool = False
+    fixed_budgets: bool = False
     runner: str = "fast"
 
+    algorithm: str = "ppo"
     lr: float = 1e-3
     epochs: int = 2
     minibatch_size: int = 0
@@ -190,6 +197,10 @@ class TrainConfig:
     gae_lambda: float = 0.95
     value_coefficient: float = 0.5
     value_clip: float = 1e6
+    kl_coefficient: float = 0.04
+    memory_weight: float = 0.1
+    memory_size: int = 4
+    memory_limit: int = 100_000
     grad_clip: float = 1.0
     normalize_advantages: bool = True
 
@@ -234,47 +245,7 @@ class TrainConfig:
         check_ranges(self)
         rules(self)
         policy_fields(self)
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        """What each field alone cannot tell."""
-        exact = self.distribution == "exact"
-        episodes = self.samples * self.draws
-        problems = {
-            "distribution='exact' needs budget=k or budget=(low, high)": exact
-            and self.budget is None,
-            "budget_input=True needs a budget": self.budget_input and self.budget is None,
-            "ratio='token' has no meaning for distribution='exact', whose tokens are not "
-            "independent; use ratio='joint'": exact and self.ratio == "token",
-            "count_loss needs distribution='bernoulli' and count_target": self.count_loss > 0
-            and (exact or not self.count_target),
-            "discount applies to distribution='bernoulli' only": exact and self.discount != 1.0,
-            f"rounds={self.rounds} must divide samples={self.samples}": self.samples % self.rounds
-            != 0,
-            f"reward_batch_size={self.reward_batch_size} must divide the {episodes} episodes of "
-            "an iteration, and of each round": episodes // self.rounds % self.reward_batch_size
-            != 0,
-            f"num_env_runners={self.num_env_runners} must divide samples/rounds="
-            f"{self.samples // self.rounds}": self.num_env_runners > 1
-            and self.samples // self.rounds % self.num_env_runners != 0,
-            "num_learners > 1 needs minibatch_size where episodes end at different steps": (
-                self.num_learners > 1 and self.max_steps > 1 and not exact
-            )
-            and not self.minibatch_size,
-            f"minibatch_size={self.minibatch_size} must be at most the {episodes} episodes of an "
-            "iteration over the learners": self.minibatch_size * max(1, self.num_learners)
-            > episodes,
-            "group_baseline and regress_count need draws of at least 2": self.draws < 2
-            and (self.group_baseline or self.regress_count),
-            "group_baseline, regress_count and one_budget need runner='fast'": self.runner
-            == "default"
-            and (self.group_baseline or self.regress_count or self.one_budget),
-            "min_tokens must be below the smallest budget": self.budget is not None
-            and self.min_tokens >= _smallest(self.budget),
-        }
-        for message, wrong in problems.items():
-            if wrong:
-                raise ValueError(message)
+        check_combinations(self)
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values; strings are read as the fields' types.
@@ -343,7 +314,3 @@ def presets_folder() -> Path:
     if not beside.is_dir():
         raise ValueError("the package rllib_configs is not installed; pass a path to a config file")
     return beside
-
-
-def _smallest(budget: int | tuple[int, int]) -> int:
-    return budget if isinstance(budget, int) else budget[0]

@@ -1,73 +1,18 @@
-"""What a `TrainConfig` means to the other layers, and the range of its fields."""
+"""What a `TrainConfig` means to the other layers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from tprl_env.policy import PolicyConfig
-from tprl_env.rllib.scorer_spec import KINDS, ScorerSpec
-from tprl_env.rules import EpisodeRules, check_choice
+from tprl_env.rllib.scorer_spec import ScorerSpec
+from tprl_env.rules import EpisodeRules
 from tprl_env.token_source import TokenSource
 
 if TYPE_CHECKING:
     from tprl_env.rllib.config import TrainConfig
 
-__all__ = ["check_ranges", "policy_config", "policy_fields", "rules", "scorer_spec"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "scorer": KINDS,
-    "distribution": ("bernoulli", "exact"),
-    "ratio": ("joint", "token"),
-    "runner": ("fast", "default"),
-    "lfd_weights": ("none", "sqrt", "balanced"),
-}
-_AT_LEAST: dict[str, float] = {
-    "samples": 1,
-    "draws": 1,
-    "rounds": 1,
-    "epochs": 1,
-    "minibatch_size": 0,
-    "num_env_runners": 0,
-    "num_learners": 0,
-    "gpus_per_learner": 0,
-    "num_scorers": 0,
-    "scorer_cpus": 0,
-    "scorer_gpus": 0,
-    "scorer_batch_size": 1,
-    "cache_size": 0,
-    "lfd_steps": 1,
-    "lfd_batch_size": 1,
-    "entropy": 0,
-    "logit_l2": 0,
-    "count_loss": 0,
-    "value_coefficient": 0,
-    "checkpoint_every": 1,
-    "checkpoint_seconds": 0,
-    "report_every": 1,
-    "torch_threads": 1,
-    "seed": 0,
-}
-_POSITIVE = ("lr", "lfd_lr", "clip", "value_clip", "grad_clip", "sample_timeout", "start_timeout")
-_FRACTIONS = ("discount", "gamma", "gae_lambda", "initial_keep")
-
-
-def check_ranges(config: TrainConfig) -> None:
-    """Refuse a field outside its range.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    for name, choices in _CHOICES.items():
-        check_choice(name, getattr(config, name), choices)
-    for name, least in _AT_LEAST.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least:g}, got {getattr(config, name)!r}")
-    for name in _POSITIVE:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be positive, got {getattr(config, name)!r}")
-    for name in _FRACTIONS:
-        if not 0.0 < getattr(config, name) <= 1.0:
-            raise ValueError(f"{name} must lie in (0, 1], got {getattr(config, name)!r}")
+__all__ = ["policy_config", "policy_fields", "rules", "scorer_spec"]
 
 
 def rules(config: TrainConfig) -> EpisodeRules:

@@ -13,7 +13,10 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.rllib.rollout import EpisodeColumns, join_columns
 
-__all__ = ["ColumnsToBatch"]
+__all__ = ["REFERENCE_LOGP", "ColumnsToBatch"]
+
+REFERENCE_LOGP = "reference_logp"
+"""Column (R,) or (R, N), log-probability of the actions under the start policy."""
 
 
 class ColumnsToBatch(ConnectorV2):
@@ -23,6 +26,8 @@ class ColumnsToBatch(ConnectorV2):
         input_observation_space: unused, RLlib's signature.
         input_action_space: unused, RLlib's signature.
         normalize: bring advantages to mean 0 and deviation 1.
+        reference: add the log-probabilities of the start policy, once for all epochs.
+        per_token: of each token instead of the whole mask.
         shuffle: permute the rows. RLlib never shuffles the first epoch, so minibatches need it.
         seed: of the permutation.
     """
@@ -33,12 +38,15 @@ class ColumnsToBatch(ConnectorV2):
         input_action_space: Any = None,
         *,
         normalize: bool = True,
+        reference: bool = False,
+        per_token: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(input_observation_space, input_action_space, **kwargs)
         self._normalize, self._shuffle = normalize, shuffle
+        self._reference, self._per_token = reference, per_token
         self._generator = np.random.default_rng(seed)
 
     def __call__(
@@ -68,7 +76,13 @@ class ColumnsToBatch(ConnectorV2):
                 for name, part in table.items()
             }
 
-        return {DEFAULT_MODULE_ID: to_tensors(columns)}
+        batch = to_tensors(columns)
+        if self._reference:
+            module = rl_module[DEFAULT_MODULE_ID].unwrapped()
+            batch[REFERENCE_LOGP] = module.reference_logp(
+                batch[Columns.OBS], batch[Columns.ACTIONS], per_token=self._per_token
+            )
+        return {DEFAULT_MODULE_ID: batch}
 
 
 def _renumbered(part: EpisodeColumns, place: int) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class IterationRow:
         entropy: last minibatch, as weighted in the loss.
         kl: estimate of KL(old || new), last minibatch.
         clipped: share of clipped ratios, last minibatch.
+        reference_kl: estimate of KL(policy || start policy) of whole masks, last minibatch (GRPO).
         scores_per_second: asked for in this iteration over its seconds.
         busy_share: busy seconds of the scorers over their number times the iteration's seconds.
         batch_fill: mean rows of a pass over the batch size.
@@ -69,6 +70,7 @@ class IterationRow:
     entropy: float
     kl: float
     clipped: float
+    reference_kl: float
     scores_per_second: float
     busy_share: float
     batch_fill: float
@@ -130,8 +132,11 @@ def iteration_row(
         entropy=number(learner, "entropy"),
         kl=number(learner, "mean_kl_loss"),
         clipped=number(learner, "clipped_share"),
+        reference_kl=number(learner, "reference_kl"),
         scores_per_second=float(scorer.get("scores", 0)) / max(seconds, 1e-9),
-        busy_share=float(scorer.get("busy_seconds", 0)) / max(seconds, 1e-9) / max(1, config.num_scorers),
+        busy_share=float(scorer.get("busy_seconds", 0))
+        / max(seconds, 1e-9)
+        / max(1, config.num_scorers),
         batch_fill=number(scorer, "batch_fill"),
         duplicates=int(scorer.get("duplicates", 0)),
         cache_hits=int(scorer.get("cache_hits", 0)),

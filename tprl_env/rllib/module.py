@@ -10,6 +10,7 @@ once, and dead tokens not at all. Plain observations go through the policy as th
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,13 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis.inference_only_api import InferenceOnlyAPI
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor
 
 from tprl_env.features import open_source
-from tprl_env.packing import forward_packed
-from tprl_env.policy import PolicyConfig, PruningPolicy
+from tprl_env.packing import Forward, forward_packed
+from tprl_env.policy import PolicyConfig, PolicyOutput, PruningPolicy
 from tprl_env.rewards import step_budgets
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
@@ -34,7 +36,7 @@ from tprl_env.rllib.action_distributions import (
 )
 from tprl_env.token_source import TokenSource
 
-__all__ = ["Acted", "TokenPruningModule", "load_policy", "shared_source"]
+__all__ = ["Acted", "TokenPruningModule", "critic_parameters", "load_policy", "shared_source"]
 
 
 @functools.lru_cache(maxsize=8)
@@ -52,7 +54,7 @@ class Acted(NamedTuple):
     inputs: Tensor
 
 
-class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
+class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
     """`PruningPolicy` with its action distribution.
 
     ``model_config`` (small, JSON-able):
@@ -63,6 +65,9 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
         source: spec of the source for batches of sample numbers.
         seed: of the initial weights.
         load: policy folder to start from, or None.
+        critic: compute values; without it they are 0 and the critic's parameters are frozen.
+        reference: keep a frozen copy of the start policy, in learners only. It is part of the
+            learner's state, so that a resumed run keeps the start policy of its first start.
 
     Raises:
         ValueError: if ``load`` holds a policy of another shape.
@@ -78,6 +83,11 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
         if options.get("load"):
             loaded = load_policy(options["load"], config)
             self.pruning_policy.load_state_dict(loaded.state_dict())
+        if not self._has_critic:
+            for parameter in critic_parameters(self.pruning_policy).values():
+                parameter.requires_grad_(False)
+        if options.get("reference") and not self.inference_only:
+            self.reference = copy.deepcopy(self.pruning_policy).requires_grad_(False)
         exact = options["distribution"] == "exact"
         self.action_dist_cls = ExactActions if exact else BernoulliActions
         # RLlib seeds torch with seed + worker index before it builds a runner's module.
@@ -87,6 +97,10 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.pruning_policy.device
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What runners do not need."""
+        return ["reference"]
 
     def act(self, obs: Mapping[str, Tensor], *, explore: bool = True) -> Acted:
         """Decide one step for all rows, without gradients.
@@ -108,6 +122,21 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
                 actions = distribution.sample()
             return Acted(actions, distribution.logp(actions), values, inputs)
 
+    @torch.no_grad()
+    def judge(self, obs: Mapping[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Distribution inputs (R, ...) and log-probabilities (R,) of masks drawn elsewhere."""
+        inputs, _ = self._inputs(obs)
+        return inputs, self.action_dist_cls.from_logits(inputs).logp(actions)
+
+    @torch.no_grad()
+    def reference_logp(
+        self, obs: Mapping[str, Tensor], actions: Tensor, *, per_token: bool = False
+    ) -> Tensor:
+        """Log-probability of masks under the start policy, (R,), or per token, (R, N)."""
+        inputs, _ = self._inputs(obs, functools.partial(_actor_alone, self.reference))
+        distribution = self.action_dist_cls.from_logits(inputs)
+        return distribution.token_logp(actions) if per_token else distribution.logp(actions)
+
     def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return self._acted(batch, explore=True)
 
@@ -124,22 +153,38 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
 
     def _forward_train(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         inputs, values = self._inputs(batch[Columns.OBS])
-        return {Columns.ACTION_DIST_INPUTS: inputs, Columns.EMBEDDINGS: values}
+        result = {Columns.ACTION_DIST_INPUTS: inputs}
+        return result | ({Columns.EMBEDDINGS: values} if self._has_critic else {})
 
     def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
-        """Values (R,); ``embeddings`` are those of a forward pass on the same batch."""
+        """Values (R,); ``embeddings`` are those of a forward pass on the same batch.
+
+        Raises:
+            ValueError: in a module without a critic.
+        """
+        if not self._has_critic:
+            raise ValueError("this module was built without a critic and has no values")
         return self._inputs(batch[Columns.OBS])[1] if embeddings is None else embeddings
 
-    def _inputs(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    @property
+    def _has_critic(self) -> bool:
+        return bool(self.model_config.get("critic", True))
+
+    def _inputs(
+        self, obs: Mapping[str, Tensor], policy: Forward | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Distribution inputs (R, ...) and values (R,), each distinct state computed once."""
+        if policy is None:
+            policy = self.pruning_policy
+            policy = policy if self._has_critic else functools.partial(_actor_alone, policy)
         inverse = None
         if "state" in obs:
             obs, inverse = _distinct(obs)
         if "tokens" in obs:
-            full, output = obs, self.pruning_policy(obs)
+            full, output = obs, policy(obs)
         else:
             full = self._look_up(obs)
-            output = forward_packed(self.pruning_policy, full)
+            output = forward_packed(policy, full)
         alive = full["alive"].bool()
         if self.action_dist_cls is ExactActions:
             count = self._counts(alive, full["budget"], full["step"])
@@ -181,6 +226,18 @@ class TokenPruningModule(TorchRLModule, ValueFunctionAPI):
             rows = (left == steps) & (wanted > 0)
             counts[rows] = step_budgets(total[rows], wanted[rows], int(steps))[:, 0]
         return torch.from_numpy(counts).to(alive.device)
+
+
+def critic_parameters(policy: PruningPolicy) -> dict[str, Tensor]:
+    """Parameters that only the value depends on, by name."""
+    heads = ("critic.", "value_query.")
+    return {name: part for name, part in policy.named_parameters() if name.startswith(heads)}
+
+
+def _actor_alone(policy: PruningPolicy, obs: Mapping[str, Tensor]) -> PolicyOutput:
+    """Logits without computing a value; values are 0."""
+    logits = policy.logits(obs)
+    return PolicyOutput(logits, logits.new_zeros(len(logits)))
 
 
 def load_policy(folder: str, config: PolicyConfig) -> PruningPolicy:

@@ -1,22 +1,19 @@
-"""Whole episodes as columns: advantages, targets and the object RLlib carries to the learner.
+"""Whole episodes before they are scored, and as the columns that RLlib carries to the learner.
 
 Shapes: B episodes, T steps, R rows (steps that were taken), N visual tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
-from ray.rllib.evaluation.postprocessing import Postprocessing
 
-from tprl_env import rewards as rewards_
-from tprl_env.rules import EpisodeRules
-
-__all__ = ["Advantages", "EpisodeColumns", "Rollout", "advantages", "generalised_advantages"]
+__all__ = ["EpisodeColumns", "Rollout", "join_columns", "learner_columns"]
 
 Floats = NDArray[np.float32]
 
@@ -101,124 +98,23 @@ class Rollout:
         return live & ~following
 
 
-@dataclass(frozen=True)
-class Advantages:
-    """Rewards, advantages and value targets, float32 (T, B), 0 where no step was taken."""
-
-    rewards: Floats
-    advantages: Floats
-    targets: Floats
-
-
-def advantages(
-    rollout: Rollout,
-    scores: Floats,
-    rules: EpisodeRules,
-    *,
-    gamma: float,
-    gae_lambda: float,
-    group_baseline: bool = False,
-    regress_count: bool = False,
-) -> Advantages:
-    """Turn scores (T, B) of a rollout into what PPO learns from.
+def learner_columns(rollout: Rollout, results: Mapping[str, NDArray[Any]]) -> EpisodeColumns:
+    """Rows of all steps that were taken, step by step.
 
     Args:
         rollout: the episodes.
-        scores: (T, B), NaN where not scored.
-        rules: the MDP.
-        gamma: discount.
-        gae_lambda: lambda of generalised advantage estimation.
-        group_baseline: subtract the mean advantage of the group at the same step.
-        regress_count: subtract what the log of the final count explains inside groups.
+        results: columns to add, (T, B) each.
+
+    Raises:
+        RuntimeError: if a group is not whole; its advantages would mean nothing.
     """
-    live = rollout.taken()
-    rewards = rewards_.episode_rewards(
-        scores,
-        rollout.full,
-        np.stack(rollout.counts),
-        live,
-        rules.alpha,
-        rules.beta,
-        rules.score_steps,
-    )
-    size = rules.reward_batch_size
-    if size > 1:
-        shape = (len(live), -1, size)
-        shared = rewards_.batch_mean_reward(rewards.reshape(shape), live.reshape(shape))
-        rewards = shared.reshape(live.shape)
-    values = np.stack(rollout.values)
-    estimates = generalised_advantages(rewards, values, live, gamma, gae_lambda)
-    targets = np.where(live, estimates + values, 0.0).astype(np.float32)
-    if group_baseline:
-        estimates = _minus_group_mean(estimates, rollout.group, live)
-    if regress_count:
-        estimates = _minus_count(estimates, rollout, live)
-    return Advantages(rewards, estimates.astype(np.float32), targets)
-
-
-def generalised_advantages(
-    rewards: Floats, values: Floats, live: NDArray[np.bool_], gamma: float, gae_lambda: float
-) -> Floats:
-    """GAE (Schulman et al. 2016, eq. 16) of episodes that all end: no bootstrap value.
-
-    Args:
-        rewards: (T, B).
-        values: (T, B).
-        live: bool (T, B), a prefix of each column.
-        gamma: discount.
-        gae_lambda: lambda.
-
-    Returns:
-        (T, B), 0 where not live.
-    """
-    result = np.zeros_like(rewards)
-    following = np.zeros(rewards.shape[1], np.float32)
-    next_value = np.zeros_like(following)
-    for step in reversed(range(len(rewards))):
-        delta = rewards[step] + gamma * next_value - values[step]
-        following = np.where(live[step], delta + gamma * gae_lambda * following, 0.0)
-        following = following.astype(np.float32)
-        result[step] = following
-        next_value = np.where(live[step], values[step], 0.0).astype(np.float32)
-    return result
-
-
-def _minus_group_mean(
-    values: Floats, group: NDArray[np.int64], live: NDArray[np.bool_]
-) -> NDArray[Any]:
-    """Subtract from each step the mean over the group's episodes that took it."""
-    result = np.zeros_like(values)
-    for step, taken in enumerate(live):
-        total = np.bincount(group, np.where(taken, values[step], 0.0))
-        number = np.maximum(np.bincount(group, taken), 1)
-        result[step] = np.where(taken, values[step] - (total / number)[group], 0.0)
-    return result
-
-
-def _minus_count(values: Floats, rollout: Rollout, live: NDArray[np.bool_]) -> NDArray[Any]:
-    """Residual of a regression on the group-centred log of the final count (spec section 5).
-
-    Without it a Bernoulli policy learns "keep more" from every group, whatever it keeps.
-    """
-    everything = np.ones((1, len(rollout.group)), bool)
-    log_count = np.log(rollout.counts[-1] + 1.0)[None].astype(np.float32)
-    x = _minus_group_mean(log_count, rollout.group, everything)[0]
-    result = np.zeros_like(values)
-    for step, taken in enumerate(live):
-        slope = (x * values[step])[taken].sum() / (np.square(x[taken]).sum() + 1e-6)
-        result[step] = np.where(taken, values[step] - slope * x, 0.0)
-    return result
-
-
-def learner_columns(rollout: Rollout, result: Advantages) -> EpisodeColumns:
-    """Rows of all steps that were taken, step by step."""
-    parts = []
-    for step, live in enumerate(rollout.live):
-        extra = {
-            Postprocessing.ADVANTAGES: result.advantages[step][live],
-            Postprocessing.VALUE_TARGETS: result.targets[step][live],
-        }
-        parts.append({**rollout.steps[step], **extra})
+    sizes = np.bincount(rollout.group)
+    if (sizes != sizes[0]).any():
+        raise RuntimeError(f"a rollout must hold whole groups, got groups of {sizes.tolist()}")
+    parts = [
+        {**rollout.steps[step], **{name: part[step][live] for name, part in results.items()}}
+        for step, live in enumerate(rollout.live)
+    ]
     columns = join_columns(parts)
     return EpisodeColumns(columns, len(columns[Columns.ACTION_LOGP]))
 

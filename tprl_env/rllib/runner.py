@@ -10,6 +10,7 @@ Shapes: B episodes of a round, G draws per sample, T steps, N visual tokens.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
+from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.utils.metrics import (
     ENV_STEP_TIMER,
     EPISODE_LEN_MEAN,
@@ -34,9 +36,10 @@ from ray.rllib.utils.metrics import (
 from tprl_env import rewards
 from tprl_env.episodes import choose_episode
 from tprl_env.rllib.config import TrainConfig, rules
+from tprl_env.rllib.estimates import estimate
 from tprl_env.rllib.local_scores import open_scorer
 from tprl_env.rllib.module import TokenPruningModule, shared_source
-from tprl_env.rllib.rollout import EpisodeColumns, Rollout, advantages, learner_columns
+from tprl_env.rllib.rollout import EpisodeColumns, Rollout, learner_columns
 from tprl_env.rllib.scorer_report import ScorerReport
 
 __all__ = ["TokenPruningRunner"]
@@ -173,6 +176,8 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         drawn, budgets = np.array(chosen, np.int64).T
         if self.train_config.one_budget:
             budgets = np.full_like(budgets, budgets[0])
+        if self.train_config.fixed_budgets:
+            budgets = np.array([self._budget_of(int(sample)) for sample in drawn], np.int64)
         group = np.repeat(np.arange(self._groups), self.train_config.draws)
         samples = drawn[group]
         exists = np.asarray(self.source.exists(samples), np.bool_)
@@ -183,6 +188,11 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         rollout.counts.append(totals)
         rollout.masks.append(exists)  # the state before the first step; dropped at the end
         return rollout
+
+    def _budget_of(self, sample: int) -> int:
+        """The budget that this sample has in all of a run, on every runner."""
+        generator = np.random.default_rng([self.train_config.seed, sample])
+        return choose_episode(generator, self.source, self.rules, sample)[1]
 
     def _roll_out(self, explore: bool) -> Rollout:
         """Take B episodes to their ends."""
@@ -251,21 +261,10 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Wait for the scores of a round and turn it into columns."""
         scores = np.full(wanted.shape, np.nan, np.float32)
         scores[wanted] = pending.result()
-        config = self.train_config
-        result = advantages(
-            rollout,
-            scores,
-            self.rules,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-            group_baseline=config.group_baseline,
-            regress_count=config.regress_count,
-        )
+        result = estimate(self.train_config, rollout, scores, self.rules)
         live = rollout.taken()
         final = scores[live.sum(axis=0) - 1, np.arange(live.shape[1])]
         returns = result.rewards.sum(axis=0)
-        error = (result.targets - np.stack(rollout.values))[live]
-        spread = float(result.targets[live].var())
         kept = rollout.counts[-1]
         reports.append(
             {
@@ -277,10 +276,10 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 "full_score": float(rollout.full.mean()),
                 "kept": float(kept.mean()),
                 "keep_ratio": float((kept / rollout.counts[0]).mean()),
-                "explained_variance": 1.0 - float(error.var()) / spread if spread > 1e-8 else 0.0,
+                **_critic_report(rollout, result.columns, live),
             }
         )
-        return learner_columns(rollout, result)
+        return learner_columns(rollout, result.columns)
 
     def _log(
         self, reports: list[dict[str, float]], steps: int, episodes: int, seconds: float
@@ -300,7 +299,8 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         for name, ours in names.items():
             self.metrics.log_value(name, mean[ours], window=window)
         for name in ("score", "full_score", "kept", "keep_ratio", "explained_variance"):
-            self.metrics.log_value(name, mean[name], window=window)
+            if name in mean:
+                self.metrics.log_value(name, mean[name], window=window)
         self._report.log(self.metrics, self.scorer.counters(), seconds, window)
 
     def get_metrics(self) -> dict[str, Any]:
@@ -323,3 +323,15 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """
         if self.module is None or self.env is None:
             raise RuntimeError("TokenPruningRunner has no module or no source; look at its log")
+
+
+def _critic_report(
+    rollout: Rollout, columns: Mapping[str, NDArray[Any]], live: NDArray[np.bool_]
+) -> dict[str, float]:
+    """How much of the value targets' variance the critic explained, if there is one."""
+    if Postprocessing.VALUE_TARGETS not in columns:
+        return {}
+    targets = columns[Postprocessing.VALUE_TARGETS][live]
+    spread = float(targets.var())
+    error = targets - np.stack(rollout.values)[live]
+    return {"explained_variance": 1.0 - float(error.var()) / spread if spread > 1e-8 else 0.0}
