@@ -8,11 +8,12 @@ from safetensors.numpy import save_file
 from tprl_env.demonstrations import (
     Demonstrations,
     SaliencyDemonstrator,
-    nested_vispruner,
+    nested_masks,
+    pruner_budgets,
     saliency_demonstrator,
     sampled_budgets,
 )
-from tprl_env.pruners import OraclePruner, VisPruner, prune_inputs
+from tprl_env.pruners import DivPrune, OraclePruner, VisPruner, prune_inputs
 from tprl_env.toy import ToyStore
 
 
@@ -34,6 +35,9 @@ class Towers(ToyStore):
         self.pruned += 1
         return self._features(sample, 6)
 
+    def tokens(self, sample):
+        return self._features(sample, 8).astype(np.float16)
+
     def cls_attention(self, sample):
         return np.exp(self._features(sample, 1)[:, 0])
 
@@ -45,9 +49,9 @@ class Towers(ToyStore):
         return np.random.default_rng(index).random(int(self.exists([index]).sum()))
 
 
-def test_nested_vispruner_restricts_to_survivors():
+def test_nested_masks_restricts_to_survivors():
     store = Towers(samples=6, tokens=16)
-    d = nested_vispruner(store)
+    d = nested_masks(store)
     assert len(d) == 12 and store.pruned == 3  # once per picture
     assert d.sample.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert d.step.tolist() == [0, 1] * 6 and set(d.budget.tolist()) == {8}
@@ -57,29 +61,44 @@ def test_nested_vispruner_restricts_to_survivors():
     assert np.array_equal(d.keep[8], first)
 
 
-def test_nested_vispruner_intersects():
+def test_nested_masks_intersects():
     store = Towers(samples=4, tokens=16)
-    d = nested_vispruner(store, (0.5, 0.25), nest="intersect", samples=[3])
+    d = nested_masks(store, (0.5, 0.25), nest="intersect", samples=[3])
     inputs = prune_inputs(store, 3)
     half, quarter = (VisPruner().prune(inputs, k).numpy() for k in (8, 4))
     assert np.array_equal(d.keep[0], half) and np.array_equal(d.keep[1], half & quarter)
 
 
-def test_nested_vispruner_with_padding_and_errors():
+def test_nested_masks_with_padding_and_errors():
     store = Towers(samples=6, tokens=16, vary=True)
     rows = [0, 2, 4]
-    d = nested_vispruner(store, samples=rows)
+    d = nested_masks(store, samples=rows)
     assert np.array_equal(d.alive[0::2], store.exists(rows))
     assert d.keep[1::2].sum(1).tolist() == [
         round(0.5 * n) for n in store.exists(rows).sum(1).tolist()
     ]
     for rates in ((), (0.5, 0.75), (0.5, 0.5), (1.2, 0.5), (0.5, 0.0)):
         with pytest.raises(ValueError, match="rates must fall"):
-            nested_vispruner(store, rates)
+            nested_masks(store, rates)
     with pytest.raises(ValueError, match="nest must be restrict or intersect, got 'union'"):
-        nested_vispruner(store, nest="union")
+        nested_masks(store, nest="union")
     with pytest.raises(ValueError, match="needs tower, cls_attention"):
-        nested_vispruner(ToyStore(samples=2))
+        nested_masks(ToyStore(samples=2))
+
+
+@pytest.mark.parametrize("pruner", [VisPruner(), DivPrune()])
+def test_any_pruner_demonstrates_at_drawn_budgets(pruner):
+    store = Towers(samples=30, tokens=16, vary=True)
+    d = pruner_budgets(store, pruner, 2, 12, seed=3)
+    assert np.array_equal(d.keep, pruner_budgets(store, pruner, 2, 12, seed=3).keep)
+    totals = store.exists(np.arange(30)).sum(1)
+    assert np.array_equal(d.keep.sum(1), d.budget) and (d.budget <= totals).all()
+    assert len(set(d.budget.tolist())) > 4 and set(d.step.tolist()) == {0}
+    inputs = prune_inputs(store, 7)
+    alone = pruner.prune(inputs, int(d.budget[7])).numpy()
+    assert np.array_equal(d.keep[7, : len(alone)], alone)
+    with pytest.raises(ValueError, match="1 <= low <= high <= 16, got 0, 4"):
+        pruner_budgets(store, pruner, 0, 4, seed=0)
 
 
 @pytest.mark.parametrize("saliency", ["question_attention", OraclePruner()])

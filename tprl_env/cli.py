@@ -18,6 +18,7 @@ from typing import Any
 
 from tprl_env import __version__
 from tprl_env.cli_cluster import add_submit, add_token, split_script
+from tprl_env.cli_compare import add_compare
 from tprl_env.cli_parsing import Parser, at_least_one, counts, names, overrides, resume
 from tprl_env.scoring import ScoringError
 
@@ -299,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_autoencoder,
         _add_train,
         _add_evaluate,
+        add_compare,
         _add_tiny_lvlm,
         add_submit,
         add_token,

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tprl_env.pruners.base import PruneInputs, RankingPruner, prune_inputs
+from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.pruners.vispruner import VisPruner
 from tprl_env.weights import write_atomically
 
@@ -157,9 +157,8 @@ class SaliencyDemonstrator:
 
     def draw(self, generator: np.random.Generator, count: int) -> Demonstrations:
         """``count`` one-step transitions at fresh samples and budgets."""
-        return self.at(
-            generator.integers(len(self), size=count), log_uniform(generator, self, count)
-        )
+        rows = generator.integers(len(self), size=count)
+        return self.at(rows, log_uniform(generator, (self.low, self.high), count))
 
     def at(self, rows: npt.NDArray[np.int64], budgets: npt.ArrayLike) -> Demonstrations:
         """Transitions of chosen rows at chosen budgets (one number or one per row)."""
@@ -170,11 +169,12 @@ class SaliencyDemonstrator:
 
 
 def log_uniform(
-    generator: np.random.Generator, bounds: SaliencyDemonstrator, count: int
+    generator: np.random.Generator, bounds: tuple[int, int], count: int
 ) -> npt.NDArray[np.int64]:
-    """Log-uniform integers between the budgets of a demonstrator, both included."""
-    logs = generator.uniform(np.log(bounds.low), np.log(bounds.high + 1), size=count)
-    return np.clip(np.floor(np.exp(logs)), bounds.low, bounds.high).astype(np.int64)
+    """Log-uniform integers between two bounds, both included."""
+    low, high = bounds
+    logs = generator.uniform(np.log(low), np.log(high + 1), size=count)
+    return np.clip(np.floor(np.exp(logs)), low, high).astype(np.int64)
 
 
 def saliency_demonstrator(
@@ -225,29 +225,66 @@ def sampled_budgets(
 ) -> Demonstrations:
     """One demonstration per sample at a log-uniform budget; arguments as the demonstrator's."""
     demonstrator = saliency_demonstrator(source, saliency, low, high, samples)
-    budgets = log_uniform(np.random.default_rng(seed), demonstrator, len(demonstrator))
+    budgets = log_uniform(np.random.default_rng(seed), (low, high), len(demonstrator))
     return demonstrator.at(np.arange(len(demonstrator)), budgets)
 
 
-def nested_vispruner(
+def pruner_budgets(
+    source: Any,
+    pruner: Pruner,
+    low: int,
+    high: int,
+    seed: int,
+    samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
+) -> Demonstrations:
+    """One mask per sample of any pruner, at budgets as the environment draws them.
+
+    Args:
+        source: The store, with what the pruner needs.
+        pruner: The demonstrator; it need not rank tokens.
+        low: Smallest budget.
+        high: Largest budget; images with fewer tokens keep all of them.
+        seed: Of the budgets.
+        samples: Rows to use; None uses all.
+
+    Raises:
+        ValueError: on budgets that cannot be, or a store that lacks what the pruner needs.
+    """
+    if not 1 <= low <= high <= source.max_tokens:
+        raise ValueError(
+            f"budgets must satisfy 1 <= low <= high <= {source.max_tokens}, got {low}, {high}"
+        )
+    chosen = np.arange(len(source)) if samples is None else np.asarray(samples, dtype=np.int64)
+    drawn = log_uniform(np.random.default_rng(seed), (low, high), len(chosen))
+    alive = np.asarray(source.exists(chosen), np.bool_)
+    budget = np.minimum(drawn, alive.sum(1)).astype(np.int64)
+    keep = np.zeros_like(alive)
+    for row, sample in enumerate(map(int, chosen)):
+        inputs = prune_inputs(source, sample, pruner.needs)
+        pruner.check(inputs, int(budget[row]))
+        keep[row, : inputs.num_tokens] = pruner.prune(inputs, int(budget[row])).cpu().numpy()
+    return Demonstrations(chosen, alive, keep, budget, np.zeros_like(budget))
+
+
+def nested_masks(
     source: Any,
     rates: Sequence[float] = (0.75, 0.5),
     nest: Nest = "restrict",
     samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
-    pruner: VisPruner | None = None,
+    pruner: Pruner | None = None,
 ) -> Demonstrations:
-    """The paper's trajectories: VisPruner at falling keep-rates, each mask inside the one before.
+    """The paper's trajectories: a pruner at falling keep-rates, each mask inside the one before.
 
     VisPruner's own masks at two budgets are not nested, because the quota of important tokens
     changes with the budget, and TPRL does not say how it nested them.
 
     Args:
-        source: The store, with tower features and [CLS] attention.
+        source: The store, with what the pruner needs (VisPruner: tower features, CLS attention).
         rates: Fractions of the image's tokens left after each step, falling.
         nest: "restrict" runs each later step on the survivors (exact counts), "intersect" runs
             it on all tokens and intersects (fewer tokens than the rate says).
         samples: Rows to use; None uses all.
-        pruner: VisPruner with other parameters.
+        pruner: By default VisPruner with its own defaults (the paper).
 
     Returns:
         ``len(rates)`` transitions per sample, a sample's own ones together. ``budget`` is the
@@ -288,7 +325,7 @@ def nested_vispruner(
 
 
 def _trajectory(
-    pruner: VisPruner, inputs: PruneInputs, counts: Sequence[int], nest: Nest
+    pruner: Pruner, inputs: PruneInputs, counts: Sequence[int], nest: Nest
 ) -> npt.NDArray[np.bool_]:
     """States (T + 1, n) of one image: everything, then the mask after each step."""
     states = [torch.ones(inputs.num_tokens, dtype=torch.bool)]

@@ -29,7 +29,8 @@ code{background:#f4f4f4;padding:0 .3em}
 """
 
 
-def _figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
+def new_figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
+    """An empty figure, in inches, that needs no display."""
     # The Agg canvas is bound to the figure: no display, no global pyplot state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,7 +40,8 @@ def _figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")
@@ -57,7 +59,7 @@ def by_method(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
     """Accuracy against tokens kept, one line per method, with 95 % bands."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     full = results["full"]["accuracy"]
     axes.axhline(full, color="black", linewidth=1, linestyle="--")
     axes.annotate(
@@ -96,7 +98,7 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
     axes.set_title(f"{results['task']}: accuracy against visual tokens kept")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2, loc="lower right")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: Path) -> Path:
@@ -112,7 +114,7 @@ def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: 
     """
     if not points:
         raise ValueError("a learning curve needs at least one point, got none")
-    figure, axes = _figure()
+    figure, axes = new_figure()
     budgets = sorted((int(budget) for budget in points[0]["accuracy"]), reverse=True)
     scores = [point["lvlm_scores"] / 1000 for point in points]
     for color, budget in zip((*POLICY_COLORS, *OTHER_COLORS), budgets, strict=False):
@@ -124,7 +126,7 @@ def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: 
     axes.set_title("learning curve")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def results_table(results: Mapping[str, Any]) -> str:

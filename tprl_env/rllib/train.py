@@ -33,7 +33,7 @@ from tprl_env.rllib.placement import check_room
 from tprl_env.rllib.run_folder import Progress, Resume, RunFolder
 from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.scorer_spec import PoolAddress
-from tprl_env.rllib.warmup import imitate
+from tprl_env.rllib.warmup import HEURISTICS, imitate
 
 __all__ = ["TrainResult", "ray_session", "train"]
 
@@ -157,13 +157,12 @@ def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
         )
     if config.scorer == "lvlm":
         _check_lvlm(config, source)
-    missing = config.demonstrator not in ("none", "vispruner") and not source.has_channel(
-        config.demonstrator
-    )
+    free = ("none", *HEURISTICS)
+    missing = config.demonstrator not in free and not source.has_channel(config.demonstrator)
     if missing and init_policy is None:
         raise ValueError(
             f"demonstrator {config.demonstrator!r} needs a channel that {config.source} does not "
-            "hold; encode it with --question-attention, or set demonstrator to none or vispruner"
+            f"hold; encode it with --question-attention, or set demonstrator to {', '.join(free)}"
         )
 
 

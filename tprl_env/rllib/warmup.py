@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 
-from tprl_env.demonstrations import nested_vispruner, saliency_demonstrator
+from tprl_env.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
 from tprl_env.lfd import LfdReport, pretrain
 from tprl_env.policy import PruningPolicy
+from tprl_env.pruners import DivPrune, Pruner, VisPruner
 from tprl_env.rllib.config import TrainConfig, policy_config
 from tprl_env.token_source import TokenSource
 
-__all__ = ["imitate"]
+__all__ = ["HEURISTICS", "imitate"]
+
+# Demonstrators that read pictures only; every other name is a per-sample channel of the store.
+HEURISTICS: dict[str, type[Pruner]] = {"vispruner": VisPruner, "divprune": DivPrune}
 
 
 def imitate(
@@ -53,8 +57,9 @@ def imitate(
 
 
 def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
-    if config.demonstrator == "vispruner":
-        return nested_vispruner(source)
+    heuristic = HEURISTICS.get(config.demonstrator)
+    if heuristic is not None and config.budget is None and not config.count_target:
+        return nested_masks(source, pruner=heuristic())  # the paper's keep-rates, .75 then .5
     if isinstance(config.budget, tuple):
         low, high = config.budget
     else:
@@ -64,4 +69,6 @@ def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
             f"demonstrator={config.demonstrator!r} ranks tokens and needs to know how many to "
             "keep; set budget or count_target"
         )
+    if heuristic is not None:
+        return pruner_budgets(source, heuristic(), low, min(high, source.max_tokens), config.seed)
     return saliency_demonstrator(source, config.demonstrator, low, min(high, source.max_tokens))

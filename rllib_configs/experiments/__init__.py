@@ -1,0 +1,1 @@
+"""Experiments and searches for ``tprl compare``, each a literal."""

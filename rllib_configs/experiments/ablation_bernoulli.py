@@ -1,0 +1,18 @@
+"""Independent keep-decisions: how ratios are clipped, and TPRL's discount over three steps."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_bernoulli",
+    question="Bernoulli actions: one ratio per mask or per token? Does the discount (eq. 14) help?",
+    arms={
+        "token-ratio": Arm(),
+        "joint-ratio": Arm({"ratio": "joint"}),
+        "t3-discount-1": Arm({"max_steps": 3, "step_input": True}),
+        "t3-discount-0.5": Arm({"max_steps": 3, "step_input": True, "discount": 0.5}),
+    },
+    preset="bernoulli_count",
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)

@@ -1,0 +1,16 @@
+"""Exact-budget actions against Bernoulli actions against the paper's own MDP."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_distribution",
+    question="Exact-budget or independent actions, and what does the paper's own MDP reach?",
+    arms={
+        "exact-budget": Arm(),
+        "bernoulli-count": Arm(preset="bernoulli_count"),
+        "paper": Arm(preset="paper"),
+    },
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)

@@ -1,0 +1,15 @@
+"""The question as one mean vector (TPRL sec. 3) against its token embeddings."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_query",
+    question="Is one mean vector per question enough, as in TPRL?",
+    arms={
+        "tokens": Arm(),
+        "mean": Arm({"query": "mean"}),
+    },
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)

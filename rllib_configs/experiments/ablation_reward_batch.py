@@ -1,0 +1,16 @@
+"""Reward per sample against the mean over a batch of episodes (TPRL eq. 4)."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_reward_batch",
+    question="Should episodes share the mean reward of their batch, as in TPRL equation 4?",
+    arms={
+        "per-sample": Arm(),
+        "batch-8": Arm({"reward_batch_size": 8}),
+        "batch-32": Arm({"reward_batch_size": 32}),
+    },
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)

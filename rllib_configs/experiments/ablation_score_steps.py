@@ -1,0 +1,15 @@
+"""Three steps scored once at the end, or after every step for thrice the scores."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_score_steps",
+    question="Is a score after every step worth three times the price?",
+    arms={
+        "final": Arm({"max_steps": 3, "step_input": True}),
+        "all": Arm({"max_steps": 3, "step_input": True, "score_steps": "all"}),
+    },
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)

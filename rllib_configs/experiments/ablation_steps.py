@@ -1,0 +1,18 @@
+"""T_max from 1 to 5 (TPRL table 7), counts falling geometrically to the same budget."""
+
+from tprl_env.rllib.experiment import Arm, Experiment
+
+EXPERIMENT = Experiment(
+    name="ablation_steps",
+    question="How many pruning steps per episode? TPRL table 7 finds a gain up to three.",
+    arms={
+        "t1": Arm(),
+        "t2": Arm({"max_steps": 2, "step_input": True}),
+        "t3": Arm({"max_steps": 3, "step_input": True}),
+        "t4": Arm({"max_steps": 4, "step_input": True}),
+        "t5": Arm({"max_steps": 5, "step_input": True}),
+    },
+    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    seeds=(0, 1, 2),
+    max_scores=25_000,
+)
