@@ -151,7 +151,7 @@ class TrainConfig:
     score_steps: str = "final"
     reward_batch_size: int = 1
     min_tokens: int = 0
-    budget: Budget = (6, 48)
+    budget: Budget = (3, 48)
     one_budget: bool = False
 
     distribution: str = "exact"
