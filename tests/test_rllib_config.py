@@ -16,7 +16,7 @@ from tprl_env.rllib.config import TrainConfig, load_config, policy_config, rules
 from tprl_env.rllib.module import load_policy
 from tprl_env.rllib.run_folder import Progress, RunFolder
 
-PRESETS = ("recommended", "paper", "bernoulli_count", "mean_query", "smoke", "grpo")
+PRESETS = ("recommended", "paper", "bernoulli_count", "mean_query", "smoke", "grpo", "mapo")
 
 
 def test_an_unknown_field_names_its_neighbours():
@@ -74,6 +74,7 @@ def test_strings_become_the_fields_types(name, text, value):
         ({"algorithm": "mapo", "num_learners": 2}, "needs minibatch_size"),
         ({"kl_coefficient": 0.1}, "kl_coefficient applies to algorithm='grpo' only"),
         ({"algorithm": "grpo", "memory_size": 9}, "memory_size applies to algorithm='mapo' only"),
+        ({"algorithm": "mapo", "memory_limit": 3}, "memory_limit=3 must be at least memory_size=4"),
         ({"memory_weight": 1.0}, r"memory_weight must lie in \[0, 1\)"),
         ({"one_budget": True, "fixed_budgets": True}, "exclude each other"),
         ({"min_tokens": 6}, "min_tokens must be below the smallest budget"),
@@ -93,7 +94,7 @@ def test_presets_load_and_survive_json(name):
 
 def test_the_presets_of_the_algorithms_differ_from_recommended_only_where_they_must():
     recommended = load_config("recommended").as_dict()
-    for name in ("grpo",):
+    for name in ("grpo", "mapo"):
         other = load_config(name).as_dict()
         different = {field for field in other if other[field] != recommended[field]}
         assert different == {"algorithm"} | ({"fixed_budgets"} if name == "mapo" else set())
@@ -111,7 +112,7 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_unknown_presets_and_files_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="known: bernoulli_count, grpo, "):
+    with pytest.raises(ValueError, match="known: bernoulli_count, grpo, mapo, "):
         load_config("recomended")
     with pytest.raises(ValueError, match="no config file"):
         load_config(tmp_path / "missing.py")

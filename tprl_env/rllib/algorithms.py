@@ -8,6 +8,7 @@ from ray.rllib.algorithms.ppo import PPOConfig
 
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.grpo import grpo_config
+from tprl_env.rllib.mapo import mapo_config
 from tprl_env.rllib.ppo import ppo_config
 from tprl_env.rllib.scorer_spec import PoolAddress
 
@@ -23,6 +24,7 @@ class _Builder(Protocol):
 ALGORITHMS: dict[str, _Builder] = {
     "ppo": ppo_config,
     "grpo": grpo_config,
+    "mapo": mapo_config,
 }
 
 

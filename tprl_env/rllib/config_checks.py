@@ -163,6 +163,9 @@ def _group_problems(config: TrainConfig) -> dict[str, bool]:
         "set it to false": relative and config.group_baseline,
         "regress_count is not defined for algorithm='mapo', whose memory holds plain returns; set "
         "it to false": name == "mapo" and config.regress_count,
+        f"memory_limit={config.memory_limit} must be at least memory_size={config.memory_size}": (
+            config.memory_limit < config.memory_size
+        ),
         "algorithm='mapo' with num_learners > 1 needs minibatch_size, because its batches differ "
         "in length": name == "mapo" and config.num_learners > 1 and not config.minibatch_size,
     }

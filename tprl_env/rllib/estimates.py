@@ -17,7 +17,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env import rewards as rewards_
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.rollout import Floats, Rollout
+from tprl_env.rllib.rollout import EPISODE, GROUP, RETURN, Floats, Rollout
 from tprl_env.rules import EpisodeRules
 
 __all__ = ["Estimate", "advantages", "estimate", "generalised_advantages", "group_advantages"]
@@ -214,7 +214,20 @@ def _grpo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeR
     )
 
 
+def _mapo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules) -> Estimate:
+    """Returns alone: advantages follow when the draws are mixed with the memory."""
+    rewards = _rewards(rollout, scores, rules)
+    rows = {
+        EPISODE: np.arange(len(rollout.group)),
+        GROUP: rollout.group,
+        RETURN: _returns(rewards, config.gamma)[0],
+    }
+    columns = {name: np.broadcast_to(row, rewards.shape) for name, row in rows.items()}
+    return Estimate(rewards, columns)
+
+
 _ESTIMATES: dict[str, Callable[[TrainConfig, Rollout, Floats, EpisodeRules], Estimate]] = {
     "ppo": _ppo,
     "grpo": _grpo,
+    "mapo": _mapo,
 }

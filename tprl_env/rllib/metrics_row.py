@@ -41,6 +41,9 @@ class IterationRow:
         kl: estimate of KL(old || new), last minibatch.
         clipped: share of clipped ratios, last minibatch.
         reference_kl: estimate of KL(policy || start policy) of whole masks, last minibatch (GRPO).
+        memory_weight: mean w of the groups with a memory (MAPO).
+        memory_groups: share of groups with a memory (MAPO).
+        memory_episodes: episodes remembered (MAPO).
         scores_per_second: asked for in this iteration over its seconds.
         busy_share: busy seconds of the scorers over their number times the iteration's seconds.
         batch_fill: mean rows of a pass over the batch size.
@@ -71,6 +74,9 @@ class IterationRow:
     kl: float
     clipped: float
     reference_kl: float
+    memory_weight: float
+    memory_groups: float
+    memory_episodes: float
     scores_per_second: float
     busy_share: float
     batch_fill: float
@@ -100,7 +106,7 @@ def iteration_row(
     if learner is None or not runners.get("num_env_steps_sampled"):
         return None
     scorer = runners.get("scorer", {})
-    timers = result.get("timers", {})
+    timers, memory = result.get("timers", {}), result.get("memory", {})
     progress.iteration += 1
     progress.env_steps += int(runners["num_env_steps_sampled"])
     progress.episodes += int(runners.get("num_episodes", 0))
@@ -133,6 +139,9 @@ def iteration_row(
         kl=number(learner, "mean_kl_loss"),
         clipped=number(learner, "clipped_share"),
         reference_kl=number(learner, "reference_kl"),
+        memory_weight=number(memory, "weight"),
+        memory_groups=number(memory, "groups"),
+        memory_episodes=number(memory, "episodes"),
         scores_per_second=float(scorer.get("scores", 0)) / max(seconds, 1e-9),
         busy_share=float(scorer.get("busy_seconds", 0))
         / max(seconds, 1e-9)

@@ -125,8 +125,8 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
     @torch.no_grad()
     def judge(self, obs: Mapping[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor]:
         """Distribution inputs (R, ...) and log-probabilities (R,) of masks drawn elsewhere."""
-        inputs, _ = self._inputs(obs)
-        return inputs, self.action_dist_cls.from_logits(inputs).logp(actions)
+        inputs, _ = self._inputs({name: part.to(self.device) for name, part in obs.items()})
+        return inputs, self.action_dist_cls.from_logits(inputs).logp(actions.to(self.device))
 
     @torch.no_grad()
     def reference_logp(

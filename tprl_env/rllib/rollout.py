@@ -13,9 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 
-__all__ = ["EpisodeColumns", "Rollout", "join_columns", "learner_columns"]
+__all__ = [
+    "EPISODE",
+    "GROUP",
+    "RETURN",
+    "EpisodeColumns",
+    "Rollout",
+    "join_columns",
+    "learner_columns",
+]
 
 Floats = NDArray[np.float32]
+
+EPISODE, GROUP, RETURN = "episode", "group", "return"
+"""Columns (R,) for MAPO: number of the row's episode in its rollout, its group and its return."""
 
 
 class EpisodeColumns:

@@ -201,10 +201,11 @@ class RunFolder:
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
-    """What a policy's weights and their meaning depend on."""
+    """What a policy's weights and their meaning, and the learner's state, depend on."""
     table = policy_fields(config)
     del table["initial_keep"]
-    return table | {"distribution": config.distribution, "discount": config.discount}
+    names = ("distribution", "discount", "algorithm")
+    return table | {name: getattr(config, name) for name in names}
 
 
 def _description(config: TrainConfig, resume: bool) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""MAPO on the recommended task: exact budgets, one step, likelihood score (spec section 3).
+
+The same task, policy, imitation and batches as ``recommended``, without a critic. What is known of
+a sample is used again: its best masks stay in a memory and are learned from beside new draws, with
+the policy's own probability of them as weight, at least .1. Because a mask of exactly k tokens says
+nothing about another k, each sample has one budget for the whole run; over all samples budgets are
+log-uniform as in ``recommended``. The memory only helps once samples come a second time.
+Presets have not been compared over seeds here.
+"""
+
+from ray.rllib.algorithms.ppo import PPOConfig
+
+from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.mapo import mapo_config
+
+CONFIG = TrainConfig(
+    # the task: final-only likelihood, no price per token because the budget is exact
+    metric="likelihood",
+    max_steps=1,
+    alpha=1.0,
+    beta=0.0,
+    score_steps="final",
+    min_tokens=0,
+    budget=(3, 48),
+    # the policy
+    distribution="exact",
+    architecture="attention",
+    query="tokens",
+    question_heads=8,
+    width=64,
+    layers=1,
+    heads=4,
+    budget_input=True,
+    token_norm=True,
+    query_norm="rms",
+    # imitation first: from reward alone the policy stays blind to the question for long
+    demonstrator="question_attention",
+    lfd_steps=900,
+    lfd_batch_size=48,
+    lfd_lr=3e-3,
+    lfd_weights="sqrt",
+    # 256 episodes per iteration, 8 draws of 32 samples
+    samples=32,
+    draws=8,
+    # a sample keeps its budget, so that what is remembered of it fits when it comes again
+    fixed_budgets=True,
+    # MAPO: the best masks of a sample are remembered; they weigh at least .1 of its gradient
+    algorithm="mapo",
+    memory_weight=0.1,
+    memory_size=4,
+    memory_limit=100_000,
+    lr=5e-4,
+    epochs=2,
+    minibatch_size=0,
+    clip=0.2,
+    ratio="joint",
+    per_token=True,
+    entropy=0.003,
+    logit_l2=1e-4,
+    gamma=1.0,
+    grad_clip=1.0,
+    normalize_advantages=True,
+    # a two-core machine
+    num_env_runners=0,
+    num_learners=0,
+    num_scorers=2,
+    scorer_cpus=1.0,
+    scorer_batch_size=128,
+    max_scores=50_000,
+)
+
+
+def build(config: TrainConfig = CONFIG) -> PPOConfig:
+    """RLlib configuration of this experiment."""
+    return mapo_config(config)
