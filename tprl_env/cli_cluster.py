@@ -12,25 +12,27 @@ from tprl_env.cli_parsing import overrides
 
 __all__ = ["add_submit", "add_token", "split_script"]
 
+_SCRIPT = "-"
+
 
 def split_script(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Part ``submit ... -- python script.py`` at the ``--``; None if there is none."""
+    """Part ``submit ... -- python script.py`` at the ``--``; None if there is none.
+
+    A dash takes the config's place: argparse loses an optional positional behind options.
+    """
+    words = list(words)
     if words[:1] != ["submit"] or "--" not in words:
-        return list(words), None
-    at = list(words).index("--")
-    return list(words[:at]), list(words[at + 1 :])
+        return words, None
+    at = words.index("--")
+    return [*words[:at], _SCRIPT], words[at + 1 :]
 
 
 def submit(args: argparse.Namespace) -> int:
     """Send a training, or a script, to a cluster and follow it."""
     from tprl_env.ray_token import use_token
 
-    if (args.config is None) == (args.script is None):
-        raise ValueError(
-            "expected a config, or a script after --; see `tprl submit --help`"
-            if args.config is None
-            else f"expected either the config {args.config!r} or a script after --, got both"
-        )
+    if args.script is not None and args.config != _SCRIPT:
+        raise ValueError(f"expected either the config {args.config!r} or a script after --")
     use_token()  # before ray is imported: it reads the mode once
     from tprl_env.rllib import submit as jobs
 
@@ -88,7 +90,7 @@ def add_submit(commands: Any) -> None:
         description="Send a training to a Ray cluster as a job and follow it; sent again with the "
         "same --storage it goes on. Any other script: tprl submit [options] -- python script.py",
     )
-    sub.add_argument("config", nargs="?", help="name in rllib_configs/ or a .py file")
+    sub.add_argument("config", help="name in rllib_configs/ or a .py file")
     sub.add_argument("--storage", help="URI, or a path that every node sees, for the run")
     sub.add_argument("--address", help="dashboard (default: $RAY_API_SERVER_ADDRESS or port 8265)")
     sub.add_argument("--working-dir", type=Path, help="folder to upload (default: the checkout)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -43,6 +44,11 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
 _HARMLESS = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)
+_CHATTY = (  # tell every ignored file and every closed connection
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PATIENCE = 300.0  # seconds without the cluster after which following ends
 _INTERRUPTED = 130
@@ -161,6 +167,8 @@ def send(
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(

@@ -1,0 +1,213 @@
+"""Training over several nodes: who runs where, what does not fit is said, configs stay small."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from ray_heads import (
+    BIN,
+    ROOT,
+    RayNode,
+    clean_environment,
+    free_port,
+    start_head,
+    stop_node,
+)
+
+from tprl_env.features import open_source
+from tprl_env.rllib.config import load_config, scorer_spec
+from tprl_env.rllib.placement import actor_bundles
+from tprl_env.rllib.ppo import ppo_config
+from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router
+from tprl_env.rllib.scorer_spec import PoolAddress
+from tprl_env.scoring import ScorerStats
+
+HERE = Path(__file__).parent
+
+
+def test_configs_hold_names_and_never_tensors(tmp_path: Path):
+    config = load_config("smoke", {"num_env_runners": 8, "num_scorers": 64})
+    names = tuple(f"tprl-scorer-0123abcd-{number}" for number in range(64))
+    pool = PoolAddress(names, "default", vars(scorer_spec(config)), {})
+    settings = ppo_config(config, pool=pool, init_policy=str(tmp_path))
+    size = len(ray.cloudpickle.dumps(settings))
+    assert size < 100_000, size
+    assert len(ray.cloudpickle.dumps(scorer_spec(config))) < 2_000
+
+
+def test_every_actor_asks_for_something():
+    config = load_config("smoke", {"num_env_runners": 4, "num_learners": 2})
+    settings = ppo_config(config)
+    assert actor_bundles(settings) == {
+        "env runners": [{"CPU": 1.0}] * 4,
+        "learners": [{"CPU": 1.0}] * 2,
+    }
+    settings.learners(num_gpus_per_learner=0.5)
+    assert actor_bundles(settings)["learners"] == [{"GPU": 0.5}] * 2
+    settings.env_runners(num_cpus_per_env_runner=0)
+    with pytest.raises(ValueError, match="env runners must ask for at least one resource"):
+        actor_bundles(settings)
+
+
+def test_a_sample_has_the_same_scorer_in_every_client_and_request():
+    source = open_source("toy:samples=64,tokens=16,seed=0")
+    homes: dict[int, set[int]] = {}
+    for seed in range(6):  # clients of equal load, requests in any order
+        actors = [ActorState(str(number), None) for number in range(4)]
+        router = Router(actors, source, 128, ScorerStats(), Limits())
+        generator = np.random.default_rng(seed)
+        samples = np.repeat(generator.permutation(64), 8)  # groups of eight draws
+        keep = np.zeros((len(samples), 16), bool)
+        for piece in router._cut(Request(samples, keep)):
+            for sample in piece.samples:
+                homes.setdefault(int(sample), set()).add(piece.home)
+    assert len(homes) == 64 and all(len(places) == 1 for places in homes.values())
+    assert {next(iter(places)) for places in homes.values()} == {0, 1, 2, 3}
+
+
+@pytest.fixture(scope="module")
+def three_nodes(tmp_path_factory) -> dict:
+    home = tmp_path_factory.mktemp("home")
+    environment = clean_environment(home, RAY_AUTH_MODE="token", PYTHONPATH=str(ROOT))
+    subprocess.run([str(BIN / "tprl"), "token"], env=environment, check=True, cwd=home)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "three_nodes.py"), str(home)],
+        env=environment, capture_output=True, text=True, timeout=280, cwd=home,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_scorers_and_runners_run_on_their_own_nodes(three_nodes: dict):
+    places = three_nodes["places"]
+    assert places["ScorerActor"] == [three_nodes["scorers"]] * 2
+    assert places["TokenPruningRunner"] == [three_nodes["runners"]] * 2
+    assert all(three_nodes["head"] not in where for where in places.values())
+    assert three_nodes["scores"] == 3 * 256 and three_nodes["answered"] == 2
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_ends_with_requested_against_available(three_nodes: dict):
+    runners = three_nodes["too many runners"]
+    assert runners.startswith(
+        "PlacementError: the cluster had no room for 4 env runners within 3 s"
+    )
+    assert "CPU: 4 requested, 4 in the cluster, 2 free" in runners  # the scorers hold two
+    scorers = three_nodes["too many scorers"]
+    assert "2 of 3 scorer actors were ready" in scorers
+    assert "scorer: 3 requested, 2 in the cluster, 0 free" in scorers
+    learner = three_nodes["no gpu"]
+    assert "2 env runners and 1 learners" in learner
+    assert "GPU: 1 requested, 0 in the cluster, 0 free" in learner
+
+
+# Two hosts -----------------------------------------------------------------------------------
+
+
+def shell(*words: str) -> None:
+    subprocess.run(words, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them; yields their names and addresses."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and ip")
+    stem = f"tprl{os.getpid() % 10000}"
+    hosts = {f"{stem}a": "10.213.7.1", f"{stem}b": "10.213.7.2"}
+    first, second = hosts
+    try:
+        for name in hosts:
+            shell("ip", "netns", "add", name)
+        shell(
+            *f"ip link add {first}v netns {first} type veth peer name {second}v".split(),
+            *("netns", second),
+        )
+        for name, address in hosts.items():
+            inside = ("ip", "netns", "exec", name, "ip")
+            shell(*inside, "addr", "add", f"{address}/24", "dev", f"{name}v")
+            shell(*inside, "link", "set", f"{name}v", "up")
+            shell(*inside, "link", "set", "lo", "up")
+        yield hosts
+    finally:
+        for name in hosts:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+SCRIPT = """
+import json, sys
+import ray
+from tprl_env.rllib.config import load_config
+from tprl_env.rllib.train import train
+places = {}
+def note(row, policy):
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    for actor in ray._private.state.actors().values():
+        if actor["State"] == "ALIVE":
+            name = actor["ActorClassName"].split(".")[-1]
+            places.setdefault(name, set()).add(nodes[actor["Address"]["NodeID"]])
+fields = {"iterations": 3, "num_env_runners": 1, "scorer_resources": {"scorer": 1.0}}
+train(load_config("smoke", fields), sys.argv[1], progress=False, on_iteration=note)
+print("PLACES", json.dumps({name: sorted(where) for name, where in places.items()}))
+"""
+
+
+@pytest.mark.netns
+def test_two_hosts_with_token_authentication(two_hosts, tmp_path: Path):
+    (first, first_ip), (second, second_ip) = two_hosts.items()
+    inside = {name: ("ip", "netns", "exec", name) for name in two_hosts}
+    head = start_head(tmp_path / "home", cpus=0, ip=first_ip, prefix=inside[first])
+    workers = []
+    try:
+
+        def join(home: Path, **more: str) -> tuple[RayNode, Path]:
+            words = [
+                f"--address={head.gcs}", f"--node-ip-address={second_ip}", "--num-cpus=3",
+                '--resources={"scorer": 2}', "--object-store-memory=100000000",
+                f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats",
+                f"--temp-dir={tempfile.mkdtemp(prefix='tprl-node-', dir='/tmp')}",
+            ]  # fmt: skip
+            home.mkdir(exist_ok=True)
+            environment = clean_environment(home, RAY_AUTH_MODE="token", **more)
+            node = RayNode(words, environment, inside[second])
+            workers.append(node)
+            node.start(home / "worker.log")
+            return node, home / "worker.log"
+
+        stranger, log = join(tmp_path / "stranger", RAY_AUTH_TOKEN="ff" * 32)
+        assert stranger.process.wait(120) != 0
+        assert "InvalidAuthToken" in log.read_text() or "Authentication" in log.read_text()
+        worker, log = join(head.home)
+        worker.wait_for(log, "Ray runtime started")
+        (tmp_path / "job").mkdir()
+        (tmp_path / "job" / "two_hosts.py").write_text(SCRIPT)
+        done = subprocess.run(
+            [
+                *inside[first], str(BIN / "tprl"), "submit", "--address", head.address, "--",
+                "python", "two_hosts.py", str(tmp_path / "run"),
+            ],
+            env=head.environment(PYTHONPATH=str(ROOT)), cwd=tmp_path / "job",
+            capture_output=True, text=True, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("PLACES "))
+        places = json.loads(line.removeprefix("PLACES "))
+        assert places["ScorerActor"] == places["TokenPruningRunner"] == [second_ip]
+        assert places["JobSupervisor"] == [first_ip]
+    finally:
+        for node in workers:
+            stop_node(node)
+        stop_node(head.node)
