@@ -19,7 +19,7 @@ CONFIG = TrainConfig(
     beta=0.0,
     score_steps="final",
     min_tokens=0,
-    budget=(6, 48),
+    budget=(3, 48),
     # the policy
     distribution="exact",
     architecture="attention",

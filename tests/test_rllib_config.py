@@ -112,7 +112,7 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_unknown_presets_and_files_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="known: bernoulli_count, grpo, mapo, "):
+    with pytest.raises(ValueError, match="known: bernoulli_count, budget_conditioned, grpo, mapo, "):
         load_config("recomended")
     with pytest.raises(ValueError, match="no config file"):
         load_config(tmp_path / "missing.py")

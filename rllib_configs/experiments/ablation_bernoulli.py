@@ -8,11 +8,12 @@ EXPERIMENT = Experiment(
     arms={
         "token-ratio": Arm(),
         "joint-ratio": Arm({"ratio": "joint"}),
-        "t3-discount-1": Arm({"max_steps": 3, "step_input": True}),
-        "t3-discount-0.5": Arm({"max_steps": 3, "step_input": True, "discount": 0.5}),
+        "t3-discount-1": Arm({"max_steps": 3}),
+        "t3-discount-0.5": Arm({"max_steps": 3, "discount": 0.5}),
     },
     preset="bernoulli_count",
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

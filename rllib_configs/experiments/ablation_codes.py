@@ -8,10 +8,10 @@ EXPERIMENT = Experiment(
     arms={
         "width-64": Arm(),
         "width-8": Arm(code_width=8),
-        "width-16": Arm(code_width=16),
         "width-128": Arm(code_width=128),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

@@ -9,7 +9,8 @@ EXPERIMENT = Experiment(
         "tokens": Arm(),
         "mean": Arm({"query": "mean"}),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

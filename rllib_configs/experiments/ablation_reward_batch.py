@@ -10,7 +10,8 @@ EXPERIMENT = Experiment(
         "batch-8": Arm({"reward_batch_size": 8}),
         "batch-32": Arm({"reward_batch_size": 32}),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

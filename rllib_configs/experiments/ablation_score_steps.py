@@ -6,10 +6,11 @@ EXPERIMENT = Experiment(
     name="ablation_score_steps",
     question="Is a score after every step worth three times the price?",
     arms={
-        "final": Arm({"max_steps": 3, "step_input": True}),
-        "all": Arm({"max_steps": 3, "step_input": True, "score_steps": "all"}),
+        "final": Arm({"max_steps": 3}),
+        "all": Arm({"max_steps": 3, "score_steps": "all"}),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

@@ -7,12 +7,13 @@ EXPERIMENT = Experiment(
     question="How many pruning steps per episode? TPRL table 7 finds a gain up to three.",
     arms={
         "t1": Arm(),
-        "t2": Arm({"max_steps": 2, "step_input": True}),
-        "t3": Arm({"max_steps": 3, "step_input": True}),
-        "t4": Arm({"max_steps": 4, "step_input": True}),
-        "t5": Arm({"max_steps": 5, "step_input": True}),
+        "t2": Arm({"max_steps": 2}),
+        "t3": Arm({"max_steps": 3}),
+        "t4": Arm({"max_steps": 4}),
+        "t5": Arm({"max_steps": 5}),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

@@ -5,14 +5,15 @@ from tprl_env.rllib.experiment import Arm, Experiment
 EXPERIMENT = Experiment(
     name="budget_conditioned",
     question="Does one budget-conditioned policy lose anything against specialists?",
+    preset="budget_conditioned",
     arms={
-        "one-for-all": Arm(preset="budget_conditioned"),
+        "one-for-all": Arm(),
         "only-48": Arm({"budget": 48, "budget_input": False}),
         "only-14": Arm({"budget": 14, "budget_input": False}),
-        "only-7": Arm({"budget": 7, "budget_input": False}),
         "only-4": Arm({"budget": 4, "budget_input": False}),
     },
-    changes={"num_scorers": 0},  # each run scores in its own process, so that many fit on a machine
+    # each run scores in its own process, so that many fit on a machine
+    changes={"num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=25_000,
 )

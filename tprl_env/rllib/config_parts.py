@@ -30,7 +30,8 @@ def policy_fields(config: TrainConfig) -> dict[str, Any]:
     """
     names = "width layers heads hidden architecture query question_heads fusion step_input"
     names += " token_norm query_norm query_scale value_query value_input_detach initial_keep"
-    names += " max_steps"
+    if config.step_input:  # else the weights do not depend on it, and serve any number of steps
+        names += " max_steps"
     table = {name: getattr(config, name) for name in names.split()}
     table["budget"] = config.budget_input
     table["position_slots"] = int(config.positions)  # the source decides how many
