@@ -4,14 +4,12 @@ An iteration draws ``draws`` masks for each sample. Where the group is whole, in
 episode's return becomes (return - group mean) / (group deviation + 1e-6), the advantage of all its
 steps. Several learners share the rows out afterwards; they need no group.
 
-The k3 penalty is what the paper puts into its loss. Its value estimates KL(policy || start policy);
-its expected gradient, at ratio 1, is that of KL(start policy || policy): it asks the policy to cover
-what the start policy did.
-
-The penalty refers to the policy the run started from: the imitated one, ``init_policy``, or,
-where a run has neither, the untrained policy, which the penalty then merely keeps random.
-The learner keeps a frozen copy of it, checkpoints hold it, and its log-probabilities are computed
-once per iteration. Values are not computed, and the critic's parameters stay as they are.
+The k3 penalty refers to the policy the run started from: the imitated one, ``init_policy``, or,
+where a run has neither, the untrained policy, which the penalty then merely keeps random. Its value
+estimates KL(policy || start policy). Its expected gradient at ratio 1 is that of
+KL(start policy || policy): the policy is asked to cover what the start policy did.
+The learner keeps a frozen copy of the start policy, checkpoints hold it, and its log-probabilities
+are computed once per iteration. Values are not computed; the critic's parameters stay as they are.
 """
 
 from __future__ import annotations
