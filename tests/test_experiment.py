@@ -190,6 +190,12 @@ def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
     assert "| b - a | +0.200 ± 0.248 | +0.000 ± 0.000 |" in text
     assert "| a - its imitation | **+0.100 ± 0.000** | +0.000 ± 0.000 |" in text
     assert len(list(rows(records))) == 2 * 3 * 2 * 2
+    assert "random" not in text  # nothing was measured untrained
+    row = {"budget": 4, "mean_tokens": 4.0, "accuracy": 0.2, "ci95": [0.1, 0.3], "seconds": 1.0}
+    pruner = {"kind": "random", "budgets": [row, row | {"budget": 2, "accuracy": 0.1}]}
+    untrained = {"full_accuracy": 0.8, "questions": 100, "pruners": {"random": pruner}}
+    text = markdown(definition | {"untrained": {"crowded": untrained}}, records)
+    assert "| *random* | 0.200 (25.0%) | 0.100 (12.5%) | |" in text
 
 
 def test_files_are_tidy_and_complete(tmp_path):

@@ -17,9 +17,10 @@ import ray
 from small_run import SmallRun, make_small_run
 
 from tprl_env.cli import main
-from tprl_env.rllib.compare import TaskData, compare, trial_resources
+from tprl_env.rllib.compare import compare, trial_resources
 from tprl_env.rllib.config import load_config
 from tprl_env.rllib.experiment import load_experiment
+from tprl_env.rllib.experiment_data import TaskData
 from tprl_env.rllib.search import search
 
 EXPERIMENT = """
@@ -80,8 +81,12 @@ def test_an_experiment_runs_reports_and_is_done_once(small, tmp_path, capsys):
     found = records(out)
     assert len(found) == 6 and {r["lvlm_scores"] for r in found.values()} == {64}
     table = pq.read_table(out / "results.parquet").to_pylist()
-    # two arms with imitation, one without; two budgets, two seeds
-    assert len(table) == (2 * 2 + 1) * 2 * 2
+    # two arms with imitation, one without; two budgets, two seeds; pruners have no seeds
+    untrained = [row for row in table if row["method"] == "untrained"]
+    assert len(table) - len(untrained) == (2 * 2 + 1) * 2 * 2
+    assert {"random", "divprune"} < {row["arm"] for row in untrained}
+    assert len(untrained) == 2 * len({row["arm"] for row in untrained})
+    assert "| *random* |" in (out / "tables.md").read_text()
     assert {row["full_accuracy"] for row in table} == {
         found["crowded/slow/seed-0"]["policy"]["full_accuracy"]
     }

@@ -148,7 +148,7 @@ def train(args: argparse.Namespace) -> int:
     result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
     imitation = 0.0 if result.lfd is None else result.lfd.seconds
     record = {
-        "algorithm": "PPO",
+        "algorithm": config.algorithm.upper(),
         "preset": Path(args.config).stem,
         "seconds": round(result.progress.seconds + imitation, 2),
         "lvlm_scores": result.progress.scores,

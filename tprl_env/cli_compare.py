@@ -23,8 +23,8 @@ def compare(args: argparse.Namespace) -> int:
 
     spec = load_experiment(args.config)
     out = args.out or Path("runs/compare") / spec.name
-    from tprl_env.rllib.compare import TaskData
     from tprl_env.rllib.compare import compare as run
+    from tprl_env.rllib.experiment_data import TaskData
     from tprl_env.rllib.search import search
 
     given = {name: getattr(args, name) for name in ("lvlm", "train", "calibration", "test")}

@@ -1,4 +1,4 @@
-"""Tables and plots of an experiment: intervals over seeds, differences paired by seed.
+"""Tables of an experiment: intervals over seeds, differences paired by seed.
 
 Reads the ``record.json`` of every run of a folder that ``tprl compare`` made. The unit is the
 training run: intervals are Student's t over seeds, differences are taken between runs of the same
@@ -72,6 +72,13 @@ def read_records(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             f"{len(unfinished)} of {len(unfinished) + len(records)} runs of {folder} are not "
             f"finished, {unfinished[0]} for one; go on with the same `tprl compare` command"
         )
+    references = definition.get("references", {})
+    untrained = {task: folder / path for task, path in references.items()}
+    definition["untrained"] = {
+        task: json.loads(path.read_text("utf-8"))
+        for task, path in untrained.items()
+        if path.is_file()
+    }
     for task in definition["tasks"]:
         _check_scores([record for record in records if record["task"] == task])
     return definition, records
@@ -109,6 +116,31 @@ def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
                     "relative": row["accuracy"] / full,
                     "lvlm_scores": record["lvlm_scores"] if method == "policy" else 0,
                     "seconds": record["seconds"] if method == "policy" else measured["seconds"],
+                }
+
+
+def reference_rows(definition: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of the untrained pruners: the arm is the pruner's name, the method "untrained"."""
+    for task, untrained in definition["untrained"].items():
+        full = untrained["full_accuracy"]
+        for name, entry in untrained["pruners"].items():
+            for row in entry["budgets"]:
+                yield {
+                    "experiment": definition["name"],
+                    "task": task,
+                    "arm": name,
+                    "seed": 0,
+                    "algorithm": "none",
+                    "method": "untrained",
+                    "budget": row["budget"],
+                    "tokens": row["mean_tokens"],
+                    "accuracy": row["accuracy"],
+                    "ci_low": row["ci95"][0],
+                    "ci_high": row["ci95"][1],
+                    "full_accuracy": full,
+                    "relative": row["accuracy"] / full,
+                    "lvlm_scores": 0,
+                    "seconds": row["seconds"],
                 }
 
 
@@ -164,15 +196,27 @@ def markdown(definition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
             "| arm | " + " | ".join(f"{budget} tokens" for budget in budgets) + " | seconds |",
             "| --- |" + " --- |" * (len(budgets) + 1),
         ]
+        lines += _reference_lines(definition.get("untrained", {}).get(task), budgets)
         for arm in definition["arms"]:
-            lines += _arm_lines(table, own, task, arm, budgets, full)
+            lines += _arm_lines(table, task, arm, budgets, full)
         lines += ["", *_difference_lines(table, definition, task)]
     return "\n".join(lines) + "\n"
 
 
+def _reference_lines(untrained: Mapping[str, Any] | None, budgets: Sequence[int]) -> list[str]:
+    """Untrained pruners, which have no seeds."""
+    if untrained is None:
+        return []
+    full, lines = untrained["full_accuracy"], []
+    for name, entry in untrained["pruners"].items():
+        found = {row["budget"]: row["accuracy"] for row in entry["budgets"]}
+        cells = " | ".join(f"{found[b]:.3f} ({found[b] / full:.1%})" for b in budgets)
+        lines.append(f"| *{name}* | {cells} | |")
+    return lines
+
+
 def _arm_lines(
     table: Sequence[Mapping[str, Any]],
-    records: Sequence[Mapping[str, Any]],
     task: str,
     arm: str,
     budgets: Sequence[int],
@@ -246,7 +290,8 @@ def write_tables(folder: Path) -> Path:
     from tprl_env.experiment_plots import plot_budgets, plot_scores
 
     definition, records = read_records(folder)
-    for name, table in (("results", list(rows(records))), ("curves", list(curve_rows(records)))):
+    results = [*rows(records), *reference_rows(definition)]
+    for name, table in (("results", results), ("curves", list(curve_rows(records)))):
         temporary = folder / f"{name}.parquet.tmp"
         pq.write_table(pa.Table.from_pylist(table), temporary)
         temporary.replace(folder / f"{name}.parquet")

@@ -160,7 +160,7 @@ def all_threads() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # a container may have fewer than the host
     try:
         yield
     finally:
@@ -214,7 +214,7 @@ def run_quickstart(
         held_out,
         settings.sized(CURVE_QUESTIONS),
     )
-    with watch.stage("training", f"PPO on RLlib, preset {settings.preset}"):
+    with watch.stage("training", f"{config.algorithm.upper()} on RLlib, preset {settings.preset}"):
         result = train(
             config,
             settings.out / "train",
@@ -223,7 +223,7 @@ def run_quickstart(
             on_iteration=curve_hook(curve, imitation, config.max_scores or 50_000),
         )
     training = {
-        "algorithm": "PPO",
+        "algorithm": config.algorithm.upper(),
         "preset": settings.preset,
         "seconds": round(result.progress.seconds, 2),
         "lvlm_scores": result.progress.scores,

@@ -19,7 +19,16 @@ from typing import Any
 
 from tprl_env.rllib.config import TrainConfig, load_config, policy_fields, presets_folder
 
-__all__ = ["Arm", "Experiment", "Search", "Trial", "imitation_key", "load_experiment", "run_key"]
+__all__ = [
+    "Arm",
+    "Experiment",
+    "Search",
+    "Trial",
+    "content_key",
+    "imitation_key",
+    "load_experiment",
+    "run_key",
+]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # What imitation depends on besides the policy's shape and the samples.

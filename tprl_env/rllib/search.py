@@ -13,15 +13,11 @@ from tprl_env.features import FeatureStore
 from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
 from tprl_env.lvlm import load_lvlm
 from tprl_env.results import write_json
-from tprl_env.rllib.compare import (
-    CURVE_QUESTIONS,
-    TaskData,
-    builtin_data,
-    reporting_hook,
-    trial_resources,
-)
+from tprl_env.rllib.compare import trial_resources
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiment import Search
+from tprl_env.rllib.experiment_data import TaskData, builtin_data
+from tprl_env.rllib.experiment_trial import CURVE_QUESTIONS, reporting_hook
 from tprl_env.rllib.train import ray_session, train
 
 __all__ = ["search"]
