@@ -10,8 +10,8 @@ EXPERIMENT = Experiment(
         "batch-8": Arm({"reward_batch_size": 8}),
         "batch-32": Arm({"reward_batch_size": 32}),
     },
-    # each run scores in its own process, so that many fit on a machine
-    changes={"num_scorers": 0},
+    # half the imitation of the preset; each run scores in its own process, so that many fit
+    changes={"num_scorers": 0, "lfd_steps": 450},
     seeds=(0, 1, 2),
-    max_scores=25_000,
+    max_scores=15_000,
 )
