@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 CONFIG_NAME = "config.json"
@@ -48,8 +48,9 @@ def save_weights(
     tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
     header = {"kind": kind, "config": json.dumps(config, sort_keys=True)}
     text = json.dumps({"kind": kind, **config}, indent=2) + "\n"
-    write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata=header))
-    write_atomically(folder / CONFIG_NAME, lambda path: _write_text(path, text))
+    content = save(tensors, metadata=header)  # written here, so that a full disk is an OSError
+    write_atomically(folder / WEIGHTS_NAME, lambda path: _write(path, content))
+    write_atomically(folder / CONFIG_NAME, lambda path: _write(path, text.encode()))
 
 
 def read_config(folder: str | Path, *, kind: str) -> dict[str, Any]:
@@ -124,5 +125,5 @@ def _existing(folder: str | Path, name: str) -> Path:
     return path
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
