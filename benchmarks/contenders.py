@@ -1,4 +1,4 @@
-"""Three ways to train the paper's MDP and one to collect only, each metered: see `rollout`."""
+"""RLlib with two runners, and collecting one by one, each metered: see `rollout`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from ray.rllib.core.columns import Columns
-from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env import metrics, rewards
 from tprl_env.episodes import choose_episode
@@ -21,11 +18,11 @@ from tprl_env.features import FeatureStore
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.llava import LlavaLVLM
 from tprl_env.lvlm.scorer import LVLMScorer
+from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, rules
 from tprl_env.rllib.module import TokenPruningModule, shared_source
-from tprl_env.rllib.ppo import loss_settings, ppo_config, ppo_loss
 from tprl_env.rllib.scorer_spec import ScorerSpec
-from tprl_env.scoring import BoolArray, CachedScorer, FloatArray, IntArray
+from tprl_env.scoring import BoolArray, FloatArray, IntArray
 
 MODULE = "default_policy"
 SCORERS: dict[str, TimedScorer] = {}
@@ -106,7 +103,7 @@ class WithRLlib:
     def __init__(self, name: str, config: TrainConfig) -> None:
         self._config = config.replace(runner="default" if name == "default" else "fast")
         self._config = self._config.replace(scorer_options={"name": name})
-        self._algorithm = ppo_config(self._config).build_algo()
+        self._algorithm = algorithm_config(self._config).build_algo()
         self._scorer = SCORERS[name]
         runner = self._algorithm.env_runner
         self._cost = Cost()
@@ -142,134 +139,11 @@ class WithRLlib:
 
 def new_module(config: TrainConfig) -> TokenPruningModule:
     """The policy as every contender starts with it."""
-    spec = ppo_config(config).rl_module_spec
+    spec = algorithm_config(config).rl_module_spec
     rows = shared_source(config.source).max_tokens
     space = rules(config).observation_space(shared_source(config.source))
     spec.observation_space, spec.action_space = space, gymnasium.spaces.MultiBinary(rows)
     return spec.build()
-
-
-class Handwritten:
-    """PPO as one would write it for this task alone."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._config, self._rules = config, rules(config)
-        self._source = shared_source(config.source)
-        self._full = self._source.full_scores(config.metric)
-        self._module = new_module(config)
-        self._adam = torch.optim.Adam(self._module.parameters(), lr=config.lr)
-        self._settings = loss_settings(config)
-        spec = ScorerSpec(
-            config.source, config.metric, lvlm=config.lvlm, options={"name": "handwritten"}
-        )
-        self._timed = timed_scorer(spec)
-        self._scorer = CachedScorer(self._timed, self._source, config.metric, config.cache_size)
-        self._random = np.random.default_rng(config.seed)
-        self._module.generator.manual_seed(config.seed)
-
-    def iterate(self) -> Cost:
-        """Roll out, score, four epochs."""
-        scored, watch = self._timed.seconds, Watch()
-        batch = self._collect()
-        collect, collect_wall = watch.read()
-        trained = self._learn(batch)
-        cpu, wall = watch.read()
-        steps, scoring = len(batch[Columns.ACTION_LOGP]), self._timed.seconds - scored
-        return Cost(steps, trained, collect, scoring, cpu - collect, wall, collect_wall)
-
-    def _collect(self) -> dict[str, Any]:
-        """All episodes in lockstep, then one request for all their masks."""
-        chosen = [
-            choose_episode(self._random, self._source, self._rules)[0]
-            for _ in range(self._config.samples)
-        ]
-        samples = np.array(chosen, np.int64)
-        alive = self._source.exists(samples)
-        live, counts, masks, lives, parts = np.ones(len(samples), bool), [alive.sum(1)], [], [], []
-        values = np.zeros((self._rules.max_steps, len(samples)), np.float32)
-        for step in range(self._rules.max_steps):
-            rows = np.flatnonzero(live)
-            obs = {
-                "sample": torch.from_numpy(samples[rows]),
-                "alive": torch.from_numpy(alive[rows]),
-                "step": torch.full((len(rows), 1), float(step)),
-            }
-            acted = self._module.act(obs)
-            parts.append((*obs.values(), acted.actions, acted.logp))
-            values[step, rows] = acted.values.numpy()
-            alive = alive.copy()
-            alive[rows] &= acted.actions.numpy().astype(bool)
-            masks.append(alive)
-            lives.append(live)
-            counts.append(alive.sum(1))
-            live = live & ~rewards.is_terminal(
-                counts[-1], step + 1, self._rules.max_steps, self._rules.min_tokens
-            )
-        taken = np.stack(lives)
-        scores = np.full(taken.shape, np.nan, np.float32)
-        numbers = np.broadcast_to(samples, taken.shape)[taken]
-        scores[taken] = self._scorer(numbers, np.stack(masks)[taken])
-        advantages = self._advantages(scores, samples, np.stack(counts), taken, values)
-        columns = [torch.cat(part) for part in zip(*parts, strict=True)]
-        return {
-            "sample": columns[0],
-            "alive": columns[1],
-            "step": columns[2],
-            Columns.ACTIONS: columns[3],
-            Columns.ACTION_LOGP: columns[4],
-            Postprocessing.VALUE_TARGETS: torch.from_numpy((advantages + values)[taken]),
-            Postprocessing.ADVANTAGES: torch.from_numpy(advantages[taken]),
-        }
-
-    def _advantages(
-        self, scores: FloatArray, samples: IntArray, counts: IntArray, taken: BoolArray, values: Any
-    ) -> NDArray[np.float32]:
-        """Generalised advantages (T, B) of the paper's rewards, shared by mini-batches."""
-        config, size = self._config, self._config.reward_batch_size
-        gained = rewards.episode_rewards(
-            scores, self._full[samples], counts, taken, config.alpha, config.beta, "all"
-        )
-        if size > 1:
-            shape = (len(taken), -1, size)
-            shared = rewards.batch_mean_reward(gained.reshape(shape), taken.reshape(shape))
-            gained = shared.reshape(taken.shape)
-        found, following = np.zeros_like(gained), np.zeros(len(samples), np.float32)
-        later = np.concatenate([values[1:], np.zeros_like(values[:1])])
-        for step in reversed(range(len(taken))):
-            delta = gained[step] + config.gamma * later[step] - values[step]
-            following = (delta + config.gamma * config.gae_lambda * following) * taken[step]
-            found[step] = following
-        return found.astype(np.float32)
-
-    def _learn(self, batch: dict[str, Any]) -> int:
-        """Epochs of shuffled minibatches; returns rows trained on."""
-        gain = batch[Postprocessing.ADVANTAGES]
-        batch[Postprocessing.ADVANTAGES] = (gain - gain.mean()) / gain.std().clamp(min=1e-4)
-        rows, trained = len(gain), 0
-        for _ in range(self._config.epochs):
-            for part in torch.randperm(rows).split(self._config.minibatch_size or rows):
-                few = {name: column[part] for name, column in batch.items()}
-                obs = {name: few[name] for name in ("sample", "alive", "step")}
-                out = self._module.forward_train({Columns.OBS: obs})
-                distribution = self._module.action_dist_cls.from_logits(
-                    out[Columns.ACTION_DIST_INPUTS]
-                )
-                loss = ppo_loss(
-                    few,
-                    distribution,
-                    out[Columns.EMBEDDINGS],
-                    self._settings,
-                    self._config.entropy,
-                ).total
-                self._adam.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._config.grad_clip)
-                self._adam.step()
-                trained += len(part)
-        return trained
-
-    def close(self) -> None:
-        """Nothing to stop."""
 
 
 class OneByOne:
