@@ -114,6 +114,61 @@ def test_what_does_not_fit_ends_with_requested_against_available(three_nodes: di
     assert "GPU: 1 requested, 0 in the cluster, 0 free" in learner
 
 
+# Slurm with one stand-in: srun ---------------------------------------------------------------
+
+SRUN = """#!/usr/bin/env bash
+# srun between two network namespaces; bash is the first process of each and buries the dead
+while [[ $1 == --* ]]; do [[ $1 == --ntasks=* ]] && tasks=${1#--ntasks=}; shift; done
+if [[ $1 == hostname ]]; then echo "$FIRST_IP"; exit; fi
+start='mount -t tmpfs none "$STATE_DIR" && mount -t tmpfs none /dev/shm && "$@"; exit $?'
+hosts=("$FIRST" "$SECOND")
+for ((task = 0; task < tasks; task++)); do
+  ip netns exec "${hosts[task]}" unshare --pid --fork --kill-child --mount-proc \\
+    bash -c "$start" task "$@" &
+done
+wait -n  # the first to end is the head; then, as with --wait=30, the others must
+code=$?
+for ((second = 0; second < 30; second++)); do [[ -z $(jobs -pr) ]] && break; sleep 1; done
+for job in $(jobs -pr); do kill "$job"; done
+exit "$code"
+"""
+
+
+@pytest.mark.netns
+def test_the_batch_script_trains_on_two_hosts(two_hosts, tmp_path: Path):
+    """Real `ray symmetric-run`; its `ray stop` sees the processes of its own host only."""
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    (first, first_ip), (second, _) = two_hosts.items()
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho node1\necho node2\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    number = str(100_000 + os.getpid())
+    folder = Path(f"/tmp/tprl-ray-{number}")
+    folder.mkdir()
+    environment = clean_environment(
+        tmp_path, SLURM_JOB_ID=number, SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node[1-2]",
+        FIRST=first, SECOND=second, FIRST_IP=first_ip, STATE_DIR=str(folder),
+        PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    words = ["--iterations", "2", "--num_env_runners=1", "--scorer_cpus=1", "--num_scorers=2"]
+    try:
+        done = subprocess.run(
+            ["bash", str(ROOT / "cluster/slurm/train.sbatch"), "smoke", f"{tmp_path}/run", *words],
+            env=environment, capture_output=True, text=True, timeout=290, cwd=tmp_path,
+        )  # fmt: skip
+    finally:
+        folder.rmdir()
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    history = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["scores"] for line in history] == [256, 512]
+    assert "On worker node. Connecting to Ray cluster" in done.stdout + done.stderr
+    assert not (tmp_path / ".tprl-jobs" / number / "auth_token").exists()
+
+
 # Two hosts -----------------------------------------------------------------------------------
 
 

@@ -384,7 +384,7 @@ def test_a_script_ends_with_its_own_exit_code(head, tmp_path: Path):
     words = ("submit", "--address", head.address, "--env", "HF_HUB_OFFLINE=1", "--")
     done = tprl(head, *words, "python", "mine.py", cwd=tmp_path)
     assert done.returncode == 7, done.stdout + done.stderr
-    assert f"address {head.gcs}" in done.stdout and "variable 1" in done.stdout
+    assert f":{head.gcs.rpartition(':')[2]}\n" in done.stdout and "variable 1" in done.stdout
     assert "token False token" in done.stdout  # by file, never in the environment
 
 

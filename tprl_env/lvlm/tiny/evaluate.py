@@ -176,7 +176,9 @@ def evaluate_folder(
     known = ("oracle", "oracle_spread", "divprune", "cls", "random")
     if set(pruners) - set(known):
         raise ValueError(f"pruners must be among {', '.join(known)}, got {tuple(pruners)}")
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    ).eval()
     exam = Exam(model, load_scenes(task, split, scenes))
     found: dict[str, Any] = {
         "split": split,
