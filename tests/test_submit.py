@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import os
 import shlex
@@ -298,7 +299,9 @@ class FlakyClient:
         (JobStatus.STOPPED, None, 1),
     ],
 )
-def test_logs_survive_a_broken_connection(capsys, status, code, expected):
+def test_logs_survive_a_broken_connection(capsys, monkeypatch, status, code, expected):
+    clock = itertools.count(0, 1000)  # hours of silence are no reason to give up
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert jobs.follow(FlakyClient(status, code), "job_1") == expected
     out, err = capsys.readouterr()
     assert out == "one\ntwo\nthree\nfour\n"

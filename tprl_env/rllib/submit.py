@@ -258,20 +258,23 @@ async def _print_logs(client: Any, job: str) -> None:
     """Tail the logs, again after a broken connection; what was shown is not shown twice."""
     import aiohttp
 
-    shown, heard = 0, time.monotonic()
+    shown, broken = 0, None
     while True:
         seen = 0
         try:
             async for chunk in client.tail_job_logs(job):
-                heard = time.monotonic()
+                broken = None
                 seen += len(chunk)
                 new = chunk[max(0, len(chunk) - max(0, seen - shown)) :]
                 print(new, end="", flush=True)
                 shown = max(shown, seen)
             if client.get_job_info(job).status.is_terminal():
                 return
+            broken = None
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            if time.monotonic() - heard > _PATIENCE:
+            now = time.monotonic()
+            broken = now if broken is None else broken
+            if now - broken > _PATIENCE:
                 raise ConnectionError(
                     f"lost the cluster ({type(error).__name__}); job {job} may go on, ask with "
                     f"`ray job status {job}`"
