@@ -1,6 +1,7 @@
 """Faults on purpose: whatever dies, the scores, the groups and the counters stay right.
 
-The driver's SIGKILL is in test_rllib_train.py, a poisonous request alone in test_scorer_pool.py.
+Lost nodes are in test_chaos_nodes.py, the driver's SIGKILL is in test_rllib_train.py, a poisonous
+request alone in test_scorer_pool.py.
 Deadlines are generous multiples: they only end a test that hangs.
 """
 
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,14 +22,12 @@ import pytest
 
 pytest.importorskip("ray")
 
-import psutil  # Ray brings it along
 import ray
 from chaos_scorers import in_a_pass, rows
 from ray import tune
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
-from ray_heads import ROOT, Head, clean_environment, start_head, stop_node
 
 from tprl_env.features import open_source
 from tprl_env.policy import PruningPolicy
@@ -386,77 +384,3 @@ def test_a_checkpoint_that_cannot_be_written_is_left_out(tmp_path: Path, log: Pa
         with pytest.raises(OSError, match="No space left"):
             train(config, out, progress=False)
     check_resumes(config, out, 2)
-
-
-# Nodes ---------------------------------------------------------------------------------------
-
-
-def test_a_lost_scorer_node_changes_no_score(tmp_path: Path, log: Path):
-    environment = clean_environment(tmp_path, RAY_AUTH_MODE="disabled", PYTHONPATH=f"{ROOT}:{HERE}")
-    done = subprocess.run(
-        [sys.executable, str(HERE / "chaos_nodes.py"), str(log)],
-        env=environment, capture_output=True, text=True, timeout=280, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["waiting"] and found["right"] and found["pids changed"]
-    assert found["victim"] not in found["after"] and len(set(found["after"])) == 1
-    counters = found["counters"]
-    assert counters["scores"] == counters["computed"] == found["distinct"] == 64
-    assert counters["retries"] >= 1 and found["passes repeated"] <= 32
-
-
-DRIVER = """
-import sys
-from tprl_env.rllib.config import load_config
-from tprl_env.rllib.train import train
-changes = {"checkpoint_every": 1, "num_scorers": 1, "algorithm": "grpo"}
-iterations = int(sys.argv[2])
-result = train(
-    load_config("smoke", changes), sys.argv[1], resume="auto", progress=False, iterations=iterations
-)
-print(result.progress.iteration, result.progress.scores)
-"""
-
-
-def start_driver(head: Head, out: Path, iterations: int) -> subprocess.Popen:
-    more = {"RAY_gcs_rpc_server_reconnect_timeout_s": "5", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(out), str(iterations)],
-        env=head.environment(RAY_ADDRESS=head.gcs, **more), cwd=head.home,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def kill_head(head: Head) -> None:
-    """The machine of the head is gone: everything on it dies at once."""
-    tree = psutil.Process(head.node.process.pid).children(recursive=True)
-    for each in [head.node.process, *tree]:
-        each.send_signal(signal.SIGKILL)
-    head.node.process.wait(30)
-
-
-def test_a_new_head_goes_on_with_the_same_storage(tmp_path: Path):
-    out = tmp_path / "run"
-    head = start_head(tmp_path / "first", cpus=3)
-    driver = start_driver(head, out, 10_000)
-    try:
-        until(lambda: driver.poll() is not None or len(RunFolder(out).checkpoints()) >= 2)
-        kill_head(head)
-        driver.wait(DEADLINE)  # it ends by itself, and not well
-        assert driver.returncode != 0
-    finally:
-        driver.kill()
-        stop_node(head.node)
-    _, saved = RunFolder(out).newest()
-    goal = saved.iteration + 2
-    head = start_head(tmp_path / "second", cpus=3)
-    try:
-        driver = start_driver(head, out, goal)
-        output, errors = driver.communicate(timeout=DEADLINE)
-    finally:
-        driver.kill()
-        stop_node(head.node)
-    assert driver.returncode == 0, errors
-    assert output.splitlines()[-1] == f"{goal} {256 * goal}"
-    assert [row["scores"] for row in history(out)] == [256 * n for n in range(1, goal + 1)]
