@@ -58,6 +58,21 @@ def test_rollout(inputs: list[str]) -> None:
     assert agreement["equal"] == agreement["masks"] >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "mapo"])
+def test_rollout_of_groups(inputs: list[str], algorithm: str) -> None:
+    pytest.importorskip("ray")
+    result = last_line(
+        "rollout", *inputs, "--algorithm", algorithm, "--episodes", "64", "--one-by-one", "2",
+        "--repeats", "1", "--warmup", "1", "--autoencoder-steps", "5",
+    )  # fmt: skip
+    assert set(result["contenders"]) == {"ours", "handwritten", "one by one"}
+    assert result["cpu_per_step_vs_handwritten"] > 0 and result["setting"]["draws"] == 8
+    rows = result["contenders"]["handwritten"]["rows_trained_per_step"]
+    # MAPO leaves remembered draws away and adds what it remembers
+    assert rows == 4 if algorithm == "grpo" else 3 < rows < 8
+
+
 def test_scoring(inputs: list[str]) -> None:
     result = last_line("scoring", *inputs, "--rows", "40", "--samples", "12", "--repeats", "1")
     for figures in result["dtypes"].values():
