@@ -135,6 +135,7 @@ exit "$code"
 
 
 @pytest.mark.netns
+@pytest.mark.timeout(600)
 def test_the_batch_script_trains_on_two_hosts(two_hosts, tmp_path: Path):
     """Real `ray symmetric-run`; its `ray stop` sees the processes of its own host only."""
     if shutil.which("unshare") is None:
@@ -157,11 +158,10 @@ def test_the_batch_script_trains_on_two_hosts(two_hosts, tmp_path: Path):
     try:
         done = subprocess.run(
             ["bash", str(ROOT / "cluster/slurm/train.sbatch"), "smoke", f"{tmp_path}/run", *words],
-            env=environment, capture_output=True, text=True, timeout=290, cwd=tmp_path,
+            env=environment, capture_output=True, text=True, timeout=580, cwd=tmp_path,
         )  # fmt: skip
     finally:
         folder.rmdir()
-    print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     history = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["scores"] for line in history] == [256, 512]
