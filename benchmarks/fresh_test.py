@@ -21,6 +21,7 @@ from tprl_env.evaluate import evaluate_method
 from tprl_env.features import FeatureStore
 from tprl_env.learning_curve import local_scorer
 from tprl_env.lvlm import load_lvlm
+from tprl_env.policy import PruningPolicy
 from tprl_env.pruners import PolicyPruner
 from tprl_env.quickstart import QuickstartSettings, encode_split
 from tprl_env.results import versions, write_json
@@ -44,14 +45,12 @@ def measure_task(folder: Path, definition: dict[str, Any], task: str, args: Any)
     scorer, samples = local_scorer(lvlm, store), np.arange(len(store), dtype=np.int64)
     found = {}
     for seed, run in runs.items():
-        penalty = records[seed]["policy"]["redundancy_penalty"]
-        pruner = PolicyPruner.from_pretrained(run / "train" / "policy", redundancy_penalty=penalty)
-        found[str(seed)] = {
-            str(budget): round(
-                evaluate_method("policy", pruner, store, scorer, budget, samples).accuracy, 5
-            )
-            for budget in definition["budgets"]
-        }
+        policy = PruningPolicy.from_pretrained(run / "train" / "policy")
+        found[str(seed)] = {}
+        for budget, penalty in records[seed]["policy"]["redundancy_penalty"].items():
+            pruner = PolicyPruner(policy, redundancy_penalty=penalty)
+            row = evaluate_method("policy", pruner, store, scorer, int(budget), samples)
+            found[str(seed)][budget] = round(row.accuracy, 5)
         print(task, seed, found[str(seed)], flush=True)
     full = float(np.asarray(store.full_scores("exact")).mean())
     by_type = {

@@ -137,7 +137,7 @@ def measured(values) -> dict:
     return {
         "full_accuracy": 0.8,
         "questions": 100,
-        "redundancy_penalty": 0.0,
+        "redundancy_penalty": {"4": 0.0, "2": "coverage"},
         "seconds": 5.0,
         "budgets": [
             {"budget": k, "mean_tokens": float(k), "accuracy": v, "ci95": [v - 0.1, v + 0.1]}

@@ -366,9 +366,16 @@ def test_a_redundancy_penalty_spreads_over_objects_literal():
     logits = torch.tensor([[3.0, 2.9, 2.8, 1.0]])
     codes = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
     alive = torch.ones(1, 4, dtype=torch.bool)
-    for penalty, kept in ((0.0, [0, 1]), (1.0, [0, 1]), (2.0, [0, 3])):
+    for penalty, kept in ((0.0, [0, 1]), (1.0, [0, 1]), (2.0, [0, 3]), ("coverage", [0, 3])):
         mask = marginal_mask(logits, alive, torch.tensor([2]), codes, penalty)
         assert mask[0].nonzero()[:, 0].tolist() == kept, penalty
+    # p (1 - similarity): token 3 at cosine .6 is worth .4 p(3) = .292, token 4 p(-1) = .269
+    leaning = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]])
+    for third, kept in ((-1.0, [0, 1]), (-0.8, [0, 2])):
+        mask = marginal_mask(
+            torch.tensor([[3.0, 1.0, third]]), alive[:, :3], torch.tensor([2]), leaning, "coverage"
+        )
+        assert mask[0].nonzero()[:, 0].tolist() == kept
     # dead tokens never, and every count exactly
     alive[0, 0] = False
     mask = marginal_mask(logits, alive, torch.tensor([3]), codes, 2.0)
@@ -378,10 +385,13 @@ def test_a_redundancy_penalty_spreads_over_objects_literal():
 def test_the_penalty_is_chosen_where_it_scores_best_and_small_on_ties():
     policy = PruningPolicy(PolicyConfig(token_width=8, query_width=5))
     pruner = PolicyPruner(policy)
-    best = choose_penalty(pruner, lambda p: -abs(p.redundancy_penalty - 4.0))
-    assert best.redundancy_penalty == 4.0
+    for wanted in (4.0, 16.0, "coverage"):
+        best = choose_penalty(pruner, lambda p, w=wanted: float(p.redundancy_penalty == w))
+        assert best.redundancy_penalty == wanted
     assert choose_penalty(pruner, lambda p: 0.5).redundancy_penalty == 0.0
     with pytest.raises(ValueError, match="redundancy_penalty must be 0 or positive"):
         PolicyPruner(policy, redundancy_penalty=-1.0)
+    with pytest.raises(ValueError, match="or 'coverage', got 'cover'"):
+        PolicyPruner(policy, redundancy_penalty="cover")
     with pytest.raises(ValueError, match="at least one candidate"):
         choose_penalty(pruner, lambda p: 0.5, [])

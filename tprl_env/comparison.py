@@ -85,7 +85,7 @@ def policy_entries(
     calibration: FeatureStore | None,
     *,
     threshold: float | None = None,
-    redundancy_penalty: float = 0.0,
+    tuned: Mapping[int, PolicyPruner] | None = None,
     label: str = "policy",
 ) -> dict[str, PrunerEntry]:
     """The trained policy by exact budget and, where asked, by threshold.
@@ -94,17 +94,17 @@ def policy_entries(
         policy: The policy.
         calibration: Store on which a threshold is calibrated for each budget.
         threshold: A fixed tau in (0, 1) (TPRL eq. 16); the number of tokens then varies.
-        redundancy_penalty: What a copy of a kept token loses (see ``PolicyPruner``); where it is
-            not 0, plain top-k is measured beside it.
+        tuned: Pruners with the redundancy penalty of each budget (see `tune_penalty`); plain
+            top-k is then measured beside them.
         label: Name in the table.
 
     Raises:
         ValueError: ``threshold`` is out of range.
     """
     entries: dict[str, PrunerEntry] = {
-        label: PolicyPruner(policy, redundancy_penalty=redundancy_penalty)
+        label: PolicyPruner(policy) if tuned is None else tuned.__getitem__
     }
-    if redundancy_penalty:
+    if tuned is not None and any(pruner.redundancy_penalty for pruner in tuned.values()):
         entries[f"{label}, plain top-k"] = PolicyPruner(policy)
     if calibration is not None:
 
@@ -124,8 +124,8 @@ def tune_penalty(
     scorer: Scorer,
     budgets: Sequence[int],
     questions: int = 300,
-) -> PolicyPruner:
-    """The redundancy penalty with the best mean accuracy over the budgets.
+) -> dict[int, PolicyPruner]:
+    """For every budget the top-k pruner whose redundancy penalty has the best accuracy.
 
     Args:
         policy: The policy.
@@ -136,14 +136,19 @@ def tune_penalty(
     """
     samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
 
-    def accuracy(pruner: PolicyPruner) -> float:
-        rows = [
-            evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
-            for budget in budgets
-        ]
-        return float(np.mean([row.accuracy for row in rows]))
+    def best(budget: int) -> PolicyPruner:
+        def accuracy(pruner: PolicyPruner) -> float:
+            row = evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
+            return row.accuracy
 
-    return choose_penalty(PolicyPruner(policy), accuracy)
+        return choose_penalty(PolicyPruner(policy), accuracy)
+
+    return {budget: best(budget) for budget in budgets}
+
+
+def penalties(tuned: Mapping[int, PolicyPruner]) -> dict[str, Any]:
+    """Budget to redundancy penalty, JSON-able."""
+    return {str(budget): pruner.redundancy_penalty for budget, pruner in tuned.items()}
 
 
 def load_policy(folder: str | Path, store: FeatureStore) -> PruningPolicy:
@@ -304,20 +309,20 @@ def evaluate_store(
     check_budgets(budgets, opened.max_tokens)
     samples = np.arange(len(opened), dtype=np.int64)[:limit]
     entries: dict[str, PrunerEntry] = {}
-    trained = best = None
+    best: PolicyPruner | None = None
+    settings: dict[str, Any] = {}
     training = training_of(policy)
     if policy is not None:
         trained = load_policy(policy, opened)
         held_out = None if calibration is None else open_calibration(calibration, opened)
-        best = PolicyPruner(trained)
+        best, tuned = PolicyPruner(trained), None
         if held_out is not None:
             held_out_scorer = CachedScorer(
                 LVLMScorer(model, held_out, metric="exact"), held_out, "exact"
             )
-            best = tune_penalty(trained, held_out, held_out_scorer, budgets)
-        entries |= policy_entries(
-            trained, held_out, threshold=threshold, redundancy_penalty=best.redundancy_penalty
-        )
+            tuned = tune_penalty(trained, held_out, held_out_scorer, budgets)
+            best, settings = tuned[min(tuned)], {"redundancy_penalty": penalties(tuned)}
+        entries |= policy_entries(trained, held_out, threshold=threshold, tuned=tuned)
     entries |= available_pruners(opened, pruners)
     scorer = CachedScorer(LVLMScorer(model, opened, metric="exact"), opened, "exact")
     out = Path(out)
@@ -328,7 +333,8 @@ def evaluate_store(
         chosen = choose_examples(opened, samples, trajectories)
         steps = sorted(budgets, reverse=True)
         drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)
-    results = build_results(str(Path(store).name), rows, training, {})
+    extra = {"settings": settings} if settings else {}
+    results = build_results(str(Path(store).name), rows, training, extra)
     write_comparison(out, results, rows, opened, samples, trajectories=drawn)
     return results
 

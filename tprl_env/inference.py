@@ -22,6 +22,7 @@ from tprl_env.pruners.base import PruneInputs, Pruner
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.base import LVLM, Positions
+    from tprl_env.pruners.policy_pruner import Penalty
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class PrunedLVLM:
         policy: str | Path,
         autoencoder: str | Path,
         threshold: float | None = None,
-        redundancy_penalty: float = 0.0,
+        redundancy_penalty: Penalty = 0.0,
         **model: Any,
     ) -> PrunedLVLM:
         """Load everything from folders.

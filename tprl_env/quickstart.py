@@ -20,6 +20,7 @@ from tprl_env.comparison import (
     available_pruners,
     build_results,
     compare,
+    penalties,
     policy_entries,
     tune_penalty,
     write_comparison,
@@ -260,10 +261,8 @@ def _finish(
         }
     best = tuned.pop("policy")
     entries = {
-        **policy_entries(
-            best.policy, stores["calibration"], redundancy_penalty=best.redundancy_penalty
-        ),
-        **tuned,
+        **policy_entries(best[BUDGETS[0]].policy, stores["calibration"], tuned=best),
+        **{name: pruners.__getitem__ for name, pruners in tuned.items()},
         **available_pruners(test),
     }
     spec = scorer_spec(config.replace(source=str(test.path.resolve()), metric="exact"))
@@ -276,7 +275,7 @@ def _finish(
             drawn = draw_examples(
                 test,
                 scorer,
-                best,
+                best[TRAJECTORY_BUDGETS[-1]],
                 choose_examples(test, samples, TRAJECTORIES),
                 TRAJECTORY_BUDGETS,
                 settings.out / "trajectories",
@@ -285,7 +284,7 @@ def _finish(
     chosen = {
         "scale": settings.scale,
         "code_width": settings.code_width,
-        "redundancy_penalty": best.redundancy_penalty,
+        "redundancy_penalty": penalties(best),
     }
     extra = {"settings": chosen}
     results = build_results(settings.task, rows, training, {**extra, "stages": watch.seconds})

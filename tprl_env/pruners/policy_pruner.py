@@ -23,6 +23,9 @@ from tprl_env.rewards import step_budgets
 from tprl_env.token_source import TokenSource
 
 Mode = Literal["topk", "threshold", "multistep"]
+Penalty = float | Literal["coverage"]
+COVERAGE = "coverage"
+PENALTIES: tuple[Penalty, ...] = (0.0, 2.0, 4.0, 8.0, 16.0, "coverage")
 _BISECTIONS = 50
 _LOGIT_RANGE = 40.0  # log-odds searched for a threshold; float64 resolves p on the whole range
 
@@ -50,9 +53,10 @@ class Calibration:
 class PolicyPruner(Pruner):
     """Prune by a :class:`~tprl_env.policy.PruningPolicy`.
 
-    * ``"topk"`` keeps the ``budget`` largest log-odds: exact. With ``redundancy_penalty`` it keeps
-      one token after the other, each with the largest log-odds less the penalty times its
-      similarity to what is kept (maximal marginal relevance, Carbonell & Goldstein 1998).
+    * ``"topk"`` keeps the ``budget`` largest log-odds: exact. With a ``redundancy_penalty`` it
+      keeps one token after the other, each with the largest log-odds less the penalty times its
+      similarity to what is kept (maximal marginal relevance, Carbonell & Goldstein 1998), or, with
+      ``"coverage"``, with the largest p (1 - similarity).
     * ``"threshold"`` keeps p > tau, the arg-max where nothing passes (TPRL eq. 16). The number
       differs between images; :meth:`calibrate` chooses tau for a wanted mean.
     * ``"multistep"`` acts greedily for ``steps`` steps: a policy that sees the budget keeps
@@ -63,10 +67,10 @@ class PolicyPruner(Pruner):
         mode: See above.
         threshold: tau, strictly between 0 and 1; needed wherever a threshold decides.
         steps: Steps of the rollout.
-        redundancy_penalty: log-odds that a copy of a kept token loses, for ``"topk"``; similarity
-            is the cosine of the codes, at least 0. The exact-budget distribution says how many of
-            several equal tokens to keep, but their log-odds are equal: top-k alone keeps all
-            copies of one object before the first of the next.
+        redundancy_penalty: log-odds that a copy of a kept token loses, or ``"coverage"``, for
+            ``"topk"``; similarity is the cosine of the codes, at least 0. The exact-budget
+            distribution says how many of several equal tokens to keep, but their log-odds are
+            equal: top-k alone keeps all copies of one object before the first of the next.
         discount: lambda_disc of eq. 14 for thresholded rollouts; 1 leaves p as it is.
         batch_size: Images per forward pass.
         calibration: How tau was found, if it was calibrated.
@@ -80,7 +84,7 @@ class PolicyPruner(Pruner):
     mode: Mode = "topk"
     threshold: float | None = None
     steps: int = 3
-    redundancy_penalty: float = 0.0
+    redundancy_penalty: Penalty = 0.0
     discount: float = 1.0
     batch_size: int = 128
     calibration: Calibration | None = None
@@ -93,9 +97,12 @@ class PolicyPruner(Pruner):
             raise ValueError(f"threshold must lie in (0, 1), got {self.threshold!r}")
         if not 0.0 < self.discount <= 1.0:
             raise ValueError(f"discount must lie in (0, 1], got {self.discount!r}")
-        if not (math.isfinite(self.redundancy_penalty) and self.redundancy_penalty >= 0):
+        penalty = self.redundancy_penalty
+        if penalty != COVERAGE and (
+            isinstance(penalty, str) or not (math.isfinite(penalty) and penalty >= 0)
+        ):
             raise ValueError(
-                f"redundancy_penalty must be 0 or positive, got {self.redundancy_penalty!r}"
+                f"redundancy_penalty must be 0 or positive, or {COVERAGE!r}, got {penalty!r}"
             )
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(
@@ -280,27 +287,34 @@ class PolicyPruner(Pruner):
 
 
 def marginal_mask(
-    logits: Tensor, alive: Tensor, count: Tensor, codes: Tensor, penalty: float
+    logits: Tensor, alive: Tensor, count: Tensor, codes: Tensor, penalty: Penalty
 ) -> Tensor:
-    """Greedy maximal marginal relevance: largest logit - penalty * similarity to what is kept.
+    """Greedy choice of tokens that are wanted and unlike what is kept already.
+
+    The value of a token is its logit - penalty * similarity, the similarity being the largest to
+    a kept token (maximal marginal relevance); or, with ``"coverage"``, p (1 - similarity).
 
     Args:
         logits: (B, N).
         alive: bool (B, N).
         count: int64 (B,), tokens to keep; at most the number alive.
         codes: (B, N, d), whose cosine (at least 0) is the similarity.
-        penalty: log-odds lost by a copy of a kept token.
+        penalty: log-odds lost by a copy of a kept token, or ``"coverage"``.
 
     Returns:
         bool (B, N) with ``count`` kept per row, ties by lowest index.
     """
     unit = F.normalize(codes, dim=-1)
+    wanted_alone = F.logsigmoid(logits)
     similarity = torch.zeros_like(logits)
     keep = torch.zeros_like(alive)
     rows = torch.arange(len(logits), device=logits.device)
     for taken in range(int(count.max()) if len(count) else 0):
-        value = (logits - penalty * similarity).masked_fill(keep | ~alive, -math.inf)
-        chosen = value.argmax(1)
+        if isinstance(penalty, str):
+            value = wanted_alone + torch.log1p(-similarity.clamp(max=1 - 1e-6))
+        else:
+            value = logits - penalty * similarity
+        chosen = value.masked_fill(keep | ~alive, -math.inf).argmax(1)
         wanted = taken < count
         keep[rows[wanted], chosen[wanted]] = True
         cosine = (unit @ unit[rows, chosen][..., None])[..., 0].clamp(min=0)
@@ -311,9 +325,9 @@ def marginal_mask(
 def choose_penalty(
     pruner: PolicyPruner,
     accuracy: Callable[[PolicyPruner], float],
-    candidates: Sequence[float] = (0.0, 2.0, 4.0, 8.0),
+    candidates: Sequence[Penalty] = PENALTIES,
 ) -> PolicyPruner:
-    """The copy with the redundancy penalty that scores best; ties go to the smallest.
+    """The copy with the redundancy penalty that scores best; ties go to the first.
 
     Args:
         pruner: A top-k pruner.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ray import tune
 
-from tprl_env.comparison import tune_penalty
+from tprl_env.comparison import penalties, tune_penalty
 from tprl_env.evaluate import evaluate_method
 from tprl_env.features import FeatureStore
 from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
@@ -27,6 +27,7 @@ from tprl_env.scoring import Scorer
 __all__ = ["CURVE_QUESTIONS", "reporting_hook", "run_imitation", "run_trial"]
 
 CURVE_QUESTIONS = 200
+TUNING_QUESTIONS = 300
 
 
 def run_imitation(place: Place, trial: Trial, folder: Path) -> None:
@@ -102,11 +103,14 @@ def _measure(policy: PruningPolicy, place: Place, trial: Trial) -> dict[str, Any
     """Accuracy on the test split at every budget, penalty chosen on the calibration split."""
     held_out, held_out_scorer = _open(place, trial, "calibration")
     test, scorer = _open(place, trial, "test")
-    pruner = tune_penalty(policy, held_out, held_out_scorer, place.budgets, CURVE_QUESTIONS)
+    tuned = tune_penalty(policy, held_out, held_out_scorer, place.budgets, TUNING_QUESTIONS)
     samples = np.arange(len(test), dtype=np.int64)
-    rows = [evaluate_method("policy", pruner, test, scorer, b, samples) for b in place.budgets]
+    rows = [
+        evaluate_method("policy", pruner, test, scorer, budget, samples)
+        for budget, pruner in tuned.items()
+    ]
     return {
-        "redundancy_penalty": pruner.redundancy_penalty,
+        "redundancy_penalty": penalties(tuned),
         "full_accuracy": float(np.asarray(test.full_scores("exact")).mean()),
         "questions": len(test),
         "budgets": [row.as_dict() for row in rows],
