@@ -31,12 +31,14 @@ TUNING_QUESTIONS = 300
 
 
 def run_imitation(place: Place, trial: Trial, folder: Path) -> None:
-    """One imitation and its accuracy; ``measured.json`` is written last."""
-    config = place.config(trial)
-    report = imitate(config, FeatureStore.open(config.source), folder)
+    """One imitation, marked by ``imitated.json``, and its accuracy, ``measured.json``."""
+    config, done = place.config(trial), folder / "imitated.json"
+    if not done.is_file():
+        report = imitate(config, FeatureStore.open(config.source), folder)
+        seconds, agreement = round(report.seconds, 1), round(report.agreement, 4)
+        write_json(done, {"seconds": seconds, "agreement": agreement})
     measured = _measure(PolicyPruner.from_pretrained(folder).policy, place, trial)
-    seconds, agreement = round(report.seconds, 1), round(report.agreement, 4)
-    write_json(folder / "measured.json", {**measured, "seconds": seconds, "agreement": agreement})
+    write_json(folder / "measured.json", {**measured, **json.loads(done.read_text("utf-8"))})
 
 
 def run_trial(place: Place, trial: Trial) -> None:
