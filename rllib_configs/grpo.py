@@ -1,9 +1,8 @@
-"""GRPO on the recommended task: exact budgets, one step, likelihood score (spec section 3).
+"""GRPO on the task of ``ppo``: exact budgets, one step, likelihood score (spec section 3).
 
-The same task, policy, imitation and batches as ``recommended``. The advantage of a mask is its
+The same task, policy, imitation and batches as ``ppo``. The advantage of a mask is its
 return in units of its group's deviation, there is no critic, and a penalty of .04 on the k3
 estimate of KL(policy || imitated policy) holds the policy back.
-Presets have not been compared over seeds here.
 """
 
 from ray.rllib.algorithms.ppo import PPOConfig

@@ -1,11 +1,10 @@
-"""MAPO on the recommended task: exact budgets, one step, likelihood score (spec section 3).
+"""MAPO on the task of ``ppo``: exact budgets, one step, likelihood score (spec section 3).
 
-The same task, policy, imitation and batches as ``recommended``, without a critic. What is known of
+The same task, policy, imitation and batches as ``ppo``, without a critic. What is known of
 a sample is used again: its best masks stay in a memory and are learned from beside new draws, with
 the policy's own probability of them as weight, at least .1. Because a mask of exactly k tokens says
 nothing about another k, each sample has one budget for the whole run; over all samples budgets are
-log-uniform as in ``recommended``. The memory only helps once samples come a second time.
-Presets have not been compared over seeds here.
+log-uniform as in ``ppo``. The memory only helps once samples come a second time.
 """
 
 from ray.rllib.algorithms.ppo import PPOConfig

@@ -1,4 +1,4 @@
-"""The recommended preset with the paper's single query vector, fused by a gate.
+"""The ``ppo`` preset with the paper's single query vector, fused by a gate.
 
 One mean vector says little where a question names several places; it is what the paper feeds its
 policy. The gate gives the policy head the product of token and query beside the attention.

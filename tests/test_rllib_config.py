@@ -16,7 +16,7 @@ from tprl_env.rllib.config import TrainConfig, load_config, policy_config, rules
 from tprl_env.rllib.module import load_policy
 from tprl_env.rllib.run_folder import Progress, RunFolder
 
-PRESETS = ("recommended", "paper", "bernoulli_count", "mean_query", "smoke", "grpo", "mapo")
+PRESETS = ("recommended", "ppo", "paper", "bernoulli_count", "mean_query", "smoke", "grpo", "mapo")
 
 
 def test_an_unknown_field_names_its_neighbours():
@@ -92,11 +92,11 @@ def test_presets_load_and_survive_json(name):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
 
 
-def test_the_presets_of_the_algorithms_differ_from_recommended_only_where_they_must():
-    recommended = load_config("recommended").as_dict()
+def test_the_presets_of_the_algorithms_differ_from_ppo_only_where_they_must():
+    ppo = load_config("ppo").as_dict()
     for name in ("grpo", "mapo"):
         other = load_config(name).as_dict()
-        different = {field for field in other if other[field] != recommended[field]}
+        different = {field for field in other if other[field] != ppo[field]}
         assert different == {"algorithm"} | ({"fixed_budgets"} if name == "mapo" else set())
 
 
@@ -112,7 +112,9 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_unknown_presets_and_files_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="known: bernoulli_count, budget_conditioned, grpo, mapo, "):
+    with pytest.raises(
+        ValueError, match="known: bernoulli_count, budget_conditioned, grpo, mapo, "
+    ):
         load_config("recomended")
     with pytest.raises(ValueError, match="no config file"):
         load_config(tmp_path / "missing.py")

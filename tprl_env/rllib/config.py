@@ -26,7 +26,7 @@ Budget = int | tuple[int, int] | None
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; the defaults are those of the ``recommended`` preset.
+    """Settings of one training run; the defaults are those of the ``ppo`` preset.
 
     Attributes:
         source: store folder or ``"toy:..."``.

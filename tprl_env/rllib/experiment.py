@@ -105,7 +105,7 @@ class Experiment:
     question: str
     arms: Mapping[str, Arm]
     tasks: tuple[str, ...] = ("crowded",)
-    preset: str = "recommended"
+    preset: str = "ppo"
     changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     max_scores: int = 25_000
@@ -195,7 +195,7 @@ class Search:
     question: str
     space: Mapping[str, Any]
     task: str = "crowded"
-    preset: str = "recommended"
+    preset: str = "ppo"
     changes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     trials: int = 8
     max_scores: int = 20_000

@@ -1,0 +1,70 @@
+"""PPO with exact budgets. One trained policy serves every budget.
+
+Conditional-Bernoulli actions keep exactly k tokens; k is drawn log-uniformly per sample and seen by
+actor and critic. One step, scored once, by the likelihood of the reference answer. The policy
+attends to the question's tokens and first imitates the LVLM's own question attention.
+The base of the ablations in ``rllib_configs/experiments/``.
+"""
+
+from ray.rllib.algorithms.ppo import PPOConfig
+
+from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.ppo import ppo_config
+
+CONFIG = TrainConfig(
+    # the task: final-only likelihood, no price per token because the budget is exact
+    metric="likelihood",
+    max_steps=1,
+    alpha=1.0,
+    beta=0.0,
+    score_steps="final",
+    min_tokens=0,
+    budget=(3, 48),
+    # the policy
+    distribution="exact",
+    architecture="attention",
+    query="tokens",
+    question_heads=8,
+    width=64,
+    layers=1,
+    heads=4,
+    budget_input=True,
+    token_norm=True,
+    query_norm="rms",
+    value_query=True,
+    # imitation first: from reward alone the policy stays blind to the question for long
+    demonstrator="question_attention",
+    lfd_steps=900,
+    lfd_batch_size=48,
+    lfd_lr=3e-3,
+    lfd_weights="sqrt",
+    # 256 episodes per iteration, 8 draws of 32 samples
+    samples=32,
+    draws=8,
+    # PPO: whole-mask ratio, loss per kept token
+    lr=5e-4,
+    epochs=2,
+    minibatch_size=0,
+    clip=0.2,
+    ratio="joint",
+    per_token=True,
+    entropy=0.003,
+    logit_l2=1e-4,
+    gamma=1.0,
+    gae_lambda=0.95,
+    value_coefficient=0.5,
+    grad_clip=1.0,
+    normalize_advantages=True,
+    # a two-core machine
+    num_env_runners=0,
+    num_learners=0,
+    num_scorers=2,
+    scorer_cpus=1.0,
+    scorer_batch_size=128,
+    max_scores=50_000,
+)
+
+
+def build(config: TrainConfig = CONFIG) -> PPOConfig:
+    """RLlib configuration of this experiment."""
+    return ppo_config(config)
