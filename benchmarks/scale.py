@@ -4,9 +4,11 @@
     python -m benchmarks.scale scorers     1 to 64 simulated scorers, scores per second
     python -m benchmarks.scale store       50 000 samples of 576 tokens: open, memory, reading
 
-The scorers are simulated: a pass sleeps as long as a model's pass would take, everything else is
-the real pool: real actor processes, requests, routing, replies, checks, cache. Each part replaces
-its section of ``benchmarks/results/scale.json``.
+The scorers are simulated: a pass sleeps as long as a model's pass would take. Everything else is
+real: the pool's client with its routing, checks and cache, Ray's calls, and `ScorerActor`. With
+``--processes`` fewer than scorers, one process holds several `ScorerActor` objects, each with its
+own queue and thread and addressed on its own; 64 processes take minutes to start on two cores.
+Each part replaces its section of ``benchmarks/results/scale.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ import numpy as np
 
 from tprl_env.rllib.scorer_spec import ScorerSpec
 
-RESULTS = Path(__file__).parent / "results" / "scale.json"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
 TOKENS = 576
 BATCH = 128
 SOURCE = f"toy:samples=2048,tokens={TOKENS},width=4,seed=0"
@@ -76,11 +80,76 @@ def draw(rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return samples, keep
 
 
-def measure(address: dict[str, Any], actors: int, passes: int) -> dict[str, float]:
-    """One client and the first ``actors`` of the pool, kept busy with two requests at a time."""
-    from tprl_env.rllib.scorer_pool import ScorerPool
+class ScorerHost:
+    """Several `ScorerActor` in one process, each addressed by its number."""
 
-    client = ScorerPool.connect({**address, "names": address["names"][:actors]})
+    def __init__(self, spec: ScorerSpec, count: int) -> None:
+        from tprl_env.rllib.scorer_actor import ScorerActor
+
+        self._scorers = [ScorerActor(spec, TOKENS, 1) for _ in range(count)]
+
+    async def score(self, number: int, *request: Any) -> Any:
+        """`ScorerActor.score` of one of them."""
+        return await self._scorers[number].score(*request)
+
+    async def ready(self) -> int:
+        """Process id."""
+        return os.getpid()
+
+
+@dataclass(frozen=True)
+class Lodger:
+    """What the router takes for an actor's handle: one scorer of a host."""
+
+    method: Any
+    number: int
+
+    @property
+    def score(self) -> Lodger:
+        """The only method that is called without faults."""
+        return self
+
+    def options(self, **options: Any) -> Lodger:
+        """As of an actor's method."""
+        return Lodger(self.method.options(**options), self.number)
+
+    def remote(self, *request: Any) -> Any:
+        """Call it."""
+        return self.method.remote(self.number, *request)
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """All simulated scorers.
+
+    Attributes:
+        spec: what each of them builds.
+        names: of the host processes' actors.
+        each: scorers per process.
+    """
+
+    spec: ScorerSpec
+    names: list[str]
+    each: int
+
+    def client(self, scorers: int) -> Any:
+        """A pool's client of the first scorers, spread over the processes."""
+        import ray
+
+        from tprl_env.rllib.scorer_pool import ScorerPool
+        from tprl_env.rllib.scorer_spec import PoolAddress
+
+        names = [self.names[number % len(self.names)] for number in range(scorers)]
+        namespace = ray.get_runtime_context().namespace
+        client = ScorerPool.connect(PoolAddress(tuple(names), namespace, asdict(self.spec), {}))
+        for number, state in enumerate(client._router.actors):
+            state.handle = Lodger(state.handle.score, number // len(self.names))
+        return client
+
+
+def measure(hosts: Hosts, actors: int, passes: int) -> dict[str, float]:
+    """One client and ``actors`` scorers, kept busy with two requests at a time."""
+    client = hosts.client(actors)
     rng = np.random.default_rng(actors)
     rows = actors * BATCH * PIECES
     asked = [draw(rng, rows) for _ in range(passes // PIECES)]
@@ -129,10 +198,8 @@ def memory(pids: Sequence[int]) -> dict[str, float]:
 
 
 def scorers(args: argparse.Namespace) -> dict[str, Any]:
-    """Scores per second of 1 to ``--actors`` actors, for each model."""
+    """Scores per second of 1 to ``--actors`` scorers, for each model."""
     import ray
-
-    from tprl_env.rllib.scorer_pool import ScorerPool
 
     models = {**MODELS, **load().get("models", {})}
     ray.init(
@@ -141,9 +208,11 @@ def scorers(args: argparse.Namespace) -> dict[str, Any]:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=100_000_000,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict(load().get("scorers", {}))  # other models keep their rows
+    most = args.actors[-1]
+    processes = min(args.processes or most, most)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.json"
         spec = ScorerSpec(
@@ -153,26 +222,28 @@ def scorers(args: argparse.Namespace) -> dict[str, Any]:
             options={"file": str(file)},
             batch_size=BATCH,
         )
-        start, most = time.monotonic(), args.actors[-1]
-        pool = ScorerPool.start(spec, most, num_cpus=0, start_timeout=1800.0)
-        started = {"actors": most, "seconds": round(time.monotonic() - start, 1)}
-        found["processes"] = started | memory(pool.pids())
-        print(found["processes"], flush=True)
+        start = time.monotonic()
+        hosts = Hosts(spec, [f"host-{n}" for n in range(processes)], -(-most // processes))
+        remote = ray.remote(num_cpus=0, max_concurrency=1000)(ScorerHost)
+        handles = [remote.options(name=n).remote(spec, hosts.each) for n in hosts.names]
+        pids = ray.get([handle.ready.remote() for handle in handles])
+        started = {"processes": processes, "scorers_each": hosts.each}
+        started["start_seconds"] = round(time.monotonic() - start, 1)
+        found["processes"] = started | memory(pids)
+        print(json.dumps(found["processes"]), flush=True)
         for name in args.models:
             replace(file, json.dumps(models[name]))
-            found[name] = {"model": models[name], "rows": grow(pool, args)}
-        pool.close()
+            found[name] = {"model": models[name], "rows": grow(hosts, args)}
     ray.shutdown()
     return {"scorers": found}
 
 
-def grow(pool: Any, args: argparse.Namespace) -> list[dict[str, float]]:
-    """One row for each number of actors, with its efficiency S(n) / (n S(1))."""
-    address = pool.address.as_dict()
-    measure(address, args.actors[-1], PIECES)  # connections
+def grow(hosts: Hosts, args: argparse.Namespace) -> list[dict[str, float]]:
+    """One row for each number of scorers, with its efficiency S(n) / (n S(1))."""
+    measure(hosts, args.actors[-1], PIECES)  # connections
     rows: list[dict[str, float]] = []
     for actors in args.actors:
-        row = measure(address, actors, args.passes)
+        row = measure(hosts, actors, args.passes)
         alone = rows[0] if rows else row
         rate = row["scores_per_second"] / alone["scores_per_second"]
         rows.append(row | {"efficiency": round(rate / actors * alone["actors"], 4)})
@@ -245,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=("calibrate", "scorers", "store"))
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    parser.add_argument("--processes", type=int, default=None, help="one per scorer by default")
     parser.add_argument("--models", nargs="+", default=["built-in", "7B"])
     parser.add_argument("--passes", type=int, default=48, help="per actor")
     parser.add_argument("--folder", type=Path, default=None, help="keep the store here")

@@ -262,6 +262,20 @@ def test_a_poisonous_sample_stops_training_and_is_never_trained_on(
         check_batch(batch, healthy)
 
 
+def test_scorers_gone_for_good_stop_remote_runners_too(tmp_path: Path, log: Path):
+    config = training(log, num_env_runners=1, iterations=50)
+
+    def end_all(row: dict, policy: PruningPolicy) -> None:
+        for actor in ray._private.state.actors().values():
+            if row["iteration"] == 2 and "ScorerActor" in actor["ActorClassName"]:
+                if actor["State"] == "ALIVE":
+                    ray.kill(ray.get_actor(actor["Name"]), no_restart=True)
+
+    with pytest.raises(ScoringError, match="no scorer actor is left; scorer actor tprl-scorer-"):
+        train(config, tmp_path / "run", progress=False, on_iteration=end_all)
+    assert RunFolder(tmp_path / "run").newest()[1].scores == 2 * 256
+
+
 def crash_once(setting: dict) -> None:
     """A Tune trial whose process dies once, after its third iteration."""
     out = Path(setting["out"])

@@ -204,7 +204,8 @@ class ScorerPool:
             The `ScorerStats` (requests, scores, computed, duplicates, cache_hits, full_hits,
             batches, batch_rows, padded_tokens, busy_seconds) and ``batch_fill`` (mean rows of a
             pass over ``batch_size``), ``queue_depth`` and ``queue_peak`` (pieces), ``retries``,
-            ``restarts``, ``actors``, ``busy_share`` (busy seconds over actors times wall seconds).
+            ``restarts`` (that this client has seen), ``actors``, ``busy_share`` (busy seconds over
+            actors times wall seconds).
         """
         router, table = self._router, dict(self.cache.stats.as_dict())
         wall = max(time.monotonic() - self._started, 1e-9)
@@ -220,15 +221,23 @@ class ScorerPool:
         }
 
     def failure(self, timeout: float = 10.0) -> str:
-        """The first failure that any client of this pool has met, empty if none."""
-        refs = [actor.handle.failure.remote() for actor in self._router.actors if actor.usable]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout) if refs else ([], [])
-        messages = []
+        """The first failure that any client of this pool has met, empty if none.
+
+        An actor that is being restarted is waited for, so one that refuses is gone for good; when
+        all have gone nobody is left to remember a failure, and that is the failure.
+        """
+        refs = {actor.handle.failure.remote(): actor for actor in self._router.actors}
+        ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)
+        messages, gone = [], []
         for ref in ready:
             try:
                 messages.append(ray.get(ref))
             except ray.exceptions.RayError as error:
-                logger.warning("a scorer actor did not answer: %s", first_lines(error))
+                gone.append(f"scorer actor {refs[ref].name}: {first_lines(error)}")
+        for reason in gone:
+            logger.warning("did not answer: %s", reason)
+        if len(gone) == len(refs):
+            return f"no scorer actor is left; {gone[0]}"
         return next(filter(None, messages), "")
 
     def pids(self) -> list[int]:

@@ -215,17 +215,20 @@ class Router:
         self.queue_peak = max(self.queue_peak, self.queue_depth)
 
     def _choose(self, piece: _Piece) -> ActorState | None:
-        free = [
-            actor
-            for actor in self.actors
-            if actor.usable
-            and len(actor.outstanding) < (1 if piece.alone else self._limits.max_outstanding)
-            and not any(other.alone for other in actor.outstanding.values())
-        ]
+        """The home actor, else the least loaded one, that takes the piece now."""
         home = self.actors[piece.home]
-        if home in free:
+        if self._takes(home, piece):  # nearly always, so the others are not looked at
             return home
+        free = [actor for actor in self.actors if self._takes(actor, piece)]
         return min(free, key=lambda actor: actor.work, default=None)
+
+    def _takes(self, actor: ActorState, piece: _Piece) -> bool:
+        """Whether an actor is below its cap; near a crash a piece shares it with no other."""
+        most = 1 if piece.alone else self._limits.max_outstanding
+        under_way = actor.outstanding.values()
+        if not actor.usable or len(under_way) >= most:
+            return False
+        return not any(other.alone for other in under_way)
 
     def _receive(self, actor: ActorState, ref: Any) -> None:
         """One event of one actor: a reply, a death, or the end of a restart."""
