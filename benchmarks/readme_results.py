@@ -70,8 +70,8 @@ def task_table(rows: Sequence[dict[str, Any]], task: str) -> list[str]:
         found = [row for row in own if row["method"] == "policy" and row["arm"] == arm]
         if found:
             lines.append(f"| {label} | {_cells(found)} |")
-    found = [row for row in own if row["method"] == "policy" and row["arm"] == "ppo"]
-    lines.append(f"| *PPO, share of all tokens* | {_share(found)} |")
+    found = [row for row in own if row["method"] == "policy" and row["arm"] == "mapo"]
+    lines.append(f"| *MAPO, share of all tokens* | {_share(found)} |")
     return lines
 
 
@@ -88,7 +88,8 @@ def section(record: Path) -> str:
 def _fresh_lines(table: dict[str, Any]) -> list[str]:
     """What the same policies reach on questions that nobody has looked at."""
     lines = [
-        f"The same PPO policies on test questions drawn afterwards (seed {table['data_seed']}, "
+        f"The {table['arm'].upper()} policies on test questions drawn afterwards "
+        f"(seed {table['data_seed']}, "
         f"{table['questions']} questions, measured once; same scans and photo regions):",
         "",
         "| task | all tokens | " + " | ".join(map(str, BUDGETS)) + " |",
