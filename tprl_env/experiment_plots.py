@@ -67,19 +67,24 @@ def plot_scores(
     budget = min(row["budget"] for row in table)
     for color, arm in zip(COLORS, arms, strict=False):
         own = [row for row in table if row["arm"] == arm and row["budget"] == budget]
-        for number, seed in enumerate(sorted({row["seed"] for row in own})):
-            points = [row for row in own if row["seed"] == seed]
+        seeds: dict[int, dict[int, float]] = {}
+        for row in own:
+            seeds.setdefault(row["seed"], {})[row["lvlm_scores"]] = row["accuracy"]
+        for points in seeds.values():
+            used = sorted(points)
             axes.plot(
-                [point["lvlm_scores"] / 1000 for point in points],
-                [point["accuracy"] for point in points],
+                [x / 1000 for x in used],
+                [points[x] for x in used],
                 color=color,
-                linewidth=1.2,
-                alpha=0.8,
-                label=arm if number == 0 else None,
+                linewidth=0.8,
+                alpha=0.25,
             )
+        shared = sorted(set.intersection(*(set(points) for points in seeds.values())))
+        mean = [float(np.mean([points[x] for points in seeds.values()])) for x in shared]
+        axes.plot([x / 1000 for x in shared], mean, marker=".", color=color, label=arm)
     axes.set_xlabel("LVLM scores used (thousands)")
     axes.set_ylabel(f"accuracy at {budget} tokens")
-    axes.set_title(f"{task}: calibration questions, plain top-k, one line per seed")
+    axes.set_title(f"{task}: calibration questions, plain top-k; mean over seeds, thin: each seed")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="lower right")
     return save_figure(figure, path)
