@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scale import KEPT, TOKENS
+from benchmarks.scale import KEPT, TOKENS, load
 from tprl_env.data.sample import Sample
 from tprl_env.encode import encode_dataset
 from tprl_env.features import CODES, FeatureStore
@@ -190,11 +190,14 @@ def large_store(folder: Path | None, samples: int, images: int) -> dict[str, Any
     """Write the store unless ``folder`` holds it, and measure it."""
     root = Path(tempfile.mkdtemp(prefix="tprl-store-")) if folder is None else folder
     try:
-        start = time.monotonic()
-        write(root, samples, images)
+        seconds = load().get("store", {}).get("written_in_seconds")
+        if not (root / f"channel-{CODES}.json").is_file():
+            start = time.monotonic()
+            write(root, samples, images)
+            seconds = round(time.monotonic() - start, 1)
         found: dict[str, Any] = {
             "samples": samples, "images": images, "tokens": TOKENS, "token_width": WIDTH,
-            "code_width": CODE_WIDTH, "written_in_seconds": round(time.monotonic() - start, 1),
+            "code_width": CODE_WIDTH, "written_in_seconds": seconds,
             "gigabytes": round(sum(p.stat().st_size for p in root.iterdir()) / 1e9, 2),
         }  # fmt: skip
         found["reading"] = fresh("opening", root)
