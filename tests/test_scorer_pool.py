@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tprl_env.features import open_source
-from tprl_env.scoring import CachedScorer, ScoringError
+from tprl_env.scoring import CachedScorer, ScorerStats, ScoringError
 from tprl_env.toy import ToyScorer
 
 pytest.importorskip("ray")
@@ -19,6 +19,7 @@ pytest.importorskip("ray")
 import ray
 
 from tprl_env.rllib.scorer_pool import ScorerPool
+from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router
 from tprl_env.rllib.scorer_spec import ScorerSpec
 
 SOURCE = "toy:samples=32,tokens=20,seed=3,vary=1"
@@ -114,8 +115,6 @@ def test_work_is_shared_equally_and_samples_stay_together(pool):
     samples, keep = np.repeat(np.arange(32), 4), request(128, 2)[1]
     client = ScorerPool.connect(pool.address.as_dict())
     request_ = client.cache.plan(samples, keep)
-    from tprl_env.rllib.scorer_routing import Request
-
     pieces = client._router._cut(Request(request_.samples, request_.keep))
     work = [sum(piece.work for piece in pieces if piece.home == home) for home in (0, 1)]
     assert max(work) / sum(work) < 0.55
@@ -123,6 +122,26 @@ def test_work_is_shared_equally_and_samples_stay_together(pool):
     for piece in pieces:
         for sample in piece.samples:
             assert homes.setdefault(int(sample), piece.home) == piece.home
+
+
+def test_all_questions_about_an_image_go_to_one_scorer():
+    class Pictures:
+        """Three questions about each image."""
+
+        def image_number(self, sample: int) -> int:
+            return sample // 3
+
+    actors = [ActorState(f"scorer {n}", None) for n in range(4)]
+    router = Router(actors, Pictures(), 16, ScorerStats(), Limits())
+    samples = np.repeat(np.arange(48), 4)
+    pieces = router._cut(Request(samples, np.ones((len(samples), 20), bool)))
+    homes = {}
+    for piece in pieces:
+        for sample in piece.samples:
+            assert homes.setdefault(int(sample) // 3, piece.home) == piece.home
+    assert len(homes) == 16
+    assert sorted(homes[image] == image % 4 for image in homes) == [True] * 16  # equal shares
+    assert sum(len(piece.samples) for piece in pieces) == len(samples)
 
 
 def test_too_few_resources_are_compared_with_the_cluster():

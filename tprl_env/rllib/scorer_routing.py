@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +138,7 @@ class Router:
         self._source, self._batch_size, self._limits = source, batch_size, limits
         self._waiting: deque[_Piece] = deque()
         self.retries = 0
+        self._image: Callable[[int], int] = getattr(source, "image_number", int)  # toys have none
         self.queue_peak = 0
 
     def submit(self, request: Request) -> None:
@@ -145,7 +147,11 @@ class Router:
         self.pump(0.0)
 
     def _cut(self, request: Request) -> list[_Piece]:
-        """Share a request out: a sample's rows to its home actor, equal work, pieces by length."""
+        """Share a request out: an image's rows to its home actor, equal work, pieces by length.
+
+        All draws of a group, and all questions about one image, meet where its tokens are in memory
+        already, unless that actor would get more than its share.
+        """
         samples, work = request.samples, request.work
         if not len(samples):
             return []
@@ -155,7 +161,9 @@ class Router:
             load[:] = 0.0  # nobody is left; `pump` says so
         usable = np.isfinite(load)
         share = (load[usable].sum() + work.sum()) / usable.sum()
-        groups, inverse = np.unique(samples, return_inverse=True)
+        distinct, inverse = np.unique(samples, return_inverse=True)
+        images = np.array([self._image(int(sample)) for sample in distinct], np.int64)
+        groups, inverse = np.unique(images[inverse], return_inverse=True)
         group_work = np.bincount(inverse, work)
         target = np.empty(len(groups), np.int64)
         for group in np.argsort(-group_work, kind="stable"):
