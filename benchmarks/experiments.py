@@ -44,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     text = args.doc.read_text("utf-8")
     for name in MARK.findall(text):
-        tables = bring(name, args.runs, args.record, args.doc.parent / "images" / "experiments")
+        try:
+            tables = bring(name, args.runs, args.record, args.doc.parent / "images" / "experiments")
+        except ValueError as error:  # unfinished: its part of the page stays as it is
+            print(f"{name}: {error}")
+            continue
         if tables is None:
             print(f"{name}: not run")
             continue
