@@ -22,6 +22,7 @@ from tprl_env.rllib.config import load_config
 from tprl_env.rllib.experiment import load_experiment
 from tprl_env.rllib.experiment_data import TaskData
 from tprl_env.rllib.search import search
+from tprl_env.rllib.train import train
 
 EXPERIMENT = """
 from tprl_env.rllib.experiment import Arm, Experiment
@@ -171,6 +172,21 @@ def test_a_search_stops_the_worse_and_orders_all(small, tmp_path):
     assert [row["scores"] for row in tried] == sorted((r["scores"] for r in tried), reverse=True)
     with pytest.raises(ValueError, match="finished search"):
         search(spec, tmp_path / "out", stores=stores(small))
+
+
+def test_without_scorer_actors_a_run_is_the_same_to_the_bit(small, tmp_path):
+    # with actors the batches depend on timing, and a likelihood's last bits on the batch
+    changes = {
+        "source": str(small.store), "lvlm": str(small.lvlm), "num_scorers": 0, "iterations": 3,
+        "budget": (2, 6), "samples": 4, "draws": 4, "lfd_steps": 5, "lfd_batch_size": 4,
+        "width": 16, "max_scores": None,
+    }  # fmt: skip
+    config = load_config("recommended", changes)
+    weights = [
+        (train(config, tmp_path / name, progress=False).policy_path / "model.safetensors")
+        for name in ("first", "second")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_resources_of_a_run_name_every_actor():
