@@ -216,3 +216,18 @@ def test_examples_are_spread_over_question_types_and_pictures(run):
     everything = choose_examples(store, np.arange(12), 50)
     assert sorted(everything) == list(range(12))
     assert len({store.image_number(int(i)) for i in everything[:6]}) == 6
+
+
+def test_examples_do_not_all_ask_what_every_picture_is_asked_first():
+    class Scenes:
+        """Six pictures with the same three questions each."""
+
+        def kind(self, sample: int) -> str:
+            return ("at", "color", "exists")[sample % 3]
+
+        def image_number(self, sample: int) -> int:
+            return sample // 3
+
+    chosen = choose_examples(Scenes(), np.arange(18), 6)
+    assert [int(sample) % 3 for sample in chosen] == [0, 1, 2, 0, 1, 2]
+    assert [int(sample) // 3 for sample in chosen] == [0, 1, 2, 3, 4, 5]

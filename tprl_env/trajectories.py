@@ -23,25 +23,24 @@ if TYPE_CHECKING:
 def choose_examples(
     store: FeatureStore, samples: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.int64]:
-    """``count`` samples spread over the question types, one image each where possible."""
+    """``count`` samples spread over the question types, of different images while there are any."""
     by_kind: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    repeated: list[int] = []
     for sample in map(int, samples):
-        image = store.image_number(sample)
-        if image in seen:
-            repeated.append(sample)
-        else:
-            seen.add(image)
-            by_kind.setdefault(store.kind(sample), []).append(sample)
+        by_kind.setdefault(store.kind(sample), []).append(sample)
     order: list[int] = []
-    while by_kind and len(order) < count:
+    seen: set[int] = set()
+    fresh = True
+    while len(order) < count and any(by_kind.values()):
+        before = len(order)
         for kind in sorted(by_kind):
-            if by_kind[kind]:
-                order.append(by_kind[kind].pop(0))
-        by_kind = {kind: left for kind, left in by_kind.items() if left}
-    # fewer images than examples: ask more about the same ones
-    return np.array((order + repeated)[:count], dtype=np.int64)
+            for place, sample in enumerate(by_kind[kind]):
+                image = store.image_number(sample)
+                if len(order) < count and not (fresh and image in seen):
+                    seen.add(image)
+                    order.append(by_kind[kind].pop(place))
+                    break
+        fresh = fresh and len(order) > before  # else ask more about the same images
+    return np.array(order, dtype=np.int64)
 
 
 def draw_examples(
