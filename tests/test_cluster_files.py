@@ -60,18 +60,19 @@ def test_the_launcher_accepts_the_file(launcher):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "error"),
     [
-        {"head_node_type": "haed"},
-        {"idle_timeout": 3},
-        {"provider": {"type": "awz"}},
-        {"available_node_types": {"head": {"resources": {}, "node_conf": {}}}},
+        ({"head_node_type": "haed"}, "ValueError"),
+        ({"idle_timeout": 3}, "ValidationError"),
+        ({"provider": {"type": "awz"}}, "NotImplementedError"),
+        ({"available_node_types": {"head": {"resources": {}, "node_conf": {}}}}, "ValidationError"),
     ],
 )
-def test_the_launcher_would_refuse_mistakes(launcher, change):
+def test_the_launcher_would_refuse_mistakes(launcher, change, error):
     from jsonschema import ValidationError
 
-    with pytest.raises((ValidationError, ValueError, NotImplementedError)):
+    kinds = {kind.__name__: kind for kind in (ValidationError, ValueError, NotImplementedError)}
+    with pytest.raises(kinds[error]):
         accepted({**launcher, **change})
 
 

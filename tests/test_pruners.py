@@ -1,6 +1,7 @@
 """Contracts of every pruner, and literal rules of each."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -395,3 +396,19 @@ def test_the_penalty_is_chosen_where_it_scores_best_and_small_on_ties():
         PolicyPruner(policy, redundancy_penalty="cover")
     with pytest.raises(ValueError, match="at least one candidate"):
         choose_penalty(pruner, lambda p: 0.5, [])
+    with pytest.raises(ValueError, match=r"keeps exact counts, got .* mode 'threshold'"):
+        choose_penalty(PolicyPruner(policy, mode="threshold", threshold=0.5), lambda p: 0.5)
+
+
+def test_a_policy_of_several_steps_is_measured_in_as_many():
+    blind = PruningPolicy(PolicyConfig(token_width=8, query_width=6))
+    seeing = PruningPolicy(PolicyConfig(token_width=8, query_width=6, budget=True))
+    assert PolicyPruner.as_trained(seeing, 1).mode == "topk"
+    assert PolicyPruner.as_trained(blind, 3).mode == "topk"  # knows no count to step down to
+    stepwise = PolicyPruner.as_trained(seeing, 3)
+    assert (stepwise.mode, stepwise.steps, stepwise.exact) == ("multistep", 3, True)
+    rows = [inputs(seed=seed) for seed in range(8)]
+    spread = dataclasses.replace(stepwise, redundancy_penalty=50.0)
+    masks, plain = spread.prune_batch(rows, 4), stepwise.prune_batch(rows, 4)
+    assert all(int(mask.sum()) == 4 for mask in masks + plain)
+    assert any(not torch.equal(a, b) for a, b in zip(masks, plain, strict=True))

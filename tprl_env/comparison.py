@@ -22,12 +22,13 @@ from tprl_env.evaluate import (
     evaluate_method,
     write_per_question,
 )
+from tprl_env.learning_curve import local_scorer
 from tprl_env.pruners import PRUNERS, make_pruner
 from tprl_env.pruners.base import Pruner, prune_inputs
 from tprl_env.pruners.policy_pruner import PolicyPruner, choose_penalty
 from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
 from tprl_env.results import check_results, check_training, versions, write_json
-from tprl_env.scoring import CachedScorer, Scorer
+from tprl_env.scoring import Scorer
 from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
@@ -124,8 +125,9 @@ def tune_penalty(
     scorer: Scorer,
     budgets: Sequence[int],
     questions: int = 300,
+    steps: int = 1,
 ) -> dict[int, PolicyPruner]:
-    """For every budget the top-k pruner whose redundancy penalty has the best accuracy.
+    """For every budget the exact pruner whose redundancy penalty has the best accuracy.
 
     Args:
         policy: The policy.
@@ -133,6 +135,7 @@ def tune_penalty(
         scorer: Exact-match scorer of that store.
         budgets: Token counts.
         questions: Use the first so many.
+        steps: That the policy was trained to take (see `PolicyPruner.as_trained`).
     """
     samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
 
@@ -141,7 +144,7 @@ def tune_penalty(
             row = evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
             return row.accuracy
 
-        return choose_penalty(PolicyPruner(policy), accuracy)
+        return choose_penalty(PolicyPruner.as_trained(policy, steps), accuracy)
 
     return {budget: best(budget) for budget in budgets}
 
@@ -298,7 +301,6 @@ def evaluate_store(
     """
     from tprl_env.features import FeatureStore
     from tprl_env.lvlm import load_lvlm
-    from tprl_env.lvlm.scorer import LVLMScorer
 
     if policy is None and (calibration is not None or threshold is not None):
         raise ValueError("calibration and threshold belong to a policy; give its folder as policy")
@@ -308,32 +310,27 @@ def evaluate_store(
     opened = FeatureStore.open(store, lvlm_fingerprint=model.fingerprint)
     check_budgets(budgets, opened.max_tokens)
     samples = np.arange(len(opened), dtype=np.int64)[:limit]
-    entries: dict[str, PrunerEntry] = {}
-    best: PolicyPruner | None = None
-    settings: dict[str, Any] = {}
     training = training_of(policy)
-    if policy is not None:
-        trained = load_policy(policy, opened)
-        held_out = None if calibration is None else open_calibration(calibration, opened)
-        best, tuned = PolicyPruner(trained), None
-        if held_out is not None:
-            held_out_scorer = CachedScorer(
-                LVLMScorer(model, held_out, metric="exact"), held_out, "exact"
-            )
-            tuned = tune_penalty(trained, held_out, held_out_scorer, budgets)
-            best, settings = tuned[min(tuned)], {"redundancy_penalty": penalties(tuned)}
+    trained = None if policy is None else load_policy(policy, opened)
+    held_out = None if calibration is None else open_calibration(calibration, opened)
+    tuned: dict[int, PolicyPruner] | None = None
+    if trained is not None and held_out is not None:
+        tuned = tune_penalty(trained, held_out, local_scorer(model, held_out), budgets)
+    entries: dict[str, PrunerEntry] = {}
+    if trained is not None:
         entries |= policy_entries(trained, held_out, threshold=threshold, tuned=tuned)
     entries |= available_pruners(opened, pruners)
-    scorer = CachedScorer(LVLMScorer(model, opened, metric="exact"), opened, "exact")
+    scorer = local_scorer(model, opened)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     rows = compare(opened, scorer, entries, budgets, samples)
     drawn: list[tuple[Path, str]] = []
-    if best is not None and trajectories > 0:
+    if trained is not None and trajectories > 0:
+        best = PolicyPruner(trained) if tuned is None else tuned[min(tuned)]
         chosen = choose_examples(opened, samples, trajectories)
         steps = sorted(budgets, reverse=True)
         drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)
-    extra = {"settings": settings} if settings else {}
+    extra = {} if tuned is None else {"settings": {"redundancy_penalty": penalties(tuned)}}
     results = build_results(str(Path(store).name), rows, training, extra)
     write_comparison(out, results, rows, opened, samples, trajectories=drawn)
     return results

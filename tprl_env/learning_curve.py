@@ -32,8 +32,11 @@ def local_scorer(lvlm: LVLM, store: FeatureStore) -> Scorer:
 class LearningCurve:
     """Accuracy on calibration questions while the policy learns, one JSON line per point."""
 
-    def __init__(self, path: Path, store: FeatureStore, scorer: Scorer, questions: int) -> None:
+    def __init__(
+        self, path: Path, store: FeatureStore, scorer: Scorer, questions: int, steps: int = 1
+    ) -> None:
         self.path = path
+        self.steps = steps
         self.samples = np.arange(min(questions, len(store)), dtype=np.int64)
         self.store = store
         self.scorer = scorer
@@ -42,7 +45,7 @@ class LearningCurve:
     def add(self, policy: PruningPolicy, lvlm_scores: int) -> dict[str, float]:
         """Measure one point and append it to the file."""
         begin = time.perf_counter()
-        pruner = PolicyPruner(policy)
+        pruner = PolicyPruner.as_trained(policy, self.steps)
         budgets = [b for b in CURVE_BUDGETS if b <= self.store.max_tokens]
         accuracy = {
             str(budget): round(

@@ -53,14 +53,16 @@ class Calibration:
 class PolicyPruner(Pruner):
     """Prune by a :class:`~tprl_env.policy.PruningPolicy`.
 
-    * ``"topk"`` keeps the ``budget`` largest log-odds: exact. With a ``redundancy_penalty`` it
-      keeps one token after the other, each with the largest log-odds less the penalty times its
-      similarity to what is kept (maximal marginal relevance, Carbonell & Goldstein 1998), or, with
-      ``"coverage"``, with the largest p (1 - similarity).
+    * ``"topk"`` keeps the ``budget`` largest log-odds: exact.
     * ``"threshold"`` keeps p > tau, the arg-max where nothing passes (TPRL eq. 16). The number
       differs between images; :meth:`calibrate` chooses tau for a wanted mean.
     * ``"multistep"`` acts greedily for ``steps`` steps: a policy that sees the budget keeps
       geometric counts down to it (exact); another keeps ``discount**t * p > tau`` at step t.
+
+    With a ``redundancy_penalty`` an exact mode keeps one token after the other, each with the
+    largest log-odds less the penalty times its similarity to what is kept (maximal marginal
+    relevance, Carbonell & Goldstein 1998), or, with ``"coverage"``, with the largest
+    p (1 - similarity).
 
     Attributes:
         policy: The policy; used in evaluation only, never trained here.
@@ -68,7 +70,7 @@ class PolicyPruner(Pruner):
         threshold: tau, strictly between 0 and 1; needed wherever a threshold decides.
         steps: Steps of the rollout.
         redundancy_penalty: log-odds that a copy of a kept token loses, or ``"coverage"``, for
-            ``"topk"``; similarity is the cosine of the codes, at least 0. The exact-budget
+            the exact modes; similarity is the cosine of the codes, at least 0. The exact-budget
             distribution says how many of several equal tokens to keep, but their log-odds are
             equal: top-k alone keeps all copies of one object before the first of the next.
         discount: lambda_disc of eq. 14 for thresholded rollouts; 1 leaves p as it is.
@@ -113,6 +115,16 @@ class PolicyPruner(Pruner):
     def from_pretrained(cls, folder: str | Path, **fields: Any) -> PolicyPruner:
         """Load the policy of a folder; ``fields`` as in the class."""
         return cls(PruningPolicy.from_pretrained(folder), **fields)
+
+    @classmethod
+    def as_trained(cls, policy: PruningPolicy, steps: int) -> PolicyPruner:
+        """Exact pruner in as many steps as the policy was trained to take.
+
+        A policy that does not see the budget cannot act in steps down to it: top-k in one pass.
+        """
+        if steps == 1 or not policy.config.budget:
+            return cls(policy)
+        return cls(policy, mode="multistep", steps=steps)
 
     @property
     def exact(self) -> bool:
@@ -261,7 +273,7 @@ class PolicyPruner(Pruner):
         alive, masks = obs["alive"], []
         for step in range(counts.shape[1]):
             logits = self._logits(obs, alive, step, budget)
-            if self.redundancy_penalty and self.mode == "topk":
+            if self.redundancy_penalty:
                 number = counts[:, step]
                 alive = marginal_mask(logits, alive, number, obs["tokens"], self.redundancy_penalty)
             else:
@@ -330,17 +342,17 @@ def choose_penalty(
     """The copy with the redundancy penalty that scores best; ties go to the first.
 
     Args:
-        pruner: A top-k pruner.
+        pruner: A pruner of an exact mode.
         accuracy: Scores a candidate on held-out (calibration) questions.
         candidates: Penalties to try.
 
     Raises:
-        ValueError: There are no candidates, or the pruner is not in mode ``"topk"``.
+        ValueError: There are no candidates, or the pruner does not keep exact counts.
     """
-    if not candidates or pruner.mode != "topk":
+    if not candidates or not pruner.exact:
         raise ValueError(
-            f"a penalty is chosen among at least one candidate for mode 'topk', got {candidates} "
-            f"and {pruner.mode!r}"
+            f"a penalty is chosen among at least one candidate for a pruner that keeps exact "
+            f"counts, got {candidates} and mode {pruner.mode!r}"
         )
     tried = [dataclasses.replace(pruner, redundancy_penalty=value) for value in candidates]
     return max(tried, key=accuracy)

@@ -115,23 +115,8 @@ def base_config(
     Raises:
         ValueError: if the config does not fit its source.
     """
-    source = shared_source(config.source)
-    rules(config).check_source(source)
+    rules(config).check_source(shared_source(config.source))
     tune.register_env(ENV_NAME, make_vector_env)
-    module = RLModuleSpec(
-        module_class=TokenPruningModule,
-        model_config={
-            "policy": asdict(policy_config(config, source)),
-            "distribution": config.distribution,
-            "discount": config.discount,
-            "max_steps": config.max_steps,
-            "source": config.source,
-            "seed": config.seed,
-            "load": init_policy,
-            "critic": critic,
-            "reference": reference,
-        },
-    )
     address = None if pool is None else pool.as_dict()
     ppo = (
         PPOConfig(algo_class=algorithm)
@@ -141,7 +126,7 @@ def base_config(
             disable_env_checking=True,
         )
         .framework("torch")
-        .rl_module(rl_module_spec=module)
+        .rl_module(rl_module_spec=_module(config, init_policy, critic, reference))
         .callbacks(StopOnScoringFailure if config.runner == "fast" else EnvironmentMetrics)
         .debugging(seed=config.seed, log_level="WARN")
         .learners(
@@ -165,6 +150,24 @@ def base_config(
     _set_runner(ppo, config, options)
     _set_training(ppo, config, critic)
     return ppo
+
+
+def _module(
+    config: TrainConfig, init_policy: str | None, critic: bool, reference: bool
+) -> RLModuleSpec:
+    """How runners and learners build their policy."""
+    model_config = {
+        "policy": asdict(policy_config(config, shared_source(config.source))),
+        "distribution": config.distribution,
+        "discount": config.discount,
+        "max_steps": config.max_steps,
+        "source": config.source,
+        "seed": config.seed,
+        "load": init_policy,
+        "critic": critic,
+        "reference": reference,
+    }
+    return RLModuleSpec(module_class=TokenPruningModule, model_config=model_config)
 
 
 def _set_runner(ppo: PPOConfig, config: TrainConfig, options: dict[str, Any]) -> None:

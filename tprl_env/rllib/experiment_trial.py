@@ -37,7 +37,8 @@ def run_imitation(place: Place, trial: Trial, folder: Path) -> None:
         report = imitate(config, FeatureStore.open(config.source), folder)
         seconds, agreement = round(report.seconds, 1), round(report.agreement, 4)
         write_json(done, {"seconds": seconds, "agreement": agreement})
-    measured = _measure(PolicyPruner.from_pretrained(folder).policy, place, trial)
+    # demonstrations are masks of one step, whatever the steps of the runs that start from them
+    measured = _measure(PolicyPruner.from_pretrained(folder).policy, place, trial, steps=1)
     write_json(folder / "measured.json", {**measured, **json.loads(done.read_text("utf-8"))})
 
 
@@ -49,7 +50,9 @@ def run_trial(place: Place, trial: Trial) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = place.config(trial)
     held_out, scorer = _open(place, trial, "calibration")
-    curve = LearningCurve(folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS)
+    curve = LearningCurve(
+        folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS, config.max_steps
+    )
     before = None if start is None else PolicyPruner.from_pretrained(start).policy
     hook = reporting_hook(curve, curve_hook(curve, before, config.max_scores or 1))
     result = train(
@@ -60,7 +63,8 @@ def run_trial(place: Place, trial: Trial) -> None:
         progress=False,
         on_iteration=hook,
     )
-    measured = _measure(PolicyPruner.from_pretrained(result.policy_path).policy, place, trial)
+    learned = PolicyPruner.from_pretrained(result.policy_path).policy
+    measured = _measure(learned, place, trial, config.max_steps)
     record = {
         "key": place.key(trial),
         "algorithm": config.algorithm,
@@ -101,11 +105,11 @@ def _open(place: Place, trial: Trial, split: str) -> tuple[FeatureStore, Scorer]
     return store, local_scorer(lvlm, store)
 
 
-def _measure(policy: PruningPolicy, place: Place, trial: Trial) -> dict[str, Any]:
+def _measure(policy: PruningPolicy, place: Place, trial: Trial, steps: int) -> dict[str, Any]:
     """Accuracy on the test split at every budget, penalty chosen on the calibration split."""
     held_out, held_out_scorer = _open(place, trial, "calibration")
     test, scorer = _open(place, trial, "test")
-    tuned = tune_penalty(policy, held_out, held_out_scorer, place.budgets, TUNING_QUESTIONS)
+    tuned = tune_penalty(policy, held_out, held_out_scorer, place.budgets, TUNING_QUESTIONS, steps)
     samples = np.arange(len(test), dtype=np.int64)
     rows = [
         evaluate_method("policy", pruner, test, scorer, budget, samples)
