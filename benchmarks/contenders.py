@@ -19,8 +19,9 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.llava import LlavaLVLM
 from tprl_env.lvlm.scorer import LVLMScorer
 from tprl_env.rllib.algorithms import algorithm_config
-from tprl_env.rllib.config import TrainConfig, rules
+from tprl_env.rllib.config import TrainConfig, rules, scorer_spec
 from tprl_env.rllib.module import TokenPruningModule, shared_source
+from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.scorer_spec import ScorerSpec
 from tprl_env.scoring import BoolArray, FloatArray, IntArray
 
@@ -85,6 +86,11 @@ class Cost:
         """CPU seconds of collecting per useful step."""
         return self.collect / self.steps
 
+    @property
+    def rate(self) -> float:
+        """Useful steps collected per second of wall-clock time."""
+        return self.steps / self.collect_wall
+
 
 class Watch:
     """CPU and wall-clock seconds since it was made."""
@@ -98,13 +104,24 @@ class Watch:
 
 
 class WithRLlib:
-    """``Algorithm.train()`` with the fast or the default runner; scores in this process."""
+    """``Algorithm.train()`` with the fast or the default runner.
 
-    def __init__(self, name: str, config: TrainConfig) -> None:
+    Scores in this process, or with scorer actors, whose CPU seconds are not seen here.
+    """
+
+    def __init__(self, name: str, config: TrainConfig, actors: int = 0, dtype: str = "") -> None:
         self._config = config.replace(runner="default" if name == "default" else "fast")
-        self._config = self._config.replace(scorer_options={"name": name})
-        self._algorithm = algorithm_config(self._config).build_algo()
-        self._scorer = SCORERS[name]
+        self._pool: ScorerPool | None = None
+        if actors:
+            self._config = self._config.replace(
+                scorer="lvlm", scorer_factory="", scorer_dtype=dtype, num_scorers=actors
+            )
+            self._pool = ScorerPool.start(scorer_spec(self._config), actors)
+        else:
+            self._config = self._config.replace(scorer_options={"name": name})
+        address = None if self._pool is None else self._pool.address
+        self._algorithm = algorithm_config(self._config, pool=address).build_algo()
+        self._scorer = SCORERS.get(name)
         runner = self._algorithm.env_runner
         self._cost = Cost()
         runner.sample = self._timed(runner.sample)
@@ -124,17 +141,22 @@ class WithRLlib:
     def iterate(self) -> Cost:
         """One training iteration."""
         cost = self._cost = Cost()
-        scored, watch = self._scorer.seconds, Watch()
+        scored, watch = self._scored(), Watch()
         found = self._algorithm.train()
         cpu, cost.wall = watch.read()
         cost.update = cpu - cost.collect
-        cost.scoring = self._scorer.seconds - scored
+        cost.scoring = self._scored() - scored
         cost.trained = int(found["learners"][MODULE]["num_module_steps_trained"])
         return cost
 
+    def _scored(self) -> float:
+        return 0.0 if self._scorer is None else self._scorer.seconds
+
     def close(self) -> None:
-        """Stop the algorithm."""
+        """Stop the algorithm and its actors."""
         self._algorithm.stop()
+        if self._pool is not None:
+            self._pool.close()
 
 
 def new_module(config: TrainConfig) -> TokenPruningModule:

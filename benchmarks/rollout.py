@@ -11,6 +11,9 @@ own questions, in one process with one torch thread:
     one by one   a sample at a time, every mask answered with generate(max_new_tokens=20) and
                  graded as text; no batches, no cache; collecting only
 
+    scorer actors  ours with ``--actors`` N scorers in processes of their own, in ``--actor-dtype``,
+                 as training runs do it; compared by wall-clock time, on a quiet machine only
+
 With ``--algorithm grpo`` or ``mapo``, 8 draws per sample and without shared rewards, ``default`` is
 left out: it does not know the groups. MAPO's memory has something to say once samples come again;
 with few ``--samples`` it does from the start.
@@ -47,9 +50,11 @@ from tprl_env.lvlm.scorer import LVLMScorer
 from tprl_env.rllib.config import TrainConfig, load_config
 
 DRAWS = 8
+ACTORS = "scorer actors"
 Contender = WithRLlib | Handwritten | OneByOne
 GOALS = {
     "collect_vs_one_by_one": "at least 20",
+    "collect_vs_one_by_one_with_actors": "at least 20",
     "cpu_per_step_vs_handwritten": "at most 1.25",
     "cpu_per_step_vs_rllib_default": "at most 0.6",
 }
@@ -68,10 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--one-by-one", type=int, default=16, help="its episodes per round")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not measured")
+    parser.add_argument("--actors", type=int, default=0, help="also collect with so many scorers")
+    parser.add_argument("--actor-dtype", default="float32", help="of the LVLM in those scorers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=1 + args.actors, include_dashboard=False, log_to_driver=False
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = _measure(args, _config(args, Path(args.store or folder) / "store"))
@@ -120,6 +129,8 @@ def _measure(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     }
     if config.algorithm == "ppo":
         contenders["default"] = WithRLlib("default", config)
+    if args.actors:
+        contenders[ACTORS] = WithRLlib(ACTORS, config, args.actors, args.actor_dtype)
     rounds: list[dict[str, Cost]] = []
     for number in range(args.warmup + args.repeats):
         names = list(contenders)
@@ -154,6 +165,8 @@ def _ratios(rounds: list[dict[str, Cost]]) -> dict[str, Any]:
     }
     if "default" in rounds[0]:
         of["cpu_per_step_vs_rllib_default"] = lambda r: r["ours"].cpu / r["default"].cpu
+    if ACTORS in rounds[0]:  # several processes: wall-clock time
+        of["collect_vs_one_by_one_with_actors"] = lambda r: r[ACTORS].rate / r["one by one"].rate
     values = {name: [ratio(found) for found in rounds] for name, ratio in of.items()}
     medians = {name: round(float(np.median(many)), 3) for name, many in values.items()}
     spread = {name: [round(min(many), 3), round(max(many), 3)] for name, many in values.items()}
@@ -177,7 +190,7 @@ def _figures(costs: list[Cost]) -> dict[str, Any]:
             for p in phases
         },
         "steps_per_second": median([c.steps / c.wall for c in costs]),
-        "collected_per_second": median([c.steps / c.collect_wall for c in costs]),
+        "collected_per_second": median([c.rate for c in costs]),
         "steps_per_round": median([c.steps for c in costs]),
         "rows_trained_per_step": median([c.trained / c.steps for c in costs]),
     }
