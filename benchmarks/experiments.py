@@ -31,9 +31,13 @@ def bring(name: str, runs: Path, record: Path, images: Path) -> str | None:
     images.mkdir(parents=True, exist_ok=True)
     for part in ("results", "curves"):
         shutil.copyfile(folder / f"{part}.parquet", record / f"{name}-{part}.parquet")
+    links = []
     for picture in sorted(folder.glob("*.png")):
         shutil.copyfile(picture, images / f"{name}-{picture.name}")
-    return (folder / "tables.md").read_text("utf-8").strip()
+        task, against = picture.stem.rsplit("-", 1)
+        links.append(f"[`{task}` against {against}](images/experiments/{name}-{picture.name})")
+    tables = (folder / "tables.md").read_text("utf-8").strip()
+    return f"{tables}\n\nPlots: {', '.join(links)}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
