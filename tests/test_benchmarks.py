@@ -43,17 +43,18 @@ def test_rollout(inputs: list[str]) -> None:
     pytest.importorskip("ray")
     result = last_line(
         "rollout", *inputs, "--episodes", "64", "--one-by-one", "2", "--repeats", "1",
-        "--warmup", "0", "--autoencoder-steps", "5",
+        "--warmup", "0", "--autoencoder-steps", "5", "--actors", "1",
     )  # fmt: skip
-    for name in ("collect_vs_one_by_one", "cpu_per_step_vs_handwritten",
-                 "cpu_per_step_vs_rllib_default"):  # fmt: skip
+    for name in ("collect_vs_one_by_one", "collect_vs_one_by_one_with_actors",
+                 "cpu_per_step_vs_handwritten", "cpu_per_step_vs_rllib_default"):  # fmt: skip
         assert result[name] > 0
         low, high = result["ranges"][name]
         assert low <= result[name] <= high
     rows = {name: row["rows_trained_per_step"] for name, row in result["contenders"].items()}
     assert rows["handwritten"] == result["setting"]["epochs"] == 4
     assert rows["ours"] < rows["default"]  # no padding rows
-    assert 64 <= result["contenders"]["ours"]["steps_per_round"] <= 3 * 64
+    for name in ("ours", "scorer actors"):
+        assert 64 <= result["contenders"][name]["steps_per_round"] <= 3 * 64
     agreement = result["generated_equals_scored"]
     assert agreement["equal"] == agreement["masks"] >= 2
 

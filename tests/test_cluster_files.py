@@ -60,19 +60,25 @@ def test_the_launcher_accepts_the_file(launcher):
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"head_node_type": "haed"}, "ValueError"),
-        ({"idle_timeout": 3}, "ValidationError"),
-        ({"provider": {"type": "awz"}}, "NotImplementedError"),
-        ({"available_node_types": {"head": {"resources": {}, "node_conf": {}}}}, "ValidationError"),
-    ],
+    "change",
+    [{"idle_timeout": 3}, {"available_node_types": {"head": {"resources": {}, "node_conf": {}}}}],
 )
-def test_the_launcher_would_refuse_mistakes(launcher, change, error):
+def test_the_launcher_would_refuse_unknown_keys(launcher, change):
     from jsonschema import ValidationError
 
-    kinds = {kind.__name__: kind for kind in (ValidationError, ValueError, NotImplementedError)}
-    with pytest.raises(kinds[error]):
+    with pytest.raises(ValidationError):
+        accepted({**launcher, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"head_node_type": "haed"}, ValueError),
+        ({"provider": {"type": "awz"}}, NotImplementedError),
+    ],
+)
+def test_the_launcher_would_refuse_unknown_names(launcher, change, error):
+    with pytest.raises(error):
         accepted({**launcher, **change})
 
 
