@@ -1,4 +1,4 @@
-"""RLlib with two runners, and collecting one by one, each metered: see `rollout`."""
+"""RLlib with two runners, each metered: see `rollout`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import gymnasium
-import numpy as np
-import torch
 
-from tprl_env import metrics, rewards
-from tprl_env.episodes import choose_episode
 from tprl_env.features import FeatureStore
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.llava import LlavaLVLM
@@ -166,54 +162,3 @@ def new_module(config: TrainConfig) -> TokenPruningModule:
     space = rules(config).observation_space(shared_source(config.source))
     spec.observation_space, spec.action_space = space, gymnasium.spaces.MultiBinary(rows)
     return spec.build()
-
-
-class OneByOne:
-    """A sample at a time: one row through the policy, one answer generated and graded per step."""
-
-    def __init__(self, config: TrainConfig, episodes: int) -> None:
-        self._episodes, self._rules = episodes, rules(config)
-        self._source: Any = shared_source(config.source)
-        self._full = self._source.full_scores("exact")
-        self._lvlm = open_lvlm(config.lvlm)
-        self._module = new_module(config)
-        self._module.generator.manual_seed(config.seed)
-        self._random = np.random.default_rng(config.seed)
-        self.asked: list[tuple[int, BoolArray, float]] = []
-
-    def iterate(self) -> Cost:
-        """Collect a few episodes."""
-        cost, watch = Cost(), Watch()
-        for _ in range(self._episodes):
-            sample = choose_episode(self._random, self._source, self._rules)[0]
-            cost.steps += self._episode(sample, cost)
-        cost.collect, cost.wall = watch.read()
-        cost.collect_wall = cost.wall
-        return cost
-
-    def _episode(self, sample: int, cost: Cost) -> int:
-        """Steps of one episode."""
-        number, rule = np.array([sample]), self._rules
-        tokens = torch.from_numpy(self._source.codes(number))
-        query = torch.from_numpy(self._source.query(number))
-        alive, score = self._source.exists(number), float(self._full[sample])
-        prompt = self._lvlm.prompt(self._source.question(sample))
-        visual = self._source.tokens(sample)
-        for step in range(rule.max_steps):
-            stage, mask = torch.full((1, 1), float(step)), torch.from_numpy(alive)
-            obs = {"tokens": tokens, "query": query, "alive": mask, "step": stage}
-            before = int(alive.sum())
-            alive = alive & self._module.act(obs).actions.numpy().astype(bool)
-            kept, previous, watch = int(alive.sum()), score, Watch()
-            keep = alive[0, : len(visual)]
-            answer = self._lvlm.generate([prompt], [visual], [keep], max_new_tokens=20)[0]
-            score = metrics.exact(answer, self._source.answers(sample))
-            cost.scoring += watch.read()[0]
-            rewards.step_reward(score, previous, kept, before, rule.alpha, rule.beta)
-            self.asked.append((sample, alive[0], score))
-            if rewards.is_terminal(kept, step + 1, rule.max_steps, rule.min_tokens):
-                return step + 1
-        return rule.max_steps
-
-    def close(self) -> None:
-        """Nothing to stop."""

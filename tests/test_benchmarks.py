@@ -46,6 +46,7 @@ def test_rollout(inputs: list[str]) -> None:
         "--warmup", "0", "--autoencoder-steps", "5", "--actors", "1",
     )  # fmt: skip
     for name in ("collect_vs_one_by_one", "collect_vs_one_by_one_with_actors",
+                 "collect_vs_our_decoder", "collect_vs_our_decoder_with_actors",
                  "cpu_per_step_vs_handwritten", "cpu_per_step_vs_rllib_default"):  # fmt: skip
         assert result[name] > 0
         low, high = result["ranges"][name]
@@ -55,8 +56,8 @@ def test_rollout(inputs: list[str]) -> None:
     assert rows["ours"] < rows["default"]  # no padding rows
     for name in ("ours", "scorer actors"):
         assert 64 <= result["contenders"][name]["steps_per_round"] <= 3 * 64
-    agreement = result["generated_equals_scored"]
-    assert agreement["equal"] == agreement["masks"] >= 2
+    for agreement in result["generated_equals_scored"].values():
+        assert agreement["equal"] == agreement["masks"] >= 2
 
 
 @pytest.mark.slow
@@ -67,7 +68,12 @@ def test_rollout_of_groups(inputs: list[str], algorithm: str) -> None:
         "rollout", *inputs, "--algorithm", algorithm, "--episodes", "64", "--one-by-one", "2",
         "--repeats", "1", "--warmup", "1", "--autoencoder-steps", "5",
     )  # fmt: skip
-    assert set(result["contenders"]) == {"ours", "handwritten", "one by one"}
+    assert set(result["contenders"]) == {
+        "ours",
+        "handwritten",
+        "one by one",
+        "one by one, our decoder",
+    }
     assert result["cpu_per_step_vs_handwritten"] > 0 and result["setting"]["draws"] == 8
     rows = result["contenders"]["handwritten"]["rows_trained_per_step"]
     # MAPO leaves remembered draws away and adds what it remembers

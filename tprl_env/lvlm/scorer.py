@@ -88,7 +88,7 @@ class LVLMScorer:
             metric: ``"exact"`` (greedy answer is right, 0 or 1) or ``"likelihood"``.
             batch_size: Most rows of one forward pass.
             batch_tokens: Most padded places of one forward pass. Default by measurement: 1024 on
-                a CPU in float32 (activations then stay in its cache), 4096 in bfloat16, 65536 on
+                a CPU in float32 (activations then stay in its cache), 2048 in bfloat16, 65536 on
                 a GPU.
             max_padding: Share of the longest row by which a row of its batch may be shorter.
             positions: Rotary positions of kept tokens.
@@ -231,4 +231,4 @@ class LVLMScorer:
 def _default_batch_tokens(lvlm: LVLM) -> int:
     if lvlm.device.type != "cpu":
         return 65536
-    return 1024 if lvlm.dtype == torch.float32 else 4096
+    return 1024 if lvlm.dtype == torch.float32 else 2048
