@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,22 @@ def test_rounds_are_pipelined_and_groups_share_sample_and_budget():
         obs = store.columns[Columns.OBS]
         for name in ("sample", "budget", "state"):
             assert (obs[name].reshape(2, 4) == obs[name].reshape(2, 4)[:, :1]).all()
+
+
+@pytest.mark.parametrize("config", [EXACT, COINS], ids=["every step", "last step"])
+def test_scorers_elsewhere_are_asked_after_every_step_and_answer_the_same(config):
+    stores, requests = [], []
+    for concurrent in (False, True):
+        runner = TokenPruningRunner(config=ppo_config(config), worker_index=0, num_workers=0)
+        runner.scorer.concurrent = concurrent
+        runner.scorer.submit = submit = Mock(wraps=runner.scorer.submit)
+        stores += runner.sample()
+        requests.append([len(call.args[0]) for call in submit.call_args_list])
+    assert len(requests[0]) == 1 and len(requests[1]) == config.max_steps == 3
+    assert sum(requests[1]) == requests[0][0] == (36 if config is EXACT else 12)
+    for name, column in stores[0].columns.items():
+        if name != Columns.OBS:
+            np.testing.assert_array_equal(stores[1].columns[name], column, err_msg=name)
 
 
 def test_one_budget_per_round():

@@ -19,6 +19,8 @@ __all__ = ["LocalScores", "open_scorer"]
 class LocalScores:
     """A scorer in this process behind the pool's interface: `submit` computes at once."""
 
+    concurrent = False
+
     def __init__(self, config: TrainConfig) -> None:
         spec = scorer_spec(config)
         source = shared_source(config.source)

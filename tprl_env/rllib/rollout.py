@@ -81,6 +81,7 @@ class Rollout:
         full: float32 (B,), scores with all tokens.
         counts: K_0 ... K_T, (B,) each.
         live: bool (B,) per step, episodes that took it.
+        wanted: bool (B,) per step, episodes whose mask after it must be scored.
         masks: bool (B, N) per step, alive tokens after it.
         steps: what the learner needs of each step: columns of its live rows.
         values: float32 (B,) per step, 0 where not live.
@@ -92,6 +93,7 @@ class Rollout:
     full: Floats
     counts: list[NDArray[np.int64]] = field(default_factory=list)
     live: list[NDArray[np.bool_]] = field(default_factory=list)
+    wanted: list[NDArray[np.bool_]] = field(default_factory=list)
     masks: list[NDArray[np.bool_]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
@@ -99,14 +101,6 @@ class Rollout:
     def taken(self) -> NDArray[np.bool_]:
         """Steps that were taken, bool (T, B)."""
         return np.stack(self.live)
-
-    def scored(self, score_steps: str) -> NDArray[np.bool_]:
-        """Steps whose mask must be scored, bool (T, B)."""
-        live = self.taken()
-        if score_steps == "all":
-            return live
-        following = np.concatenate([live[1:], np.zeros_like(live[:1])])
-        return live & ~following
 
 
 def learner_columns(rollout: Rollout, results: Mapping[str, NDArray[Any]]) -> EpisodeColumns:

@@ -1,8 +1,9 @@
 """Fast path: an env runner that rolls out whole episodes and asks for all their scores at once.
 
 The next state depends on the mask only, so B episodes go through all T steps without the scorer.
-One request, deduplicated, then scores them; while it is under way the next round is rolled out with
-the same weights. Every episode ends, so advantages need no bootstrap and are computed here.
+Scorer actors get the masks of a step as soon as it is taken, and work while the following steps and
+the next round are rolled out with the same weights; a scorer in this process gets one request for
+the whole round. Every episode ends, so advantages need no bootstrap and are computed here.
 
 Shapes: B episodes of a round, G draws per sample, T steps, N visual tokens.
 """
@@ -133,18 +134,13 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         stores: list[EpisodeColumns] = []
         reports: list[dict[str, float]] = []
         with self.metrics.log_time(SAMPLE_TIMER):
-            waiting: tuple[Rollout, NDArray[np.bool_], Any] | None = None
+            waiting: tuple[Rollout, list[Any]] | None = None
             episodes = steps = rounds = 0
             while self._more(rounds, steps, episodes, num_timesteps, num_episodes):
-                rollout = self._roll_out(explore)
-                wanted = rollout.scored(self.rules.score_steps)
-                rows = [np.flatnonzero(taken) for taken in wanted]
-                samples = np.concatenate([rollout.samples[r] for r in rows])
-                keep = np.concatenate([m[r] for m, r in zip(rollout.masks, rows, strict=True)])
-                pending = self.scorer.submit(samples, keep)
+                rollout, asked = self._roll_out(explore)
                 if waiting is not None:  # scored while this round was rolled out
                     stores.append(self._finish(*waiting, reports))
-                waiting = (rollout, wanted, pending)
+                waiting = (rollout, asked)
                 rounds += 1
                 episodes += len(rollout.samples)
                 steps += int(rollout.taken().sum())
@@ -194,9 +190,10 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         generator = np.random.default_rng([self.train_config.seed, sample])
         return choose_episode(generator, self.source, self.rules, sample)[1]
 
-    def _roll_out(self, explore: bool) -> Rollout:
-        """Take B episodes to their ends."""
+    def _roll_out(self, explore: bool) -> tuple[Rollout, list[Any]]:
+        """Take B episodes to their ends; also what was asked of the scorer, in order."""
         rollout = self._start()
+        asked: list[Any] = []
         alive = rollout.masks.pop()
         live = np.ones(len(alive), np.bool_)
         for step in range(self.rules.max_steps):
@@ -230,11 +227,23 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 ended = rewards.is_terminal(
                     rollout.counts[-1], step + 1, self.rules.max_steps, self.rules.min_tokens
                 )
+                rollout.wanted.append(live & (ended | (self.rules.score_steps == "all")))
                 alive, live = after, live & ~ended
+            if self.scorer.concurrent:
+                asked.append(self._ask(rollout, step))
             if not live.any():
                 break
+        if not self.scorer.concurrent:  # one request has fuller batches
+            asked.append(self._ask(rollout, *range(len(rollout.live))))
         self._rounds_done += 1
-        return rollout
+        return rollout, asked
+
+    def _ask(self, rollout: Rollout, *steps: int) -> Any:
+        """Send the masks of these steps to the scorer."""
+        rows = [np.flatnonzero(rollout.wanted[step]) for step in steps]
+        samples = np.concatenate([rollout.samples[r] for r in rows])
+        keep = np.concatenate([rollout.masks[t][r] for t, r in zip(steps, rows, strict=True)])
+        return self.scorer.submit(samples, keep)
 
     def _observe(
         self, rollout: Rollout, alive: NDArray[np.bool_], rows: NDArray[np.int64], step: int
@@ -254,13 +263,13 @@ class TokenPruningRunner(SingleAgentEnvRunner):
     def _finish(
         self,
         rollout: Rollout,
-        wanted: NDArray[np.bool_],
-        pending: Any,
+        asked: list[Any],
         reports: list[dict[str, float]],
     ) -> EpisodeColumns:
         """Wait for the scores of a round and turn it into columns."""
+        wanted = np.stack(rollout.wanted)
         scores = np.full(wanted.shape, np.nan, np.float32)
-        scores[wanted] = pending.result()
+        scores[wanted] = np.concatenate([pending.result() for pending in asked])
         result = estimate(self.train_config, rollout, scores, self.rules)
         live = rollout.taken()
         final = scores[live.sum(axis=0) - 1, np.arange(live.shape[1])]

@@ -75,7 +75,12 @@ class ScorerPool:
         address: names of the actors, what they score, and the client's `Limits`.
         handles: the actors' own handles if this object starts them; it then keeps them alive
             (a handle found by name does not) until `close`.
+
+    Attributes:
+        concurrent: True, `submit` returns before anything is scored.
     """
+
+    concurrent = True
 
     def __init__(self, address: PoolAddress, *, handles: Sequence[Any] = ()) -> None:
         self.address, self._handles = address, list(handles)
