@@ -28,7 +28,9 @@ Answer = Callable[[Prompt, npt.NDArray[np.float16], BoolArray], str]
 def by_transformers(spec: str) -> Answer:
     """The library's own ``generate``, on the CPU in float32."""
     folder, _ = find_lvlm(spec)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    ).eval()
     processor = LlavaProcessor.from_pretrained(folder)
     embedding = model.get_input_embeddings()
 
