@@ -229,7 +229,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 )
                 rollout.wanted.append(live & (ended | (self.rules.score_steps == "all")))
                 alive, live = after, live & ~ended
-            if self.scorer.concurrent:
+            if self.scorer.concurrent and rollout.wanted[-1].any():
                 asked.append(self._ask(rollout, step))
             if not live.any():
                 break
