@@ -26,7 +26,11 @@ Answer = Callable[[Prompt, npt.NDArray[np.float16], BoolArray], str]
 
 
 def by_transformers(spec: str) -> Answer:
-    """The library's own ``generate``, on the CPU in float32."""
+    """The library's own ``generate``, on the CPU in float32.
+
+    Written out without ``tprl_env.lvlm``'s assembling of prompts: a reference of its own, whose
+    answers `rollout` compares with the scorer's.
+    """
     folder, _ = find_lvlm(spec)
     model: Any = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True

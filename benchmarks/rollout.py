@@ -79,12 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=1, help="rounds that are not measured")
     parser.add_argument("--actors", type=int, default=0, help="also collect with so many scorers")
     parser.add_argument("--actor-dtype", default="float32", help="of the LVLM in those scorers")
-    parser.add_argument("--actor-batch", type=int, default=512, help="rows of one request to one")
     parser.add_argument(
-        "--actor-rounds",
-        type=int,
-        default=1,
-        help="parts of an iteration, scored and rolled at once",
+        "--actor-batch", type=int, default=512, help="rows that an actor gets at once"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -144,8 +140,8 @@ def _measure(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
     if config.algorithm == "ppo":
         contenders["default"] = WithRLlib("default", config)
     if args.actors:
-        parts = config.replace(rounds=args.actor_rounds, scorer_batch_size=args.actor_batch)
-        contenders[ACTORS] = WithRLlib(ACTORS, parts, args.actors, args.actor_dtype)
+        large = config.replace(scorer_batch_size=args.actor_batch)
+        contenders[ACTORS] = WithRLlib(ACTORS, large, args.actors, args.actor_dtype)
     rounds: list[dict[str, Cost]] = []
     for number in range(args.warmup + args.repeats):
         names = list(contenders)

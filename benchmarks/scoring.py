@@ -30,6 +30,8 @@ from tprl_env.scoring import CachedScorer
 
 KEPT = (0, 48, 29, 14, 7, 4)
 """Kept tokens; 0 stands for all of them."""
+PLACES = (512, 1024, 2048, 4096, 8192)
+"""Most padded places of one forward pass: what the default of `LVLMScorer` was chosen from."""
 
 Request = tuple[Any, Any]
 
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["dtypes"][dtype] = {
                 "by_kept": _by_kept(lvlm, store, args, rng),
                 "batching": _batching(lvlm, store, mixed, args),
+                "by_places": _by_places(lvlm, store, mixed, args),
                 "cache": _cache(lvlm, store, mixed),
             }
             fixed = _request(store, args.rows, (4, 48), np.random.default_rng(args.seed))
@@ -138,6 +141,21 @@ def _batching(
         share = scorer.stats.padded_tokens / args.repeats / rows
         found[name] = {"scores_per_second": rate, "padded_tokens_per_row": round(share, 2)}
         print(f"{lvlm.dtype}  {name:18} {rate:8.0f} scores/s, {share:5.2f} padding per row")
+    return found
+
+
+def _by_places(
+    lvlm: LVLM, store: FeatureStore, request: Request, args: argparse.Namespace
+) -> dict[str, float]:
+    """Batches of other sizes; scorers take turns, so that drifts of the machine hit all alike."""
+    scorers = {places: LVLMScorer(lvlm, store, batch_tokens=places) for places in PLACES}
+    rates: dict[int, list[float]] = {places: [] for places in PLACES}
+    for _ in range(args.repeats + 1):
+        for places, scorer in scorers.items():
+            rates[places].append(_rate(partial(scorer, *request), len(request[0]), 1))
+    found = {str(places): float(np.median(many[1:])) for places, many in rates.items()}
+    for name, rate in found.items():
+        print(f"{lvlm.dtype}  at most {name:>5} places {rate:8.0f} scores/s")
     return found
 
 

@@ -85,4 +85,5 @@ def test_scoring(inputs: list[str]) -> None:
     for figures in result["dtypes"].values():
         assert all(rate > 0 for rate in figures["by_kept"].values())
         assert set(figures["batching"]) == {"bucketed", "one_by_one", "padded_to_longest"}
+        assert "2048" in figures["by_places"] and min(figures["by_places"].values()) > 0
         assert figures["cache"]["computed"] + figures["cache"]["duplicates"] <= 40

@@ -1,4 +1,4 @@
-"""Fast path: an env runner that rolls out whole episodes and asks for all their scores at once.
+"""Fast path: an env runner that rolls out whole episodes without waiting for their scores.
 
 The next state depends on the mask only, so B episodes go through all T steps without the scorer.
 Scorer actors get the masks of a step as soon as it is taken, and work while the following steps and
