@@ -10,6 +10,7 @@ EXPERIMENT = Experiment(
         # the weight is then the policy's own probability of a remembered mask: all but zero
         "no-memory": Arm({"memory_weight": 0.0}),
         "ppo-fixed-budgets": Arm({"fixed_budgets": True}, preset="ppo"),
+        "ppo": Arm(preset="ppo"),
     },
     preset="mapo",
     # half the imitation of the preset; each run scores in its own process, so that many fit
