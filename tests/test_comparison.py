@@ -18,8 +18,9 @@ from tprl_env.comparison import (
     training_of,
 )
 from tprl_env.features import FeatureStore
+from tprl_env.files import write_json
 from tprl_env.pruners import PRUNERS
-from tprl_env.results import check_results, read_results, write_json
+from tprl_env.results import check_results, read_results
 from tprl_env.trajectories import choose_examples
 
 BUDGETS = (16, 7, 4)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
-import tprl_env.arrow_files
+import tprl_env.files
 from tprl_env.data import BadSampleError, load_dataset
 from tprl_env.encode import add_question_attention, encode_dataset
 from tprl_env.features import FeatureStore, StoreError
@@ -153,11 +153,11 @@ def test_full_disk_is_one_sentence_and_resumable(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
-    monkeypatch.setattr(tprl_env.arrow_files.os, "fsync", full)
+    monkeypatch.setattr(tprl_env.files.os, "fsync", full)
     with pytest.raises(StoreError, match=r"full .* continues where it stopped") as caught:
         encode_dataset(FakeLVLM(), make_samples(7), out, **SMALL)
     assert "\n" not in str(caught.value)
-    assert not list(out.glob("*.arrow.tmp"))
+    assert not list(out.glob("*.tmp"))
     monkeypatch.undo()
     encode_dataset(FakeLVLM(), make_samples(7), out, **SMALL)
     encode_dataset(FakeLVLM(), make_samples(7), tmp_path / "whole", **SMALL)

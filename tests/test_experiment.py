@@ -89,14 +89,14 @@ def test_what_cannot_be_compared_is_refused(fields, message):
 
 
 def test_a_search_is_refused_with_the_nearest_field():
-    with pytest.raises(ValueError, match="did you mean entropy"):
+    with pytest.raises(ValueError, match="did you mean 'entropy'"):
         Search(name="s", question="?", space={"entropi": None})
     with pytest.raises(ValueError, match="grace_scores <= max_scores"):
         Search(name="s", question="?", space={"lr": None}, grace_scores=10, max_scores=5)
 
 
 def test_files_that_hold_no_experiment_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="did you mean compare_optimizers"):
+    with pytest.raises(ValueError, match="did you mean 'compare_optimizers'"):
         load_experiment("compare_optimisers")
     with pytest.raises(ValueError, match="no experiment file"):
         load_experiment(tmp_path / "x.py")

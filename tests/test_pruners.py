@@ -117,7 +117,7 @@ def test_bad_budgets_and_missing_fields_are_named(name):
 def test_make_pruner_and_its_errors():
     assert make_pruner("vispruner", important_ratio=0.25) == VisPruner(0.25)
     assert make_pruner("policy", policy=policy()).kind == "policy"
-    with pytest.raises(ValueError, match=r"unknown pruner 'divprun'.*did you mean divprune"):
+    with pytest.raises(ValueError, match=r"unknown pruner 'divprun'.*did you mean 'divprune'"):
         make_pruner("divprun")
     with pytest.raises(ValueError, match=r"no field 'ratio'.*important_ratio"):
         make_pruner("vispruner", ratio=0.5)

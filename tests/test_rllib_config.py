@@ -20,7 +20,7 @@ PRESETS = ("recommended", "ppo", "paper", "bernoulli_count", "mean_query", "smok
 
 
 def test_an_unknown_field_names_its_neighbours():
-    with pytest.raises(ValueError, match=r"no field 'gae_lamda'; did you mean gae_lambda"):
+    with pytest.raises(ValueError, match=r"no field 'gae_lamda'; did you mean 'gae_lambda'"):
         TrainConfig().replace(gae_lamda=0.9)
 
 

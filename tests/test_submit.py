@@ -26,7 +26,7 @@ from ray_heads import BIN, clean_environment, start_head, stop_node
 
 from tprl_env.cli import main
 from tprl_env.policy import PruningPolicy
-from tprl_env.ray_token import check_private, make_private, token_path, use_token
+from tprl_env.ray_session import check_private, make_private, token_path, use_token
 from tprl_env.rllib import submit as jobs
 
 SAME_EVERYWHERE = {"iteration", "scores", "score", "mean_return", "kept", "env_steps"}
@@ -97,8 +97,8 @@ os.environ.pop("RAY_AUTH_MODE", None)
 import ray
 from ray._raylet import GcsClient
 from tprl_env.rllib.config import load_config
-from tprl_env.rllib.train import ray_session
-with ray_session(load_config("smoke", {"num_scorers": 0})):
+from tprl_env.ray_session import ray_session
+with ray_session(cpus=0):
     print(oct(stat.S_IMODE((Path.home() / ".ray/auth_token").stat().st_mode)))
     print(os.environ["RAY_AUTH_MODE"])
     Path("address").write_text(ray.get_runtime_context().gcs_address)
@@ -185,8 +185,8 @@ def test_the_command_starts_or_goes_on(tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "fields", "storage", "sentence"),
     [
-        ("smok", {}, "/shared/run", "did you mean smoke"),
-        ("smoke", {"lrr": "1"}, "/shared/run", "no field 'lrr'; did you mean lr"),
+        ("smok", {}, "/shared/run", "did you mean 'smoke'"),
+        ("smoke", {"lrr": "1"}, "/shared/run", "no field 'lrr'; did you mean 'lr'"),
         ("smoke", {}, "runs/x", "an absolute path on a disk that every node sees, got 'runs/x'"),
         ("smoke", {}, "s3://me:pass@b/x", "must not hold credentials"),
     ],

@@ -6,14 +6,14 @@ file: nothing is copied until somebody asks for a padded batch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.files import write_atomically
 from tprl_env.manifest import StoreError
 
 if TYPE_CHECKING:
@@ -150,19 +150,16 @@ def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
     """
     import pyarrow as pa
 
-    temporary = path.with_name(path.name + ".tmp")
     rows = 0
-    try:
-        with open(temporary, "wb") as stream:
-            with pa.ipc.new_file(stream, schema) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:  # gone already unless something failed
-        temporary.unlink(missing_ok=True)
+
+    def fill(stream: BinaryIO) -> None:
+        nonlocal rows
+        with pa.ipc.new_file(stream, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                rows += batch.num_rows
+
+    write_atomically(path, fill)
     return rows
 
 

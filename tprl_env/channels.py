@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tprl_env.arrow_files import ArrowRows, write_arrow
+from tprl_env.files import write_json
 from tprl_env.manifest import (
     FileEntry,
     Manifest,
@@ -24,7 +25,6 @@ from tprl_env.manifest import (
     check_file,
     describe_file,
     read_json,
-    write_json,
 )
 
 CURES = {

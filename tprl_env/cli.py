@@ -137,7 +137,7 @@ def autoencoder(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a policy with RLlib."""
-    from tprl_env.results import write_json
+    from tprl_env.files import write_json
     from tprl_env.rllib.config import load_config
 
     config = load_config(args.config, overrides(args.overrides))

@@ -29,7 +29,7 @@ def split_script(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
 
 def submit(args: argparse.Namespace) -> int:
     """Send a training, or a script, to a cluster and follow it."""
-    from tprl_env.ray_token import use_token
+    from tprl_env.ray_session import use_token
 
     if args.script is not None and args.config != _SCRIPT:
         raise ValueError(f"expected either the config {args.config!r} or a script after --")
@@ -76,7 +76,7 @@ def _variable(word: str) -> tuple[str, str]:
 
 def token(args: argparse.Namespace) -> int:
     """Make the token file of a cluster; the token itself is never printed."""
-    from tprl_env.ray_token import make_private
+    from tprl_env.ray_session import make_private
 
     print(f"token in {make_private(args.path)}, for this user's eyes only (mode 600)")
     return 0

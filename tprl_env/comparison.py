@@ -22,12 +22,13 @@ from tprl_env.evaluate import (
     evaluate_method,
     write_per_question,
 )
+from tprl_env.files import versions, write_json
 from tprl_env.learning_curve import local_scorer
 from tprl_env.pruners import PRUNERS, make_pruner
 from tprl_env.pruners.base import Pruner, prune_inputs
 from tprl_env.pruners.policy_pruner import PolicyPruner, choose_penalty
 from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
-from tprl_env.results import check_results, check_training, versions, write_json
+from tprl_env.results import check_results, check_training
 from tprl_env.scoring import Scorer
 from tprl_env.trajectories import choose_examples, draw_examples
 

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from tprl_env.files import write_atomically
 from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.pruners.vispruner import VisPruner
-from tprl_env.weights import write_atomically
 
 Nest = Literal["restrict", "intersect"]
 _DTYPES: dict[str, type[np.generic]] = {
@@ -81,9 +81,7 @@ class Demonstrations:
         arrays = {
             field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)
         }
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, lambda temporary: save_file(arrays, temporary))
+        write_atomically(Path(path), lambda stream: stream.write(save(arrays)))
 
     @classmethod
     def load(cls, path: str | Path) -> Demonstrations:

@@ -39,7 +39,7 @@ from tprl_env.encode_plan import (
 from tprl_env.feature_writer import Journal, UnitEntry
 from tprl_env.features import FeatureStore
 from tprl_env.manifest import StoreError
-from tprl_env.ray_token import make_private
+from tprl_env.ray_session import make_private
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.base import LVLM

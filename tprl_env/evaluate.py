@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.files import write_atomically
 from tprl_env.pruners.base import Pruner, prune_inputs
 from tprl_env.scoring import Scorer
 
@@ -311,6 +312,4 @@ def write_per_question(
         )
         for result in results
     ]
-    temporary = path.with_name(path.name + ".tmp")
-    pq.write_table(pa.concat_tables(tables), temporary)
-    temporary.replace(path)
+    write_atomically(path, lambda stream: pq.write_table(pa.concat_tables(tables), stream))

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tprl_env.files import write_atomically, write_text
 
 __all__ = ["check_experiment", "curve_rows", "markdown", "read_records", "rows", "write_tables"]
 
@@ -292,12 +295,9 @@ def write_tables(folder: Path) -> Path:
     definition, records = read_records(folder)
     results = [*rows(records), *reference_rows(definition)]
     for name, table in (("results", results), ("curves", list(curve_rows(records)))):
-        temporary = folder / f"{name}.parquet.tmp"
-        pq.write_table(pa.Table.from_pylist(table), temporary)
-        temporary.replace(folder / f"{name}.parquet")
-    temporary = folder / "tables.md.tmp"
-    temporary.write_text(markdown(definition, records), encoding="utf-8")
-    temporary.replace(folder / "tables.md")
+        save = partial(pq.write_table, pa.Table.from_pylist(table))
+        write_atomically(folder / f"{name}.parquet", save)
+    write_text(folder / "tables.md", markdown(definition, records))
     for task in definition["tasks"]:
         own = [record for record in records if record["task"] == task]
         plot_budgets(list(rows(own)), list(definition["arms"]), folder / f"{task}-tokens.png", task)

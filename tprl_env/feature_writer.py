@@ -18,17 +18,17 @@ import numpy.typing as npt
 
 from tprl_env.arrow_files import ArrowRows
 from tprl_env.data.sample import Sample
+from tprl_env.files import versions, write_json
 from tprl_env.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
+    PACKAGES,
     VERSION,
     FileEntry,
     Manifest,
     StoreError,
     check_file,
-    package_versions,
     read_json,
-    write_json,
 )
 
 
@@ -192,7 +192,7 @@ class Journal:
             query_width=self.lvlm["query_width"],
             skipped=skipped,
             files=files,
-            packages=package_versions(),
+            packages=versions(PACKAGES),
         )
         path = self.folder / MANIFEST_NAME
         if path.is_file() and Manifest.read(self.folder).fingerprint == manifest.fingerprint:

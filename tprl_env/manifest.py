@@ -8,13 +8,12 @@ construction and a folder without one is a store that was never finished.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from tprl_env.files import write_json
 
 FORMAT = "tprl-features"
 VERSION = 1
@@ -94,7 +93,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
-        write_json(folder / MANIFEST_NAME, {"format": FORMAT, **asdict(self)})
+        write_json(folder / MANIFEST_NAME, {"format": FORMAT, **asdict(self)}, sort=True)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -146,16 +145,6 @@ class Manifest:
         return cls(**content)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically and durably: temporary name, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -201,14 +190,3 @@ def check_file(path: Path, entry: FileEntry, *, checksum: bool, cure: str) -> No
         )
     if checksum and file_sha256(path) != entry.sha256:
         raise StoreError(f"{path} does not have its recorded checksum: bytes changed; {cure}")
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages whose change could change a store's content."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

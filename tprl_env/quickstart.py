@@ -27,6 +27,8 @@ from tprl_env.comparison import (
 )
 from tprl_env.features import FeatureStore
 from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
+from tprl_env.ray_session import ray_session
+from tprl_env.rllib.placement import actor_cpus
 from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
@@ -250,7 +252,6 @@ def _finish(
     """Evaluate on the test split and write everything that people read."""
     from tprl_env.rllib.config import scorer_spec
     from tprl_env.rllib.scorer_pool import ScorerPool
-    from tprl_env.rllib.train import ray_session
 
     test = stores["test"]
     samples = np.arange(len(test), dtype=np.int64)
@@ -268,7 +269,7 @@ def _finish(
     spec = scorer_spec(config.replace(source=str(test.path.resolve()), metric="exact"))
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
         with (
-            ray_session(config),
+            ray_session(actor_cpus(config)),
             closing(ScorerPool.start(spec, config.num_scorers)) as scorer,
         ):
             rows = compare(test, scorer, entries, BUDGETS, samples)

@@ -11,10 +11,10 @@ import numpy as np
 
 from tprl_env.evaluate import evaluate
 from tprl_env.features import FeatureStore
+from tprl_env.files import write_json
 from tprl_env.learning_curve import local_scorer
 from tprl_env.lvlm import load_lvlm
 from tprl_env.pruners import PRUNERS, make_pruner, prune_inputs
-from tprl_env.results import write_json
 
 __all__ = ["measure_references"]
 

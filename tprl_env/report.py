@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tprl_env.files import write_atomically, write_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -41,12 +43,8 @@ def new_figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
-    return path
+    """Write a figure as PNG, whole or not at all."""
+    return write_atomically(path, lambda stream: figure.savefig(stream, format="png"))
 
 
 def by_method(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -202,7 +200,4 @@ def write_report(
         "<!doctype html><html lang=en><head><meta charset=utf-8><title>tprl-env report</title>"
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return write_text(path, page)

@@ -6,15 +6,11 @@ The file is meant to be read by scripts; :func:`check_results` is the definition
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 KINDS = ("policy", "heuristic", "oracle", "random")
-PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
 TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
     "algorithm": str,
     "preset": str,
@@ -31,29 +27,6 @@ METHOD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "accuracy": (int, float),
     "ci95": list,
 }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a result."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # an optional extra that this machine does not have
-    return found
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename it, so that no reader sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _check_fields(

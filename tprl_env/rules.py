@@ -5,9 +5,8 @@ Legend: N = ``max_tokens``, d code width, Q question tokens, d_q query width.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,7 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
 from tprl_env import rewards
+from tprl_env.checks import check_choice, check_integer
 from tprl_env.token_source import TokenSource
 
 __all__ = [
@@ -26,8 +26,6 @@ __all__ = [
     "Metric",
     "Query",
     "ScoreSteps",
-    "check_choice",
-    "check_integer",
     "check_options",
     "coerce_action",
 ]
@@ -124,23 +122,6 @@ class EpisodeRules:
         if self.budget is None:
             raise ValueError("this environment has no budget; pass budget=k or budget=(low, high)")
         return self.budget
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse an option that is not in the list, with the nearest names."""
-    known = tuple(choices)
-    if not isinstance(value, str) or value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        options = ", ".join(map(repr, known))
-        raise ValueError(f"{name} must be one of {options}, got {value!r}{hint}")
-
-
-def check_integer(name: str, value: object, least: int) -> int:
-    """Refuse what is not an integer of at least ``least``; a bool is not one."""
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
-        return int(value)
-    raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _check_budget(budget: object) -> int | tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tprl_env.files import write_atomically
 from tprl_env.pruners.base import prune_inputs
 from tprl_env.pruners.policy_pruner import PolicyPruner
 from tprl_env.render import TrajectoryStep, draw_trajectory
@@ -85,9 +87,8 @@ def draw_examples(
             answer=store.answers(sample)[0],
         )
         path = out / f"trajectory-{number:02d}.png"
-        temporary = path.with_name(path.name + ".tmp")
-        Image.fromarray(strip).save(temporary, format="PNG")
-        temporary.replace(path)
+        save = partial(Image.fromarray(strip).save, format="PNG")
+        write_atomically(path, save)
         drawn.append((path, f"{store.question(sample)} — {store.answers(sample)[0]}"))
     return drawn
 

@@ -7,9 +7,6 @@ not come from the same save is refused instead of loaded.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tprl_env.files import write_atomically, write_text
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    finally:  # gone already unless something failed
-        Path(name).unlink(missing_ok=True)
 
 
 def save_weights(
@@ -49,8 +37,8 @@ def save_weights(
     header = {"kind": kind, "config": json.dumps(config, sort_keys=True)}
     text = json.dumps({"kind": kind, **config}, indent=2) + "\n"
     content = save(tensors, metadata=header)  # written here, so that a full disk is an OSError
-    write_atomically(folder / WEIGHTS_NAME, lambda path: _write(path, content))
-    write_atomically(folder / CONFIG_NAME, lambda path: _write(path, text.encode()))
+    write_atomically(folder / WEIGHTS_NAME, lambda stream: stream.write(content))
+    write_text(folder / CONFIG_NAME, text)
 
 
 def read_config(folder: str | Path, *, kind: str) -> dict[str, Any]:
@@ -123,7 +111,3 @@ def _existing(folder: str | Path, name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {name}; pass one written by save_pretrained")
     return path
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

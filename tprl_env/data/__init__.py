@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from tprl_env.checks import did_you_mean
 from tprl_env.data.jsonl import BadSampleError, JsonlDataset
 from tprl_env.data.sample import Sample
 
@@ -64,10 +64,9 @@ def load_dataset(
     if text.endswith(".jsonl"):
         return JsonlDataset(text, limit=limit, skip_bad=skip_bad)
     if text not in DATASETS:
-        near = difflib.get_close_matches(text, DATASETS, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown dataset {text!r}; {hint}known are {', '.join(DATASETS)} and .jsonl files"
+            f"unknown dataset {text!r}, known are {', '.join(DATASETS)} and .jsonl files"
+            f"{did_you_mean(text, DATASETS)}"
         )
     from tprl_env.data.scenes import load_scenes
 

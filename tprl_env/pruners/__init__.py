@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
+from tprl_env.checks import did_you_mean
 from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.pruners.cls_attention import ClsAttentionPruner
 from tprl_env.pruners.divprune import DivPrune
@@ -56,19 +56,18 @@ def make_pruner(name: str, **fields: Any) -> Pruner:
         ValueError: An unknown name or field; the message names the nearest.
     """
     if name not in PRUNERS:
-        near = difflib.get_close_matches(name, PRUNERS, n=2, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown pruner {name!r}, the pruners are {', '.join(PRUNERS)}{hint}")
+        raise ValueError(
+            f"unknown pruner {name!r}, the pruners are {', '.join(PRUNERS)}"
+            f"{did_you_mean(name, PRUNERS)}"
+        )
     cls: Any = PRUNERS[name]
     all_fields = dataclasses.fields(cls)
     known = [field.name for field in all_fields]
     for given in fields:
         if given not in known:
-            near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
                 f"pruner {name!r} has no field {given!r}, its fields are "
-                f"{', '.join(known) or 'none'}{hint}"
+                f"{', '.join(known) or 'none'}{did_you_mean(given, known)}"
             )
     for field in all_fields:
         if field.default is dataclasses.MISSING and field.name not in fields:

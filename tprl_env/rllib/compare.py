@@ -25,13 +25,14 @@ import ray
 from ray import tune
 
 from tprl_env.experiment_tables import check_experiment, write_tables
+from tprl_env.files import write_json
+from tprl_env.ray_session import ray_session
 from tprl_env.references import measure_references
-from tprl_env.results import write_json
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiment import Experiment, Trial
 from tprl_env.rllib.experiment_data import Place, TaskData, experiment_data
 from tprl_env.rllib.experiment_trial import run_imitation, run_trial
-from tprl_env.rllib.train import ray_session
+from tprl_env.rllib.placement import actor_cpus
 
 __all__ = ["compare", "trial_resources"]
 
@@ -81,7 +82,7 @@ def compare(
     missing = [trial for trial in trials if not (place.run(trial) / "record.json").is_file()]
     print(f"{len(missing)} of {len(trials)} runs of {experiment.name} are left", flush=True)
     if missing:
-        with ray_session(place.config(missing[0])):
+        with ray_session(actor_cpus(place.config(missing[0]))):
             imitate_all(place, missing)
             run_trials(place, experiment.name, missing, folder / "tune", concurrent, callbacks)
     for task in experiment.tasks:

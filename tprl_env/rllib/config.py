@@ -7,7 +7,6 @@ and are checked by name and type before anything starts.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import typing
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tprl_env.checks import did_you_mean
 from tprl_env.rllib.config_checks import check_combinations, check_ranges
 from tprl_env.rllib.config_parts import policy_config, policy_fields, rules, scorer_spec
 from tprl_env.rllib.config_values import coerce
@@ -256,9 +256,7 @@ class TrainConfig:
         known = [field.name for field in fields(self)]
         for name in changes:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-                hint = f"; did you mean {', '.join(near)}?" if near else ""
-                raise ValueError(f"TrainConfig has no field {name!r}{hint}")
+                raise ValueError(f"TrainConfig has no field {name!r}{did_you_mean(name, known)}")
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -291,9 +289,10 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         path = folder / f"{str(name).replace('-', '_')}.py"
         if not path.is_file():
             known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-            near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"unknown preset {str(name)!r}; known: {', '.join(known)}{hint}")
+            raise ValueError(
+                f"unknown preset {str(name)!r}; known: {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
     spec = importlib.util.spec_from_file_location(f"_tprl_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{str(path)!r} cannot be loaded as Python")

@@ -6,7 +6,6 @@ early stopping, compared over seeds) or ``SEARCH = Search(...)`` (Ray Tune's ASH
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from tprl_env.checks import did_you_mean
 from tprl_env.rllib.config import TrainConfig, load_config, policy_fields, presets_folder
 
 __all__ = [
@@ -219,10 +219,9 @@ class Search:
         known = TrainConfig.__dataclass_fields__
         for name in self.space:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
                 raise ValueError(
                     f"search {self.name!r}: TrainConfig has no field {name!r}"
-                    + (f"; did you mean {' or '.join(near)}?" if near else "")
+                    f"{did_you_mean(name, known)}"
                 )
 
     def config(self, drawn: Mapping[str, Any]) -> TrainConfig:
@@ -277,9 +276,10 @@ def load_experiment(name: str | Path) -> Experiment | Search:
         path = folder / f"{str(name).replace('-', '_')}.py"
         if not path.is_file():
             known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-            near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.4)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise ValueError(f"unknown experiment {str(name)!r}; known: {', '.join(known)}{hint}")
+            raise ValueError(
+                f"unknown experiment {str(name)!r}; known: {', '.join(known)}"
+                f"{did_you_mean(name, known)}"
+            )
     elif not path.is_file():
         raise ValueError(f"there is no experiment file {str(name)!r}")
     spec = importlib.util.spec_from_file_location(f"_tprl_experiment_{path.stem}", path)

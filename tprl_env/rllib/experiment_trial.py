@@ -13,11 +13,11 @@ from ray import tune
 from tprl_env.comparison import penalties, tune_penalty
 from tprl_env.evaluate import evaluate_method
 from tprl_env.features import FeatureStore
+from tprl_env.files import versions, write_json
 from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PruningPolicy
 from tprl_env.pruners import PolicyPruner
-from tprl_env.results import versions, write_json
 from tprl_env.rllib.experiment import Trial
 from tprl_env.rllib.experiment_data import Place
 from tprl_env.rllib.train import train

@@ -7,28 +7,23 @@ reservation also makes an autoscaler add nodes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-__all__ = ["PlacementError", "actor_bundles", "check_room", "requested_and_available"]
+from tprl_env.ray_session import requested_and_available
+from tprl_env.rllib.config import TrainConfig
+
+__all__ = ["PlacementError", "actor_bundles", "actor_cpus", "check_room"]
 
 
 class PlacementError(TimeoutError):
     """The cluster has no room for the actors of a run."""
 
 
-def requested_and_available(bundles: Sequence[Mapping[str, float]]) -> str:
-    """``"CPU: 6 requested, 4 in the cluster, 1 free; ..."`` for the sum of what actors ask for."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    names = sorted({name for bundle in bundles for name in bundle})
-    return ", ".join(
-        f"{name}: {sum(bundle.get(name, 0) for bundle in bundles):g} requested, "
-        f"{total.get(name, 0):g} in the cluster, {free.get(name, 0):g} free"
-        for name in names
-    )
+def actor_cpus(config: TrainConfig) -> float:
+    """CPUs that the actors of a run ask for together: scorers, env runners and learners."""
+    return config.num_scorers * config.scorer_cpus + config.num_env_runners + config.num_learners
 
 
 def actor_bundles(config: Any) -> dict[str, list[dict[str, float]]]:

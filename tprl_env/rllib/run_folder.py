@@ -17,17 +17,16 @@ import contextlib
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from tprl_env.files import versions, write_json, write_text
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, policy_fields
 
@@ -39,7 +38,6 @@ Resume = bool | Literal["auto"]
 """Whether a run has to be there already; "auto" goes on if there is one and starts if not."""
 
 KEPT_CHECKPOINTS = 3
-_VERSIONED = ("tprl-env", "ray", "torch", "numpy", "gymnasium", "transformers")
 _PREFIX = "iteration_"
 _FREE = (  # settings that a run may change between its starts without becoming another one
     *("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds"),
@@ -111,11 +109,11 @@ class RunFolder:
                 "another --out"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(saved, config.as_dict())
+        write_json(saved, config.as_dict())
         starts = self.path / "run.json"
         entries = json.loads(starts.read_text()) if starts.is_file() else []
         entries.append(_description(config, resume))
-        _write_json(starts, entries)
+        write_json(starts, entries)
 
     def _check_same_policy(self, old: TrainConfig, new: TrainConfig) -> None:
         before, now = _shape(old), _shape(new)
@@ -157,7 +155,7 @@ class RunFolder:
         draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._checkpoints))
         save(str((draft / "rllib").resolve()))
         policy.save_pretrained(draft / "policy")
-        _write_json(draft / "progress.json", asdict(progress))
+        write_json(draft / "progress.json", asdict(progress))
         if final.exists():
             shutil.rmtree(final)
         os.replace(draft, final)
@@ -186,7 +184,7 @@ class RunFolder:
             lines = self.metrics.read_text().splitlines()
             whole = [line for line in lines if line.endswith("}")]
             kept = [line for line in whole if json.loads(line)["iteration"] <= after]
-            _write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+            write_text(self.metrics, "".join(f"{line}\n" for line in kept))
         board = SummaryWriter(str(self.tensorboard), purge_step=after + 1)
         with self.metrics.open("a", encoding="utf-8") as file, contextlib.closing(board):
 
@@ -209,17 +207,12 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
 
 
 def _description(config: TrainConfig, resume: bool) -> dict[str, Any]:
-    versions = {}
-    for name in _VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resume": resume,
         "seed": config.seed,
         "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions(),
     }
 
 
@@ -233,13 +226,3 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _write_json(path: Path, content: Any) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.writing")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

@@ -10,15 +10,17 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from tprl_env.features import FeatureStore
+from tprl_env.files import write_json
 from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
 from tprl_env.lvlm import load_lvlm
-from tprl_env.results import write_json
+from tprl_env.ray_session import ray_session
 from tprl_env.rllib.compare import trial_resources
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiment import Search
 from tprl_env.rllib.experiment_data import TaskData, builtin_data
 from tprl_env.rllib.experiment_trial import CURVE_QUESTIONS, reporting_hook
-from tprl_env.rllib.train import ray_session, train
+from tprl_env.rllib.placement import actor_cpus
+from tprl_env.rllib.train import train
 
 __all__ = ["search"]
 
@@ -56,7 +58,7 @@ def search(
     root = (Path(shared).resolve() if shared else folder) / "data"
     place = stores or builtin_data(spec, spec.task, 64, root, 12)
     first = spec.config({}).replace(source=place.train, lvlm=place.lvlm)
-    with ray_session(first):
+    with ray_session(actor_cpus(first)):
         results = _tuner(spec, first, place.calibration, folder, concurrent, callbacks).fit()
     if results.errors:
         raise RuntimeError(

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import tprl_env
-from tprl_env.ray_token import use_token
+from tprl_env.ray_session import use_token
 
 __all__ = [
     "EXCLUDES",

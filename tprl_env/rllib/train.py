@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import (
@@ -23,19 +20,19 @@ from ray.rllib.core import (
 
 from tprl_env.lfd import LfdReport
 from tprl_env.policy import PruningPolicy
-from tprl_env.ray_token import make_private
+from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
 from tprl_env.rllib.metrics_row import IterationRow, ProgressLines, iteration_row
 from tprl_env.rllib.mirror import open_run_folder
 from tprl_env.rllib.module import load_policy, shared_source
-from tprl_env.rllib.placement import check_room
+from tprl_env.rllib.placement import actor_cpus, check_room
 from tprl_env.rllib.run_folder import Progress, Resume, RunFolder
 from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.warmup import HEURISTICS, imitate
 
-__all__ = ["TrainResult", "ray_session", "train"]
+__all__ = ["TrainResult", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +110,7 @@ def train(
     folder = open_run_folder(out)
     folder.begin(config, resume=resume)
     lines = ProgressLines(config.report_every if progress else 0)
-    with _quiet(), _threads(config.torch_threads), ray_session(config):
+    with _quiet(), _threads(config.torch_threads), ray_session(actor_cpus(config)):
         start, lfd = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
             settings = algorithm_config(config, pool=pool, init_policy=start)
@@ -345,28 +342,3 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def ray_session(config: TrainConfig) -> Iterator[None]:
-    """A Ray cluster for the run: the one there is, or a local one that ends with the run.
-
-    On a cluster (RAY_ADDRESS) no resources may be declared. A local one declares at least what the
-    actors ask for, so that a two-core machine can hold two scorers and the runners between them.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        wanted = config.num_scorers * config.scorer_cpus
-        wanted += config.num_env_runners + config.num_learners
-        cpus = max(2, os.cpu_count() or 1, math.ceil(wanted))
-        make_private()  # Ray would write its token for everybody on this machine to read
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()

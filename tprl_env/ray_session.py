@@ -1,4 +1,4 @@
-"""The file that holds Ray's authentication token: made, found and kept private.
+"""Joins or starts Ray, privately: the session, its authentication token, what a cluster has.
 
 Ray 2.60 writes its token readable for everybody (mode 644). Whoever has the token runs code on the
 cluster, so ours is written with mode 600 in a folder of mode 700 before Ray would make it.
@@ -6,10 +6,15 @@ cluster, so ours is written with mode 600 in a folder of mode 700 before Ray wou
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "MODE",
@@ -17,6 +22,8 @@ __all__ = [
     "TOKEN_PATH",
     "check_private",
     "make_private",
+    "ray_session",
+    "requested_and_available",
     "token_path",
     "use_token",
 ]
@@ -97,3 +104,44 @@ def use_token() -> str:
         return given
     check_private(token_path())
     return token_path().read_text().strip()
+
+
+@contextlib.contextmanager
+def ray_session(cpus: float) -> Iterator[None]:
+    """A Ray cluster for a run: the one there is, or a local one that ends with the run.
+
+    On a cluster (RAY_ADDRESS) no resources may be declared. A local one declares at least what the
+    actors ask for, so that a two-core machine can hold two scorers and the runners between them.
+
+    Args:
+        cpus: that the actors of the run ask for together.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        declared = max(2, os.cpu_count() or 1, math.ceil(cpus))
+        make_private()  # Ray would write its token for everybody on this machine to read
+        ray.init(address="local", num_cpus=declared, include_dashboard=False, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def requested_and_available(bundles: Sequence[Mapping[str, float]]) -> str:
+    """``"CPU: 6 requested, 4 in the cluster, 1 free; ..."`` for the sum of what actors ask for."""
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    names = sorted({name for bundle in bundles for name in bundle})
+    return ", ".join(
+        f"{name}: {sum(bundle.get(name, 0) for bundle in bundles):g} requested, "
+        f"{total.get(name, 0):g} in the cluster, {free.get(name, 0):g} free"
+        for name in names
+    )
