@@ -10,16 +10,17 @@ from typing import Any
 
 import gymnasium
 
-from tprl_env.features import FeatureStore
+from tprl_env.data.features import shared_source
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.env.scorer import BoolArray, FloatArray, IntArray
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.llava import LlavaLVLM
-from tprl_env.lvlm.scorer import LVLMScorer
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, rules, scorer_spec
-from tprl_env.rllib.module import TokenPruningModule, shared_source
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.rllib.scorer_spec import ScorerSpec
-from tprl_env.scoring import BoolArray, FloatArray, IntArray
+from tprl_env.rllib.module import TokenPruningModule
+from tprl_env.scoring.lvlm_scorer import LVLMScorer
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.spec import ScorerSpec
 
 MODULE = "default_policy"
 SCORERS: dict[str, TimedScorer] = {}

@@ -89,11 +89,11 @@ def scorers(folder: Path, fault: str, victims: int = 0, **options: Any) -> Row:
     """96 distinct rows through two scorers of half a second per pass of eight."""
     from chaos_scorers import in_a_pass
 
-    from tprl_env.features import open_source
-    from tprl_env.rllib.scorer_pool import ScorerPool
-    from tprl_env.rllib.scorer_spec import ScorerSpec
-    from tprl_env.scoring import ScoringError
-    from tprl_env.toy import ToyScorer
+    from tprl_env.data.features.store import open_source
+    from tprl_env.data.features.toy import ToyScorer
+    from tprl_env.env.scorer import ScoringError
+    from tprl_env.scoring.pool import ScorerPool
+    from tprl_env.scoring.spec import ScorerSpec
 
     options = {"log": str(folder), "seconds": 0.5, **options}
     factory = "chaos_scorers:traced"

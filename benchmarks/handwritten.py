@@ -16,20 +16,21 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
 from benchmarks.contenders import Cost, Watch, new_module, timed_scorer
-from tprl_env import rewards
-from tprl_env.episodes import choose_episode
+from tprl_env.data.features import shared_source
+from tprl_env.env import rewards
+from tprl_env.env.episodes import choose_episode
+from tprl_env.env.scorer import BoolArray
 from tprl_env.rllib.base import settings_of
 from tprl_env.rllib.config import TrainConfig, rules
 from tprl_env.rllib.connector import REFERENCE_LOGP
 from tprl_env.rllib.grpo import GrpoSettings, grpo_loss
 from tprl_env.rllib.mapo import mapo_loss, new_memory
 from tprl_env.rllib.mixture import mix
-from tprl_env.rllib.module import shared_source
 from tprl_env.rllib.ppo import LossSettings, ppo_loss
 from tprl_env.rllib.rollout import EPISODE, GROUP, RETURN, EpisodeColumns
-from tprl_env.rllib.scorer_spec import ScorerSpec
 from tprl_env.rllib.surrogate import SurrogateSettings
-from tprl_env.scoring import BoolArray, CachedScorer
+from tprl_env.scoring.cache import CachedScorer
+from tprl_env.scoring.spec import ScorerSpec
 
 
 class Handwritten:

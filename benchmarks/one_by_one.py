@@ -11,13 +11,14 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.contenders import Cost, Watch, new_module, open_lvlm
-from tprl_env import metrics, rewards
-from tprl_env.episodes import choose_episode
+from tprl_env.data import graders as metrics
+from tprl_env.data.features import shared_source
+from tprl_env.env import rewards
+from tprl_env.env.episodes import choose_episode
+from tprl_env.env.scorer import BoolArray
 from tprl_env.lvlm import find_lvlm
 from tprl_env.lvlm.base import Prompt
 from tprl_env.rllib.config import TrainConfig, rules
-from tprl_env.rllib.module import shared_source
-from tprl_env.scoring import BoolArray
 
 NEW_TOKENS = 20
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from tprl_env.rllib.scorer_spec import ScorerSpec
+from tprl_env.scoring.spec import ScorerSpec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scale.json"
@@ -84,7 +84,7 @@ class ScorerHost:
     """Several `ScorerActor` in one process, each addressed by its number."""
 
     def __init__(self, spec: ScorerSpec, count: int) -> None:
-        from tprl_env.rllib.scorer_actor import ScorerActor
+        from tprl_env.scoring.actor import ScorerActor
 
         self._scorers = [ScorerActor(spec, TOKENS, 1) for _ in range(count)]
 
@@ -136,8 +136,8 @@ class Hosts:
         """A pool's client of the first scorers, spread over the processes."""
         import ray
 
-        from tprl_env.rllib.scorer_pool import ScorerPool
-        from tprl_env.rllib.scorer_spec import PoolAddress
+        from tprl_env.scoring.pool import ScorerPool
+        from tprl_env.scoring.spec import PoolAddress
 
         names = [self.names[number % len(self.names)] for number in range(scorers)]
         namespace = ray.get_runtime_context().namespace
@@ -266,7 +266,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     from tprl_env.data import load_dataset
     from tprl_env.encode import encode_dataset
     from tprl_env.lvlm import load_lvlm
-    from tprl_env.lvlm.scorer import LVLMScorer
+    from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
     torch.set_num_threads(1)
     lvlm = load_lvlm("builtin:crowded", device="cpu", dtype="float32")

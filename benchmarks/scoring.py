@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from tprl_env.data import load_dataset
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.encode import encode_dataset
-from tprl_env.features import FeatureStore
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.base import LVLM
-from tprl_env.lvlm.scorer import LVLMScorer
-from tprl_env.scoring import CachedScorer
+from tprl_env.scoring.cache import CachedScorer
+from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
 KEPT = (0, 48, 29, 14, 7, 4)
 """Kept tokens; 0 stands for all of them."""

@@ -17,10 +17,10 @@ import ray
 from chaos_scorers import in_a_pass, rows
 from ray.cluster_utils import Cluster
 
-from tprl_env.features import open_source
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.rllib.scorer_spec import ScorerSpec
-from tprl_env.toy import ToyScorer
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import ToyScorer
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.spec import ScorerSpec
 
 SOURCE = "toy:samples=32,tokens=20,seed=3"
 DEADLINE = 200.0

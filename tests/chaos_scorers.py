@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from tprl_env.features import open_source
-from tprl_env.rllib.scorer_spec import ScorerSpec
-from tprl_env.toy import ToyScorer
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import ToyScorer
+from tprl_env.scoring.spec import ScorerSpec
 
 
 def traced(spec: ScorerSpec) -> Any:

@@ -16,8 +16,9 @@ from tprl_env.autoencoder import (
     train_autoencoder,
     write_codes,
 )
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.encode import encode_dataset
-from tprl_env.features import FeatureStore, StoreError
 
 QUICK = {"code_width": 4, "steps": 300, "batch_tokens": 64, "hidden": 32, "device": "cpu"}
 

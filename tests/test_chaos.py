@@ -29,16 +29,16 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import ToyScorer
+from tprl_env.env.scorer import ScoringError
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.connector import ColumnsToBatch
 from tprl_env.rllib.run_folder import RunFolder
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.rllib.scorer_spec import ScorerSpec
 from tprl_env.rllib.train import train
-from tprl_env.scoring import ScoringError
-from tprl_env.toy import ToyScorer
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.spec import ScorerSpec
 
 pytestmark = pytest.mark.chaos
 

@@ -18,8 +18,8 @@ from small_run import files_under, make_small_run, write_dataset, write_jsonl, w
 import tprl_env
 from tprl_env.cli import main
 from tprl_env.cli_parsing import overrides
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.encode import encode_dataset
-from tprl_env.features import FeatureStore
 
 ROW = {"id": "q0", "image": "0.png", "question": "what digit is at c1 ?", "answers": ["7"]}
 

@@ -26,13 +26,13 @@ from ray_heads import (
     stop_node,
 )
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.env.scorer import ScorerStats
 from tprl_env.rllib.config import load_config, scorer_spec
 from tprl_env.rllib.placement import actor_bundles
 from tprl_env.rllib.ppo import ppo_config
-from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router
-from tprl_env.rllib.scorer_spec import PoolAddress
-from tprl_env.scoring import ScorerStats
+from tprl_env.scoring.routing import ActorState, Limits, Request, Router
+from tprl_env.scoring.spec import PoolAddress
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,7 @@ from tprl_env.comparison import (
     policy_entries,
     training_of,
 )
-from tprl_env.features import FeatureStore
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.files import write_json
 from tprl_env.pruners import PRUNERS
 from tprl_env.results import check_results, read_results

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from tprl_env.data.features.toy import ToyStore
 from tprl_env.demonstrations import (
     Demonstrations,
     SaliencyDemonstrator,
@@ -14,7 +15,6 @@ from tprl_env.demonstrations import (
     sampled_budgets,
 )
 from tprl_env.pruners import DivPrune, OraclePruner, VisPruner, prune_inputs
-from tprl_env.toy import ToyStore
 
 
 class Towers(ToyStore):

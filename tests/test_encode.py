@@ -17,8 +17,9 @@ from fake_lvlm import FakeLVLM, make_samples
 
 import tprl_env.files
 from tprl_env.data import BadSampleError, load_dataset
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.encode import add_question_attention, encode_dataset
-from tprl_env.features import FeatureStore, StoreError
 
 SMALL = {"batch_size": 2, "shard_images": 3, "progress": False}
 

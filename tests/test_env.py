@@ -10,9 +10,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import tprl_env
-from tprl_env.env import TokenPruningEnv
-from tprl_env.scoring import ScoringError
-from tprl_env.toy import ToyScorer, ToyStore
+from tprl_env.data.features.toy import ToyScorer, ToyStore
+from tprl_env.env.scorer import ScoringError
+from tprl_env.env.single import TokenPruningEnv
 
 IDS = sorted(name for name in gymnasium.registry if name.startswith("tprl_env/"))
 VARIANTS = [
@@ -464,7 +464,7 @@ def test_the_documentation_page_has_gymnasiums_order():
 def test_the_example_of_the_page_runs():
     import doctest
 
-    import tprl_env.env
+    import tprl_env.env.single
 
-    result = doctest.testmod(tprl_env.env)
+    result = doctest.testmod(tprl_env.env.single)
     assert result.attempted >= 5 and result.failed == 0

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tprl_env.episodes import Episodes, choose_episode, open_environment
-from tprl_env.features import StoreError
-from tprl_env.rules import EpisodeRules
-from tprl_env.scoring import ScoringError
-from tprl_env.toy import ToyScorer, ToyStore
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.toy import ToyScorer, ToyStore
+from tprl_env.env.episodes import Episodes, choose_episode, open_environment
+from tprl_env.env.rules import EpisodeRules
+from tprl_env.env.scorer import ScoringError
 
 
 def begin(count=2, scorer=None, **rules):

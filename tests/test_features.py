@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore, open_source
+from tprl_env.data.features.toy import ToyStore
 from tprl_env.encode import encode_dataset
-from tprl_env.features import FeatureStore, StoreError, open_source
-from tprl_env.toy import ToyStore
 
 
 @pytest.fixture(scope="module")

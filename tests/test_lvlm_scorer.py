@@ -7,9 +7,10 @@ import pytest
 import torch
 from lvlm_fixtures import NUM_TOKENS, memory_store, save_llava
 
+from tprl_env.env.scorer import ScoringError
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.scorer import LVLMScorer
-from tprl_env.scoring import CachedScorer, ScoringError
+from tprl_env.scoring.cache import CachedScorer
+from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
 torch.set_num_threads(1)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tprl_env.metrics import METRICS, exact, grade, normalise, normalise_vqa, vqa
+from tprl_env.data.graders import METRICS, exact, grade, normalise, normalise_vqa, vqa
 
 
 @pytest.mark.parametrize(

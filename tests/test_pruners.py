@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tprl_env.data.features.toy import ToyStore
 from tprl_env.policy import PolicyConfig, PruningPolicy
 from tprl_env.pruners import (
     PRUNERS,
@@ -26,7 +27,6 @@ from tprl_env.pruners import (
     prune_inputs,
 )
 from tprl_env.pruners.policy_pruner import choose_penalty, marginal_mask
-from tprl_env.toy import ToyStore
 
 
 def policy(**fields):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tprl_env.render import TrajectoryStep, _font, _wrap, draw_step, draw_text, draw_trajectory
+from tprl_env.env.render import TrajectoryStep, _font, _wrap, draw_step, draw_text, draw_trajectory
 
 RED = np.full((96, 96, 3), (200, 0, 0), np.uint8)
 CAPTION = {"step": 1, "score": 0.5, "kept": 72, "question": "Which digit is left of it?"}

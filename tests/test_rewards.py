@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tprl_env.rewards import (
+from tprl_env.env.rewards import (
     advance,
     batch_mean_reward,
     episode_rewards,

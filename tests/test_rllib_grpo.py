@@ -17,7 +17,8 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.env.rules import EpisodeRules
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
@@ -35,7 +36,6 @@ from tprl_env.rllib.module import critic_parameters
 from tprl_env.rllib.rollout import Rollout, learner_columns
 from tprl_env.rllib.runner import TokenPruningRunner
 from tprl_env.rllib.train import train
-from tprl_env.rules import EpisodeRules
 
 SMALL = load_config(
     "smoke", {"algorithm": "grpo", "samples": 6, "draws": 4, "num_scorers": 0, "seed": 7}

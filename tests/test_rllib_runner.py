@@ -16,13 +16,13 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
+from tprl_env.env.rules import EpisodeRules
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.connector import ColumnsToBatch
 from tprl_env.rllib.estimates import advantages, generalised_advantages
 from tprl_env.rllib.ppo import ppo_config
 from tprl_env.rllib.rollout import EpisodeColumns, Rollout
 from tprl_env.rllib.runner import TokenPruningRunner
-from tprl_env.rules import EpisodeRules
 
 SMALL = load_config("smoke", {"samples": 6, "draws": 2, "seed": 7, "gamma": 0.9, "gae_lambda": 0.8})
 EXACT = SMALL.replace(max_steps=3, score_steps="all", beta=0.1, step_input=True)

@@ -18,14 +18,14 @@ pytest.importorskip("ray")
 import ray
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.env.scorer import ScoringError
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.config import load_config, policy_config, scorer_spec
 from tprl_env.rllib.ppo import ppo_config
 from tprl_env.rllib.run_folder import RunFolder
-from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.train import train
-from tprl_env.scoring import ScoringError
+from tprl_env.scoring.pool import ScorerPool
 
 HERE = Path(__file__).parent
 

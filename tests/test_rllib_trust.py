@@ -23,13 +23,13 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.utils.postprocessing.value_predictions import compute_value_targets
 
+from tprl_env.data.features.toy import ToyScorer
 from tprl_env.policy import PruningPolicy
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.connector import ColumnsToBatch
 from tprl_env.rllib.rollout import EpisodeColumns
 from tprl_env.rllib.runner import TokenPruningRunner
-from tprl_env.toy import ToyScorer
 
 PLAIN = {
     "samples": 8, "draws": 2, "seed": 5, "num_scorers": 0, "max_steps": 3, "score_steps": "all",

@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tprl_env.features import open_source
-from tprl_env.scoring import CachedScorer, ScorerStats, ScoringError
-from tprl_env.toy import ToyScorer
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import ToyScorer
+from tprl_env.env.scorer import ScorerStats, ScoringError
+from tprl_env.scoring.cache import CachedScorer
 
 pytest.importorskip("ray")
 
 import ray
 
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router
-from tprl_env.rllib.scorer_spec import ScorerSpec
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.routing import ActorState, Limits, Request, Router
+from tprl_env.scoring.spec import ScorerSpec
 
 SOURCE = "toy:samples=32,tokens=20,seed=3,vary=1"
 

@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from tprl_env.scoring import CachedScorer, ScorerStats, ScoringError, check_scores
+from tprl_env.env.scorer import ScorerStats, ScoringError, check_scores
+from tprl_env.scoring.cache import CachedScorer
 
 
 class Source:
@@ -188,7 +189,7 @@ def test_a_copied_cache_scores_the_same_from_an_empty_cache():
     import copy
     import pickle
 
-    from tprl_env.toy import ToyScorer, ToyStore
+    from tprl_env.data.features.toy import ToyScorer, ToyStore
 
     store = ToyStore(samples=4, tokens=9)
     scorer = CachedScorer(ToyScorer(store), store, "likelihood")

@@ -344,7 +344,7 @@ def test_no_config_reaches_remote_code():
     pytest.importorskip("ray")
     from tprl_env.cli import main
     from tprl_env.rllib.config import TrainConfig, load_config
-    from tprl_env.rllib.scorer_spec import ScorerSpec
+    from tprl_env.scoring.spec import ScorerSpec
 
     for kind in (TrainConfig, ScorerSpec):
         assert not [f.name for f in fields(kind) if re.search("trust|remote_code|pickle", f.name)]

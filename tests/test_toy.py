@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from tprl_env.features import open_source
-from tprl_env.toy import CATEGORIES, ToyScorer, ToyStore
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import CATEGORIES, ToyScorer, ToyStore
 
 
 def test_equal_arguments_give_equal_content_and_seeds_differ():

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from tprl_env.env import TokenPruningEnv
-from tprl_env.scoring import ScoringError
-from tprl_env.toy import ToyScorer, ToyStore
-from tprl_env.vector_env import TokenPruningVectorEnv
+from tprl_env.data.features.toy import ToyScorer, ToyStore
+from tprl_env.env.scorer import ScoringError
+from tprl_env.env.single import TokenPruningEnv
+from tprl_env.env.vector import TokenPruningVectorEnv
 
 ID = "tprl_env/TokenPruning-v0"
 VARYING = "toy:samples=24,tokens=17,vary=1"

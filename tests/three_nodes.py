@@ -12,12 +12,12 @@ import sys
 import ray
 from ray.cluster_utils import Cluster
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.env.scorer import ScoringError
 from tprl_env.rllib.config import load_config, scorer_spec
 from tprl_env.rllib.placement import PlacementError
-from tprl_env.rllib.scorer_pool import ScorerPool
 from tprl_env.rllib.train import train
-from tprl_env.scoring import ScoringError
+from tprl_env.scoring.pool import ScorerPool
 
 FIELDS = {
     "iterations": 3,

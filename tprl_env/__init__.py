@@ -19,20 +19,20 @@ __version__ = "0.1.0"
 
 # name -> module that defines it; resolved on first use so that torch stays out of a plain import.
 _EXPORTS = {
-    "FeatureStore": "tprl_env.features",
+    "FeatureStore": "tprl_env.data.features",
     "PruningPolicy": "tprl_env.policy",
     "TokenPruningEnv": "tprl_env.env",
-    "TokenPruningVectorEnv": "tprl_env.vector_env",
+    "TokenPruningVectorEnv": "tprl_env.env",
     "load_lvlm": "tprl_env.lvlm",
     "make_pruner": "tprl_env.pruners",
-    "open_source": "tprl_env.features",
+    "open_source": "tprl_env.data.features",
 }
 
 # id -> (class of one environment, class of the vector environment).
 _ENVIRONMENTS = {
     "tprl_env/TokenPruning-v0": (
         "tprl_env.env:TokenPruningEnv",
-        "tprl_env.vector_env:TokenPruningVectorEnv",
+        "tprl_env.env:TokenPruningVectorEnv",
     ),
 }
 

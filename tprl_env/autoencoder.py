@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tprl_env.autoencoder_model import CHUNK_TOKENS, AutoencoderConfig, Space, TokenAutoencoder
-from tprl_env.features import CODES, FeatureStore
-from tprl_env.manifest import StoreError
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import CODES, FeatureStore
 
 __all__ = [
     "AutoencoderConfig",

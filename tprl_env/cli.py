@@ -20,7 +20,7 @@ from tprl_env import __version__
 from tprl_env.cli_cluster import add_submit, add_token, split_script
 from tprl_env.cli_compare import add_compare
 from tprl_env.cli_parsing import Parser, at_least_one, counts, names, overrides, resume
-from tprl_env.scoring import ScoringError
+from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
@@ -38,7 +38,7 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
         yield
     except USER_ERRORS:
         if out.is_dir() and not there_before:
-            from tprl_env.manifest import JOURNAL_NAME
+            from tprl_env.data.features.manifest import JOURNAL_NAME
 
             if not (out / JOURNAL_NAME).exists():
                 for path in out.iterdir():
@@ -102,8 +102,8 @@ def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) 
     """``encode_dataset_ray``, with a worker's failure as one sentence instead of its traceback."""
     from ray.exceptions import RayError
 
+    from tprl_env.data.features.manifest import StoreError
     from tprl_env.encode_ray import encode_dataset_ray
-    from tprl_env.manifest import StoreError
 
     try:
         return encode_dataset_ray(load, samples, out, **options)
@@ -115,7 +115,7 @@ def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) 
 def autoencoder(args: argparse.Namespace) -> int:
     """Train the token autoencoder on a store and write its codes into the stores."""
     from tprl_env.autoencoder import TokenAutoencoder, train_autoencoder, write_codes
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
 
     store = FeatureStore.open(args.store)
     others = [FeatureStore.open(path) for path in args.also]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.env.scorer import Scorer
 from tprl_env.evaluate import (
     MethodResult,
     check_budgets,
@@ -23,17 +24,16 @@ from tprl_env.evaluate import (
     write_per_question,
 )
 from tprl_env.files import versions, write_json
-from tprl_env.learning_curve import local_scorer
 from tprl_env.pruners import PRUNERS, make_pruner
 from tprl_env.pruners.base import Pruner, prune_inputs
 from tprl_env.pruners.policy_pruner import PolicyPruner, choose_penalty
 from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
 from tprl_env.results import check_results, check_training
-from tprl_env.scoring import Scorer
+from tprl_env.scoring import local_scorer
 from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
     from tprl_env.policy import PruningPolicy
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
@@ -184,7 +184,7 @@ def open_calibration(path: str | Path, store: FeatureStore) -> FeatureStore:
     Raises:
         ValueError: It belongs to another LVLM or autoencoder.
     """
-    from tprl_env.features import CODES, FeatureStore
+    from tprl_env.data.features.store import CODES, FeatureStore
 
     opened = FeatureStore.open(path, lvlm_fingerprint=store.manifest.lvlm_fingerprint)
     ours, theirs = (s.channel_meta(CODES).get("fingerprint") for s in (store, opened))
@@ -300,7 +300,7 @@ def evaluate_store(
     Raises:
         ValueError: Something is missing, does not fit, or is out of range.
     """
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import load_lvlm
 
     if policy is None and (calibration is not None or threshold is not None):

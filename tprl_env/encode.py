@@ -19,7 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from tprl_env.arrow_files import ArrowRows, write_arrow
+from tprl_env.data.features.arrow import ArrowRows, write_arrow
+from tprl_env.data.features.journal import Journal, UnitEntry, unit_names
+from tprl_env.data.features.manifest import StoreError, describe_file
+from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
+from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
 from tprl_env.data.sample import Sample
 from tprl_env.encode_plan import (
     SkippingReader,
@@ -28,10 +32,6 @@ from tprl_env.encode_plan import (
     describe_dataset,
     plan_units,
 )
-from tprl_env.feature_rows import ImageRow, SampleRow, image_batch, sample_batch
-from tprl_env.feature_writer import Journal, UnitEntry, unit_names
-from tprl_env.features import QUESTION_ATTENTION, FeatureStore
-from tprl_env.manifest import StoreError, describe_file
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.journal import DatasetHash, picture_digest
+from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
-from tprl_env.feature_writer import DatasetHash, picture_digest
-from tprl_env.manifest import StoreError
 
 logger = logging.getLogger(__name__)
 

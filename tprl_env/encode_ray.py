@@ -21,6 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from tprl_env.data.features.journal import Journal, UnitEntry
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.sample import Sample
 from tprl_env.encode import (
     check_sizes,
@@ -36,9 +39,6 @@ from tprl_env.encode_plan import (
     describe_dataset,
     plan_units,
 )
-from tprl_env.feature_writer import Journal, UnitEntry
-from tprl_env.features import FeatureStore
-from tprl_env.manifest import StoreError
 from tprl_env.ray_session import make_private
 
 if TYPE_CHECKING:

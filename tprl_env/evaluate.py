@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.env.scorer import Scorer
 from tprl_env.files import write_atomically
 from tprl_env.pruners.base import Pruner, prune_inputs
-from tprl_env.scoring import Scorer
 
 if TYPE_CHECKING:
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
 CHUNK = 256  # questions pruned and scored together; bounds memory, changes no result
@@ -256,7 +256,7 @@ def evaluate(
 
     Args:
         store: Encoded split to evaluate on.
-        scorer: Exact-match scorer of the same LVLM, any :class:`~tprl_env.scoring.Scorer`.
+        scorer: Exact-match scorer of the same LVLM, any :class:`~tprl_env.scoring.cache.Scorer`.
         pruners: Name to pruner, or name to a function from the budget to a pruner (a threshold
             calibrated for that budget, for instance).
         budgets: Token counts.

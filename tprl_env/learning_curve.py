@@ -10,23 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tprl_env.env.scorer import Scorer
 from tprl_env.evaluate import evaluate_method
 from tprl_env.pruners.policy_pruner import PolicyPruner
-from tprl_env.scoring import CachedScorer, Scorer
 
 if TYPE_CHECKING:
-    from tprl_env.features import FeatureStore
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.data.features.store import FeatureStore
     from tprl_env.policy import PruningPolicy
 
 CURVE_BUDGETS = (48, 14, 7)
-
-
-def local_scorer(lvlm: LVLM, store: FeatureStore) -> Scorer:
-    """Exact-match scorer of a store in this process, with its cache."""
-    from tprl_env.lvlm.scorer import LVLMScorer
-
-    return CachedScorer(LVLMScorer(lvlm, store, metric="exact"), store, "exact")
 
 
 class LearningCurve:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.demonstrations import Demonstrations
 from tprl_env.distributions import top_k_mask
 from tprl_env.observations import observe, with_progress
 from tprl_env.policy import PruningPolicy
-from tprl_env.token_source import TokenSource
 
 PosWeight = Literal["sqrt", "balanced", "none"]
 Progress = Callable[[int, float], None]

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.policy import PolicyConfig
-from tprl_env.token_source import TokenSource
 
 if TYPE_CHECKING:
     from tprl_env.pruners.base import PruneInputs

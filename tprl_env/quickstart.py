@@ -25,10 +25,11 @@ from tprl_env.comparison import (
     tune_penalty,
     write_comparison,
 )
-from tprl_env.features import FeatureStore
-from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.placement import actor_cpus
+from tprl_env.scoring import local_scorer
 from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Evaluate on the test split and write everything that people read."""
     from tprl_env.rllib.config import scorer_spec
-    from tprl_env.rllib.scorer_pool import ScorerPool
+    from tprl_env.scoring.pool import ScorerPool
 
     test = stores["test"]
     samples = np.arange(len(test), dtype=np.int64)

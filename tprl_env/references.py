@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluate import evaluate
-from tprl_env.features import FeatureStore
 from tprl_env.files import write_json
-from tprl_env.learning_curve import local_scorer
 from tprl_env.lvlm import load_lvlm
 from tprl_env.pruners import PRUNERS, make_pruner, prune_inputs
+from tprl_env.scoring import local_scorer
 
 __all__ = ["measure_references"]
 

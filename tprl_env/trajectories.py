@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tprl_env.env.render import TrajectoryStep, draw_trajectory
+from tprl_env.env.scorer import Scorer
 from tprl_env.files import write_atomically
 from tprl_env.pruners.base import prune_inputs
 from tprl_env.pruners.policy_pruner import PolicyPruner
-from tprl_env.render import TrajectoryStep, draw_trajectory
-from tprl_env.scoring import Scorer
 
 if TYPE_CHECKING:
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm.base import LVLM
 
 

@@ -20,7 +20,7 @@ class Sample:
         answers: Accepted answers; the first one is the reference that is teacher-forced.
         image_id: Samples with the same ``image_id`` share one picture, so that it is encoded once.
         kind: Question type, used to break accuracy down; empty when the dataset has none.
-        metric: Name in ``tprl_env.metrics.METRICS`` that grades free text.
+        metric: Name in ``tprl_env.data.graders.METRICS`` that grades free text.
         relevance: Answer-blind per-token relevance for datasets that know it (the built-in
             scenes), ``(num_tokens,)`` float32, larger is more relevant; ``None`` elsewhere.
         meta: Anything else a dataset wants to keep; never read by the library.

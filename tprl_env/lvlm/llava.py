@@ -178,7 +178,7 @@ class LlavaLVLM:
 
         Greedy decoding gives an answer exactly when each of its tokens, the end token included,
         is the arg-max at its place, so no decoding is needed. Callers with many rows of mixed
-        length should bucket them (:class:`~tprl_env.lvlm.scorer.LVLMScorer` does).
+        length should bucket them (:class:`~tprl_env.scoring.lvlm_scorer.LVLMScorer` does).
 
         Args:
             prompts: B prompts.

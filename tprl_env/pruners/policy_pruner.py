@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.distributions import top_k_mask
+from tprl_env.env.rewards import step_budgets
 from tprl_env.observations import observe, observe_inputs, with_progress
 from tprl_env.policy import PruningPolicy
 from tprl_env.pruners.base import Kind, PruneInputs, Pruner
-from tprl_env.rewards import step_budgets
-from tprl_env.token_source import TokenSource
 
 Mode = Literal["topk", "threshold", "multistep"]
 Penalty = float | Literal["coverage"]

@@ -10,7 +10,7 @@ from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.grpo import grpo_config
 from tprl_env.rllib.mapo import mapo_config
 from tprl_env.rllib.ppo import ppo_config
-from tprl_env.rllib.scorer_spec import PoolAddress
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["ALGORITHMS", "algorithm_config"]
 

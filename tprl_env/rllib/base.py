@@ -20,15 +20,16 @@ from ray.rllib.core.learner.learner import ENTROPY_KEY, POLICY_LOSS_KEY
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from torch import Tensor, nn
 
+from tprl_env.data.features import shared_source
+from tprl_env.env.vector import TokenPruningVectorEnv
 from tprl_env.rllib.callbacks import EnvironmentMetrics, StopOnScoringFailure
 from tprl_env.rllib.config import TrainConfig, policy_config, rules
 from tprl_env.rllib.connector import ColumnsToBatch
 from tprl_env.rllib.local_scores import open_scorer
-from tprl_env.rllib.module import TokenPruningModule, shared_source
+from tprl_env.rllib.module import TokenPruningModule
 from tprl_env.rllib.runner import TokenPruningRunner
-from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.surrogate import Actions, SurrogateParts
-from tprl_env.vector_env import TokenPruningVectorEnv
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["MaskLearner", "base_config", "settings_of"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from tprl_env.rllib.scorer_pool import ScorerPool
+from tprl_env.env.scorer import ScoringError
 from tprl_env.rllib.scorer_report import ScorerReport
-from tprl_env.scoring import ScoringError
+from tprl_env.scoring.pool import ScorerPool
 
 __all__ = ["EnvironmentMetrics", "StopOnScoringFailure"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from tprl_env.rllib.scorer_spec import KINDS
-from tprl_env.rules import check_choice
+from tprl_env.env.rules import check_choice
+from tprl_env.scoring.spec import KINDS
 
 if TYPE_CHECKING:
     from tprl_env.rllib.config import TrainConfig

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env.rules import EpisodeRules
 from tprl_env.policy import PolicyConfig
-from tprl_env.rllib.scorer_spec import ScorerSpec
-from tprl_env.rules import EpisodeRules
-from tprl_env.token_source import TokenSource
+from tprl_env.scoring.spec import ScorerSpec
 
 if TYPE_CHECKING:
     from tprl_env.rllib.config import TrainConfig

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
-from tprl_env import rewards as rewards_
+from tprl_env.env import rewards as rewards_
+from tprl_env.env.rules import EpisodeRules
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout import EPISODE, GROUP, RETURN, Floats, Rollout
-from tprl_env.rules import EpisodeRules
 
 __all__ = ["Estimate", "advantages", "estimate", "generalised_advantages", "group_advantages"]
 

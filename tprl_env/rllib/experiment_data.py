@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluate import check_budgets
-from tprl_env.features import FeatureStore
 from tprl_env.lvlm import load_lvlm
 from tprl_env.quickstart import QuickstartSettings, Stopwatch, all_threads, encode_all
 from tprl_env.rllib.config import TrainConfig

@@ -11,10 +11,11 @@ import numpy as np
 from ray import tune
 
 from tprl_env.comparison import penalties, tune_penalty
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.env.scorer import Scorer
 from tprl_env.evaluate import evaluate_method
-from tprl_env.features import FeatureStore
 from tprl_env.files import versions, write_json
-from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
+from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PruningPolicy
 from tprl_env.pruners import PolicyPruner
@@ -22,7 +23,7 @@ from tprl_env.rllib.experiment import Trial
 from tprl_env.rllib.experiment_data import Place
 from tprl_env.rllib.train import train
 from tprl_env.rllib.warmup import imitate
-from tprl_env.scoring import Scorer
+from tprl_env.scoring import local_scorer
 
 __all__ = ["CURVE_QUESTIONS", "reporting_hook", "run_imitation", "run_trial"]
 

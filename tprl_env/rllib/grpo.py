@@ -26,7 +26,6 @@ from tprl_env.rllib.action_distributions import BernoulliActions
 from tprl_env.rllib.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.connector import REFERENCE_LOGP
-from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.surrogate import (
     Actions,
     SurrogateParts,
@@ -36,6 +35,7 @@ from tprl_env.rllib.surrogate import (
     row_mean,
     surrogate_loss,
 )
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["GRPO", "GrpoLearner", "GrpoParts", "GrpoSettings", "grpo_config", "grpo_loss"]
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tprl_env.data.features import shared_source
 from tprl_env.rllib.config import TrainConfig, scorer_spec
-from tprl_env.rllib.module import shared_source
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.scoring import CachedScorer
+from tprl_env.scoring.cache import CachedScorer
+from tprl_env.scoring.pool import ScorerPool
 
 __all__ = ["LocalScores", "open_scorer"]
 
@@ -36,7 +36,7 @@ class LocalScores:
             return self.scores
 
     def __call__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Score, as `tprl_env.scoring.Scorer`."""
+        """Score, as `tprl_env.scoring.cache.Scorer`."""
         return self._scorer(samples, keep)
 
     def submit(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> LocalScores.Ready:

@@ -30,13 +30,12 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor
 
+from tprl_env.data.features import shared_source
 from tprl_env.rllib.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.memory import EpisodeMemory
 from tprl_env.rllib.mixture import mix
-from tprl_env.rllib.module import shared_source
 from tprl_env.rllib.rollout import EpisodeColumns
-from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.surrogate import (
     ROW_WEIGHT,
     Actions,
@@ -44,6 +43,7 @@ from tprl_env.rllib.surrogate import (
     SurrogateSettings,
     surrogate_loss,
 )
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["MAPO", "MapoLearner", "mapo_config", "mapo_loss", "new_memory"]
 

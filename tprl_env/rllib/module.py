@@ -24,25 +24,18 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor
 
-from tprl_env.features import open_source
+from tprl_env.data.features import shared_source
+from tprl_env.env.rewards import step_budgets
 from tprl_env.packing import Forward, forward_packed
 from tprl_env.policy import PolicyConfig, PolicyOutput, PruningPolicy
-from tprl_env.rewards import step_budgets
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
     ExactActions,
     pack_bernoulli,
     pack_exact,
 )
-from tprl_env.token_source import TokenSource
 
-__all__ = ["Acted", "TokenPruningModule", "critic_parameters", "load_policy", "shared_source"]
-
-
-@functools.lru_cache(maxsize=8)
-def shared_source(spec: str) -> TokenSource:
-    """One opened source per process and spec."""
-    return open_source(spec)
+__all__ = ["Acted", "TokenPruningModule", "critic_parameters", "load_policy"]
 
 
 class Acted(NamedTuple):

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tprl_env.rllib.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.surrogate import (
     Actions,
     SurrogateParts,
@@ -31,6 +30,7 @@ from tprl_env.rllib.surrogate import (
     row_mean,
     surrogate_loss,
 )
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["LossParts", "LossSettings", "TokenPruningLearner", "ppo_config", "ppo_loss"]
 

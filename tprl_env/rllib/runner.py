@@ -34,12 +34,13 @@ from ray.rllib.utils.metrics import (
     WEIGHTS_SEQ_NO,
 )
 
-from tprl_env import rewards
-from tprl_env.episodes import choose_episode
+from tprl_env.data.features import shared_source
+from tprl_env.env import rewards
+from tprl_env.env.episodes import choose_episode
 from tprl_env.rllib.config import TrainConfig, rules
 from tprl_env.rllib.estimates import estimate
 from tprl_env.rllib.local_scores import open_scorer
-from tprl_env.rllib.module import TokenPruningModule, shared_source
+from tprl_env.rllib.module import TokenPruningModule
 from tprl_env.rllib.rollout import EpisodeColumns, Rollout, learner_columns
 from tprl_env.rllib.scorer_report import ScorerReport
 

@@ -9,9 +9,9 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from tprl_env.features import FeatureStore
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.files import write_json
-from tprl_env.learning_curve import LearningCurve, curve_hook, local_scorer
+from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.lvlm import load_lvlm
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.compare import trial_resources
@@ -21,6 +21,7 @@ from tprl_env.rllib.experiment_data import TaskData, builtin_data
 from tprl_env.rllib.experiment_trial import CURVE_QUESTIONS, reporting_hook
 from tprl_env.rllib.placement import actor_cpus
 from tprl_env.rllib.train import train
+from tprl_env.scoring import local_scorer
 
 __all__ = ["search"]
 

@@ -18,6 +18,7 @@ from ray.rllib.core import (
     DEFAULT_MODULE_ID,
 )
 
+from tprl_env.data.features import shared_source
 from tprl_env.lfd import LfdReport
 from tprl_env.policy import PruningPolicy
 from tprl_env.ray_session import ray_session
@@ -25,12 +26,12 @@ from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
 from tprl_env.rllib.metrics_row import IterationRow, ProgressLines, iteration_row
 from tprl_env.rllib.mirror import open_run_folder
-from tprl_env.rllib.module import load_policy, shared_source
+from tprl_env.rllib.module import load_policy
 from tprl_env.rllib.placement import actor_cpus, check_room
 from tprl_env.rllib.run_folder import Progress, Resume, RunFolder
-from tprl_env.rllib.scorer_pool import ScorerPool
-from tprl_env.rllib.scorer_spec import PoolAddress
 from tprl_env.rllib.warmup import HEURISTICS, imitate
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["TrainResult", "train"]
 
@@ -171,7 +172,7 @@ def _check_lvlm(config: TrainConfig, source: Any) -> None:
         ValueError: the checkpoint is of no known family.
         FileNotFoundError: there is no such checkpoint.
     """
-    from tprl_env.features import FeatureStore
+    from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import find_lvlm
     from tprl_env.lvlm.checkpoint import folder_fingerprint, is_local
 

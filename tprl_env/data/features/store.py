@@ -1,7 +1,7 @@
 """Encoded samples: what the environment, the policy and the pruners read.
 
 ``TokenSource`` is the interface; ``FeatureStore`` is the memory-mapped folder that has it, and
-``tprl_env.toy.ToyStore`` the in-memory one. Features stay where they are: other processes open
+``ToyStore`` the in-memory one. Features stay where they are: other processes open
 the same store by its ``spec`` and exchange sample numbers and masks only.
 
 Shapes: B batch, S samples, N ``max_tokens``, n tokens of one image, D token width, d code width,
@@ -10,6 +10,7 @@ Dv tower width, Q question tokens, d_q query width. A *sample number* is a row o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterable, Mapping
@@ -19,13 +20,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.arrow_files import ArrowRows
-from tprl_env.channels import Channel, check_codes, find_channel, load_channels, write_channel
-from tprl_env.manifest import Manifest, StoreError, check_file
-from tprl_env.token_source import TokenSource
-from tprl_env.toy import ToyStore
+from tprl_env.data.features.arrow import ArrowRows
+from tprl_env.data.features.channels import (
+    Channel,
+    check_codes,
+    find_channel,
+    load_channels,
+    write_channel,
+)
+from tprl_env.data.features.manifest import Manifest, StoreError, check_file
+from tprl_env.data.features.source import TokenSource
+from tprl_env.data.features.toy import ToyStore
 
-__all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source"]
+__all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
 
 Verify = Literal["sizes", "checksums"]
 CODES = "codes"  # the per-image channel the autoencoder writes
@@ -42,6 +49,12 @@ def open_source(spec: str | Path) -> TokenSource:
     if text == "toy" or text.startswith("toy:"):
         return ToyStore.from_spec(text)
     return FeatureStore.open(text)
+
+
+@functools.lru_cache(maxsize=8)
+def shared_source(spec: str) -> TokenSource:
+    """`open_source`, but one opened source per process and spec."""
+    return open_source(spec)
 
 
 class FeatureStore:

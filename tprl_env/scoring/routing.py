@@ -1,7 +1,7 @@
 """Which actor scores what: routing, back-pressure, and what happens when an actor dies.
 
 One `Router` belongs to one client of the pool. A request is cut into pieces; a piece travels to one
-actor. See `tprl_env.rllib.scorer_pool` for the rules in words.
+actor. See `tprl_env.scoring.pool` for the rules in words.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from tprl_env.features import TokenSource
-from tprl_env.rllib.scorer_actor import ScoreReply
-from tprl_env.scoring import ScorerStats, ScoringError, check_scores
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env.scorer import ScorerStats, ScoringError, check_scores
+from tprl_env.scoring.actor import ScoreReply
 
 __all__ = ["ActorState", "Limits", "Request", "Router", "first_lines"]
 

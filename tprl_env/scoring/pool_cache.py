@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tprl_env.features import TokenSource
-from tprl_env.scoring import ScorerStats, check_request
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env.scorer import ScorerStats, check_request
 
 __all__ = ["Plan", "ScoreCache"]
 

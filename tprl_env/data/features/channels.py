@@ -16,9 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.arrow_files import ArrowRows, write_arrow
-from tprl_env.files import write_json
-from tprl_env.manifest import (
+from tprl_env.data.features.arrow import ArrowRows, write_arrow
+from tprl_env.data.features.manifest import (
     FileEntry,
     Manifest,
     StoreError,
@@ -26,6 +25,7 @@ from tprl_env.manifest import (
     describe_file,
     read_json,
 )
+from tprl_env.files import write_json
 
 CURES = {
     "codes": "run `tprl autoencoder {store}`",

@@ -9,8 +9,9 @@ import gymnasium
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tprl_env.episodes import Episodes, ScorerLike, choose_episode, open_environment
-from tprl_env.rules import (
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
+from tprl_env.env.rules import (
     EpisodeRules,
     Metric,
     Query,
@@ -19,7 +20,6 @@ from tprl_env.rules import (
     check_options,
     coerce_action,
 )
-from tprl_env.token_source import TokenSource
 
 __all__ = ["RENDER_MODES", "TokenPruningEnv"]
 
@@ -248,7 +248,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
             return None
         if not self._started:
             raise gymnasium.error.ResetNeeded("no episode has begun, call reset() before render()")
-        from tprl_env.render import episode_frame
+        from tprl_env.env.render import episode_frame
 
         return episode_frame(self._episodes, 0, self.render_mode)
 

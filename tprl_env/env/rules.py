@@ -14,9 +14,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from tprl_env import rewards
 from tprl_env.checks import check_choice, check_integer
-from tprl_env.token_source import TokenSource
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env import rewards
 
 __all__ = [
     "METRICS",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tprl_env.rllib.scorer_spec import ScorerSpec
+from tprl_env.scoring.spec import ScorerSpec
 
 __all__ = ["ScoreReply", "ScorerActor"]
 

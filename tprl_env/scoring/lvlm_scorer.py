@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tprl_env.lvlm.base import LVLM, Positions, Prompt
-from tprl_env.scoring import (
+from tprl_env.env.scorer import (
     BoolArray,
     FloatArray,
     IntArray,
@@ -31,6 +30,7 @@ from tprl_env.scoring import (
     check_request,
     check_scores,
 )
+from tprl_env.lvlm.base import LVLM, Positions, Prompt
 
 METRICS = ("exact", "likelihood")
 
@@ -125,7 +125,7 @@ class LVLMScorer:
         self._lock = threading.Lock()
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
-        """Score a request with ``metric``; see :class:`~tprl_env.scoring.Scorer`.
+        """Score a request with ``metric``; see :class:`~tprl_env.scoring.cache.Scorer`.
 
         Raises:
             ValueError: The request is malformed.

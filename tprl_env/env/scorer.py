@@ -1,17 +1,13 @@
-"""Scores of pruned inputs: the protocol, the check of every score, and the cache in front of it.
+"""What the environment asks of a scorer: protocol, checks of requests and scores, counters.
 
 A scorer answers "how well does the frozen LVLM do on this sample when only these tokens reach
-it?". The LVLM is frozen, so a score is a pure function of (sample, keep); :class:`CachedScorer`
-uses that three times. Failure is never turned into a number: it raises :class:`ScoringError`.
+it?". Failure is never turned into a number: it raises :class:`ScoringError`.
 
 Shapes: B rows of a request, N = ``source.max_tokens`` visual tokens, S samples of the source.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
 from types import TracebackType
 from typing import Any, Protocol
@@ -157,7 +153,7 @@ def check_scores(
     ):
         raise ScoringError(
             f"{scorer} returned {values.dtype} of shape {values.shape} for {len(samples)} samples "
-            f"{_names(samples, source)}; expected {len(samples)} numbers, one per sample"
+            f"{name_samples(samples, source)}; expected {len(samples)} numbers, one per sample"
         )
     numbers = values.astype(np.float32)
     bad = ~(np.isfinite(numbers) & (numbers >= -SCORE_TOLERANCE) & (numbers <= 1 + SCORE_TOLERANCE))
@@ -189,142 +185,12 @@ class NamedFailures:
         """Re-raise a failure with its samples; interrupts and scoring errors pass unchanged."""
         if isinstance(error, Exception) and not isinstance(error, ScoringError):
             raise ScoringError(
-                f"{self._scorer} failed on {_names(self._samples, self._source)}: "
+                f"{self._scorer} failed on {name_samples(self._samples, self._source)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 
 
-class CachedScorer:
-    """Answers what is known already and passes the rest to ``inner`` in one call.
-
-    In this order: a row that keeps every existing token is answered from
-    ``source.full_scores(metric)``; equal rows of one request are computed once; masks scored by
-    earlier requests come from an LRU cache keyed by (sample, packed mask bits). Entries of
-    ``keep`` beyond a sample's own tokens are ignored.
-
-    Safe to call from several threads; the inner scorer runs outside the lock, so two threads that
-    ask for the same new mask at the same moment both compute it (and get the same number).
-    """
-
-    def __init__(
-        self, inner: Scorer, source: ScoredSource, metric: str, cache_size: int = 200_000
-    ) -> None:
-        """Wrap ``inner``.
-
-        Args:
-            inner: Computes scores; may be any callable with the ``Scorer`` signature.
-            source: Where sample numbers point.
-            metric: ``"exact"`` or ``"likelihood"``, the metric that ``inner`` computes.
-            cache_size: Masks remembered (about 150 bytes each at 144 tokens); 0 switches it off.
-
-        Raises:
-            ValueError: ``cache_size`` is negative.
-        """
-        if cache_size < 0:
-            raise ValueError(f"cache_size must be 0 (off) or positive, got {cache_size}")
-        self.inner = inner
-        self.source = source
-        self.metric = metric
-        self._name = getattr(inner, "__name__", type(inner).__name__)
-        self._cache_size = cache_size
-        self._cache: OrderedDict[tuple[int, bytes], float] = OrderedDict()
-        self._lock = threading.Lock()
-        self._stats = ScorerStats()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles start with an empty cache: a lock cannot be copied."""
-        return CachedScorer, (self.inner, self.source, self.metric, self._cache_size)
-
-    @property
-    def stats(self) -> ScorerStats:
-        """Snapshot of the counters, with the batch counters of ``inner`` when it has any."""
-        with self._lock:
-            total = ScorerStats().add(self._stats)
-        below = getattr(self.inner, "stats", None)
-        if isinstance(below, ScorerStats):
-            total.batches, total.batch_rows = below.batches, below.batch_rows
-            total.padded_tokens = below.padded_tokens
-        return total
-
-    def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
-        """Score a request; see :class:`Scorer`.
-
-        Raises:
-            ValueError: The request is malformed.
-            ScoringError: ``inner`` raised, or returned something that is not a score.
-        """
-        numbers, masks, exists = check_request(samples, keep, self.source)
-        counted = ScorerStats(requests=1, scores=len(numbers))
-        scores = np.zeros(len(numbers), np.float32)
-        full = (masks == exists).all(1)
-        if full.any():
-            stored = self.source.full_scores(self.metric)[numbers[full]]
-            scores[full] = check_scores(
-                stored, numbers[full], self.source, scorer=f"full_scores({self.metric!r})"
-            )
-        counted.full_hits = int(full.sum())
-
-        packed = np.packbits(masks, axis=1)
-        wanted: dict[tuple[int, bytes], list[int]] = {}
-        for row in np.flatnonzero(~full).tolist():
-            wanted.setdefault((int(numbers[row]), packed[row].tobytes()), []).append(row)
-        missing = self._look_up(wanted, scores, counted)
-        if missing:
-            self._compute(missing, wanted, numbers, masks, scores, counted)
-        with self._lock:
-            self._stats.add(counted)
-        return scores
-
-    def _look_up(
-        self,
-        wanted: dict[tuple[int, bytes], list[int]],
-        scores: FloatArray,
-        counted: ScorerStats,
-    ) -> list[tuple[int, bytes]]:
-        """Fill in remembered scores; returns the keys that nobody has scored yet."""
-        missing = []
-        with self._lock:
-            for key, rows in wanted.items():
-                known = self._cache.get(key)
-                counted.duplicates += len(rows) - 1
-                if known is None:
-                    missing.append(key)
-                    continue
-                self._cache.move_to_end(key)
-                counted.cache_hits += 1
-                scores[rows] = known
-        return missing
-
-    def _compute(
-        self,
-        missing: list[tuple[int, bytes]],
-        wanted: dict[tuple[int, bytes], list[int]],
-        numbers: IntArray,
-        masks: BoolArray,
-        scores: FloatArray,
-        counted: ScorerStats,
-    ) -> None:
-        """Ask ``inner`` once for all missing keys and remember its answers."""
-        first = np.array([wanted[key][0] for key in missing])
-        began = time.perf_counter()
-        with NamedFailures(numbers[first], self.source, self._name):
-            found = self.inner(numbers[first], masks[first])
-        counted.busy_seconds = time.perf_counter() - began
-        counted.computed = len(missing)
-        values = check_scores(found, numbers[first], self.source, scorer=self._name)
-        for key, value in zip(missing, values, strict=True):
-            scores[wanted[key]] = value
-        if not self._cache_size:
-            return
-        with self._lock:
-            for key, value in zip(missing, values.tolist(), strict=True):
-                self._cache[key] = value
-                self._cache.move_to_end(key)
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-
-
-def _names(samples: IntArray, source: ScoredSource, most: int = 8) -> str:
+def name_samples(samples: IntArray, source: ScoredSource, most: int = 8) -> str:
     """Ids of the first few samples, for an error message."""
     shown = ", ".join(repr(source.id(int(s))) for s in samples[:most])
     rest = len(samples) - most

@@ -11,10 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from tprl_env.env import RENDER_MODES
-from tprl_env.episodes import Episodes, ScorerLike, choose_episode, open_environment
-from tprl_env.rewards import batch_mean_reward
-from tprl_env.rules import (
+from tprl_env.data.features.source import TokenSource
+from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
+from tprl_env.env.rewards import batch_mean_reward
+from tprl_env.env.rules import (
     EpisodeRules,
     Metric,
     Query,
@@ -24,7 +24,7 @@ from tprl_env.rules import (
     check_options,
     coerce_action,
 )
-from tprl_env.token_source import TokenSource
+from tprl_env.env.single import RENDER_MODES
 
 __all__ = ["TokenPruningVectorEnv"]
 
@@ -196,7 +196,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             )
             return None
         self._check_started("render")
-        from tprl_env.render import episode_frame
+        from tprl_env.env.render import episode_frame
 
         return tuple(
             episode_frame(self._episodes, slot, self.render_mode) for slot in range(self.num_envs)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
-    from tprl_env.episodes import Episodes
+    from tprl_env.env.episodes import Episodes
 
 __all__ = ["TrajectoryStep", "draw_step", "draw_text", "draw_trajectory", "episode_frame"]
 

@@ -24,13 +24,13 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from tprl_env.features import open_source
+from tprl_env.data.features.store import open_source
+from tprl_env.env.scorer import ScoringError
 from tprl_env.rllib.placement import requested_and_available
-from tprl_env.rllib.score_cache import Plan, ScoreCache
-from tprl_env.rllib.scorer_actor import ScorerActor
-from tprl_env.rllib.scorer_routing import ActorState, Limits, Request, Router, first_lines
-from tprl_env.rllib.scorer_spec import PoolAddress, ScorerSpec
-from tprl_env.scoring import ScoringError
+from tprl_env.scoring.actor import ScorerActor
+from tprl_env.scoring.pool_cache import Plan, ScoreCache
+from tprl_env.scoring.routing import ActorState, Limits, Request, Router, first_lines
+from tprl_env.scoring.spec import PoolAddress, ScorerSpec
 
 __all__ = ["PendingScores", "ScorerPool"]
 
@@ -66,7 +66,7 @@ class PendingScores:
 
 
 class ScorerPool:
-    """Client of running scorer actors; a `tprl_env.scoring.Scorer` by itself.
+    """Client of running scorer actors; a `tprl_env.scoring.cache.Scorer` by itself.
 
     Make one with `start` (the owner) or `connect` (another process of the same job). One object
     serves one thread.

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tprl_env import rewards
-from tprl_env.features import open_source
-from tprl_env.rules import EpisodeRules, check_integer
-from tprl_env.scoring import NamedFailures, check_scores
-from tprl_env.token_source import TokenSource
-from tprl_env.toy import ToyScorer, ToyStore
+from tprl_env.data.features.source import TokenSource
+from tprl_env.data.features.store import open_source
+from tprl_env.data.features.toy import ToyScorer, ToyStore
+from tprl_env.env import rewards
+from tprl_env.env.rules import EpisodeRules, check_integer
+from tprl_env.env.scorer import NamedFailures, check_scores
 
 __all__ = ["Episodes", "choose_episode", "open_environment"]
 
@@ -33,7 +33,7 @@ def open_environment(
     """Open the source, choose the scorer, and check that the three fit together.
 
     Args:
-        source: a token source, or what `tprl_env.features.open_source` opens.
+        source: a token source, or what `tprl_env.data.features.store.open_source` opens.
         scorer: a callable (samples, keep) -> scores; None only for the toy source.
         rules: the settings.
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.manifest import StoreError
 from tprl_env.files import write_atomically
-from tprl_env.manifest import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.arrow_files import ArrowRows
-from tprl_env.data.sample import Sample
-from tprl_env.files import versions, write_json
-from tprl_env.manifest import (
+from tprl_env.data.features.arrow import ArrowRows
+from tprl_env.data.features.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     PACKAGES,
@@ -30,6 +28,8 @@ from tprl_env.manifest import (
     check_file,
     read_json,
 )
+from tprl_env.data.sample import Sample
+from tprl_env.files import versions, write_json
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.arrow_files import list_column
+from tprl_env.data.features.arrow import list_column
+from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.sample import Sample
-from tprl_env.manifest import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tprl_env.scoring import Scorer
+from tprl_env.env.scorer import Scorer
 
 __all__ = ["KINDS", "PoolAddress", "ScorerSpec"]
 
@@ -23,7 +23,7 @@ class ScorerSpec:
     """A scorer by name; small, picklable and JSON-able.
 
     Attributes:
-        source: store path or ``"toy:..."``, opened by `tprl_env.features.open_source`.
+        source: store path or ``"toy:..."``, opened by `tprl_env.data.features.store.open_source`.
         metric: ``"exact"`` or ``"likelihood"``.
         kind: ``"lvlm"`` (a frozen LVLM scores), ``"toy"`` (the toy source's rule), or
             ``"import"`` (``factory`` builds the scorer).
@@ -71,8 +71,8 @@ class ScorerSpec:
         return self._lvlm()
 
     def _toy(self) -> Scorer:
-        from tprl_env.features import open_source
-        from tprl_env.toy import ToyScorer, ToyStore
+        from tprl_env.data.features.store import open_source
+        from tprl_env.data.features.toy import ToyScorer, ToyStore
 
         source = open_source(self.source)
         if not isinstance(source, ToyStore):
@@ -80,9 +80,9 @@ class ScorerSpec:
         return ToyScorer(source, self.metric)  # type: ignore[arg-type]
 
     def _lvlm(self) -> Scorer:
-        from tprl_env.features import FeatureStore
+        from tprl_env.data.features.store import FeatureStore
         from tprl_env.lvlm import load_lvlm
-        from tprl_env.lvlm.scorer import LVLMScorer
+        from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
         lvlm = load_lvlm(self.lvlm, device=self.device, dtype=self.dtype)
         store = FeatureStore.open(self.source, lvlm_fingerprint=lvlm.fingerprint)
