@@ -207,7 +207,7 @@ def object_store(folder: Path) -> Row:
 
 
 def disk(folder: Path) -> Row:
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.run_folder import RunFolder
     from tprl_env.rllib.train import train
 

@@ -11,12 +11,12 @@ import torch
 from lvlm_fixtures import QUESTIONS, pictures, save_llava
 from PIL import Image
 
-from tprl_env.autoencoder import train_autoencoder, write_codes
 from tprl_env.data import load_dataset
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.encode import add_question_attention, encode_dataset
 from tprl_env.lvlm import load_lvlm
-from tprl_env.policy import PolicyConfig, PruningPolicy
+from tprl_env.policy.autoencoder_training import train_autoencoder, write_codes
+from tprl_env.policy.network import PolicyConfig, PruningPolicy
 
 KINDS = ("at", "exists", "color")
 

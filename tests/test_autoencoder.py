@@ -10,15 +10,15 @@ import pytest
 import torch
 from fake_lvlm import FakeLVLM, make_samples
 
-from tprl_env.autoencoder import (
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.encode import encode_dataset
+from tprl_env.policy.autoencoder_training import (
     AutoencoderConfig,
     TokenAutoencoder,
     train_autoencoder,
     write_codes,
 )
-from tprl_env.data.features.manifest import StoreError
-from tprl_env.data.features.store import FeatureStore
-from tprl_env.encode import encode_dataset
 
 QUICK = {"code_width": 4, "steps": 300, "batch_tokens": 64, "hidden": 32, "device": "cpu"}
 

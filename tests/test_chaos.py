@@ -32,7 +32,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from tprl_env.data.features.store import open_source
 from tprl_env.data.features.toy import ToyScorer
 from tprl_env.env.scorer import ScoringError
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.connector import ColumnsToBatch
 from tprl_env.rllib.run_folder import RunFolder

@@ -19,7 +19,7 @@ from tprl_env.comparison import (
 )
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.files import write_json
-from tprl_env.pruners import PRUNERS
+from tprl_env.reducers import PRUNERS
 from tprl_env.results import check_results, read_results
 from tprl_env.trajectories import choose_examples
 
@@ -59,9 +59,9 @@ def test_every_method_is_measured_at_every_budget(out, results):
     check_results(results, BUDGETS)
     assert read_results(out / "results.json", BUDGETS) == results
     names = {row["name"] for row in results["methods"]}
-    # all of PRUNERS but the oracle, whose relevance this dataset does not have, plus calibration;
+    # PRUNERS without the oracle, whose relevance this dataset lacks; the policy and its threshold;
     # plain top-k stands beside the policy where a redundancy penalty was chosen
-    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 1 + 1
+    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 1 + 2
     assert results["visual_tokens"] == 16
     assert results["task"] == "store"
     assert results["training"] == {}

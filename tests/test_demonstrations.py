@@ -6,7 +6,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.demonstrations import (
+from tprl_env.policy.demonstrations import (
     Demonstrations,
     SaliencyDemonstrator,
     nested_masks,
@@ -14,7 +14,7 @@ from tprl_env.demonstrations import (
     saliency_demonstrator,
     sampled_budgets,
 )
-from tprl_env.pruners import DivPrune, OraclePruner, VisPruner, prune_inputs
+from tprl_env.reducers import DivPrune, OraclePruner, VisPruner, prune_inputs
 
 
 class Towers(ToyStore):

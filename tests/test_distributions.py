@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from tprl_env.distributions import (
+from tprl_env.policy.distributions import (
     ConditionalBernoulli,
     MaskedBernoulli,
     _sequential_sample,
     log_elementary_symmetric,
     softmax_entropy,
-    top_k_mask,
 )
+from tprl_env.reducers.selection import top_k_mask
 
 TRUE = torch.ones(1, 2, dtype=torch.bool)
 
@@ -246,7 +246,7 @@ def test_conditional_sampling_frequencies(sampler):
 
 
 def test_sampling_ends_by_the_fallback(monkeypatch):
-    monkeypatch.setattr("tprl_env.distributions._ROUNDS", 0)
+    monkeypatch.setattr("tprl_env.policy.distributions._ROUNDS", 0)
     d = ConditionalBernoulli(
         torch.randn(5, 20), torch.ones(5, 20, dtype=torch.bool), torch.tensor([0, 1, 7, 19, 20])
     )

@@ -3,11 +3,12 @@ import pytest
 import torch
 from lvlm_fixtures import NUM_TOKENS, QUESTIONS, pictures, save_llava
 
-from tprl_env.autoencoder_model import AutoencoderConfig, TokenAutoencoder
 from tprl_env.inference import PrunedLVLM
 from tprl_env.lvlm import load_lvlm
-from tprl_env.policy import PolicyConfig, PruningPolicy
-from tprl_env.pruners import make_pruner
+from tprl_env.policy import PolicyPruner
+from tprl_env.policy.autoencoder import AutoencoderConfig, TokenAutoencoder
+from tprl_env.policy.network import PolicyConfig, PruningPolicy
+from tprl_env.reducers import make_pruner
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def test_a_threshold_keeps_a_varying_number(folders):
 @pytest.mark.parametrize(("name", "sentence"), [("oracle", "labels"), ("policy", "autoencoder")])
 def test_pruners_that_cannot_see_their_inputs_are_refused(folders, name, sentence):
     lvlm = load_lvlm(str(folders / "lvlm"))
-    fields = {"policy": PruningPolicy.from_pretrained(folders / "policy")}
-    pruner = make_pruner(name, **(fields if name == "policy" else {}))
+    learned = PolicyPruner.from_pretrained(folders / "policy")
+    pruner = learned if name == "policy" else make_pruner(name)
     with pytest.raises(ValueError, match=sentence):
         PrunedLVLM(lvlm, pruner)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.demonstrations import Demonstrations, saliency_demonstrator
-from tprl_env.lfd import demonstration_loss, imitation_agreement, pretrain
-from tprl_env.observations import observe
-from tprl_env.policy import PolicyConfig, PruningPolicy
-from tprl_env.pruners import OraclePruner, PolicyPruner, prune_inputs
+from tprl_env.policy import PolicyPruner
+from tprl_env.policy.demonstrations import Demonstrations, saliency_demonstrator
+from tprl_env.policy.imitation import demonstration_loss, imitation_agreement, pretrain
+from tprl_env.policy.network import PolicyConfig, PruningPolicy
+from tprl_env.policy.observations import observe
+from tprl_env.reducers import OraclePruner, prune_inputs
 
 
 def relevant_only(store, samples):

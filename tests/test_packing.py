@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tprl_env.packing import forward_packed, groups_by_length
-from tprl_env.policy import DEAD_LOGIT, PolicyConfig, PruningPolicy
+from tprl_env.policy.alive_only import forward_packed, groups_by_length
+from tprl_env.policy.network import DEAD_LOGIT, PolicyConfig, PruningPolicy
 
 CONFIGS = {
     "paper": PolicyConfig(8, 6),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tprl_env.policy import DEAD_LOGIT, PolicyConfig, PruningPolicy
+from tprl_env.policy.network import DEAD_LOGIT, PolicyConfig, PruningPolicy
 
 CONFIGS = {
     "paper": PolicyConfig(8, 6),

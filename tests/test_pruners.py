@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.policy import PolicyConfig, PruningPolicy
-from tprl_env.pruners import (
+from tprl_env.policy import PolicyPruner
+from tprl_env.policy.network import PolicyConfig, PruningPolicy
+from tprl_env.policy.pruner import choose_penalty, marginal_mask
+from tprl_env.reducers import (
     PRUNERS,
     ClsAttentionPruner,
     DivPrune,
     OraclePruner,
-    PolicyPruner,
     PruneInputs,
     QuestionAttentionPruner,
     RandomPruner,
@@ -26,7 +27,6 @@ from tprl_env.pruners import (
     make_pruner,
     prune_inputs,
 )
-from tprl_env.pruners.policy_pruner import choose_penalty, marginal_mask
 
 
 def policy(**fields):
@@ -71,7 +71,7 @@ def inputs(rows=3, columns=5, seed=0):
 
 
 def test_the_table_is_covered():
-    assert {pruner.name for pruner in ALL.values()} == set(PRUNERS)
+    assert {pruner.name for pruner in ALL.values()} == {*PRUNERS, "policy"}
     assert all(cls.name == name for name, cls in PRUNERS.items())
 
 
@@ -116,13 +116,14 @@ def test_bad_budgets_and_missing_fields_are_named(name):
 
 def test_make_pruner_and_its_errors():
     assert make_pruner("vispruner", important_ratio=0.25) == VisPruner(0.25)
-    assert make_pruner("policy", policy=policy()).kind == "policy"
     with pytest.raises(ValueError, match=r"unknown pruner 'divprun'.*did you mean 'divprune'"):
         make_pruner("divprun")
     with pytest.raises(ValueError, match=r"no field 'ratio'.*important_ratio"):
         make_pruner("vispruner", ratio=0.5)
-    with pytest.raises(ValueError, match="needs policy="):
-        make_pruner("policy")
+    with pytest.raises(
+        ValueError, match="needs weights; use tprl_env.policy.PolicyPruner.from_pretrained"
+    ):
+        make_pruner("policy")  # has weights, so it is loaded
     with pytest.raises(ValueError, match="important_ratio must lie"):
         make_pruner("vispruner", important_ratio=1.5)
     with pytest.raises(ValueError, match="drop_per_round"):

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("ray")
 
 from tprl_env.data.features.store import open_source
-from tprl_env.policy import PolicyConfig, PruningPolicy
+from tprl_env.policy.network import PolicyConfig, PruningPolicy
 from tprl_env.rllib.config import TrainConfig, load_config, policy_config, rules, scorer_spec
 from tprl_env.rllib.module import load_policy
 from tprl_env.rllib.run_folder import Progress, RunFolder

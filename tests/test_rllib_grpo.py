@@ -19,7 +19,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.rules import EpisodeRules
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
     ExactActions,

@@ -16,9 +16,9 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.data.features.store import open_source
-from tprl_env.distributions import ConditionalBernoulli, MaskedBernoulli
 from tprl_env.env.rewards import step_budgets
-from tprl_env.policy import PolicyConfig
+from tprl_env.policy.distributions import ConditionalBernoulli, MaskedBernoulli
+from tprl_env.policy.network import PolicyConfig
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
     ExactActions,

@@ -20,7 +20,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import load_config, policy_config, scorer_spec
 from tprl_env.rllib.ppo import ppo_config
 from tprl_env.rllib.run_folder import RunFolder

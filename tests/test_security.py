@@ -305,8 +305,8 @@ def test_a_model_that_is_a_pickle_is_refused_unread(tmp_path: Path, name: str):
 
 
 def test_a_policy_or_autoencoder_that_is_a_pickle_is_refused_unread(tmp_path: Path):
-    from tprl_env.autoencoder import TokenAutoencoder
-    from tprl_env.policy import PolicyConfig, PruningPolicy
+    from tprl_env.policy.autoencoder_training import TokenAutoencoder
+    from tprl_env.policy.network import PolicyConfig, PruningPolicy
 
     PruningPolicy(PolicyConfig(token_width=8, query_width=8)).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -12,7 +12,7 @@ from pyarrow import fs
 pytest.importorskip("ray")
 
 from tprl_env.data.features.store import open_source
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, load_config, policy_config
 from tprl_env.rllib.mirror import MirroredRunFolder, RunTakenOverError, open_run_folder
 from tprl_env.rllib.run_folder import _FREE, Progress, RunFolder

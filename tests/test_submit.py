@@ -25,7 +25,7 @@ from ray.job_submission import JobStatus
 from ray_heads import BIN, clean_environment, start_head, stop_node
 
 from tprl_env.cli import main
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.ray_session import check_private, make_private, token_path, use_token
 from tprl_env.rllib import submit as jobs
 

@@ -24,7 +24,7 @@ _EXPORTS = {
     "TokenPruningEnv": "tprl_env.env",
     "TokenPruningVectorEnv": "tprl_env.env",
     "load_lvlm": "tprl_env.lvlm",
-    "make_pruner": "tprl_env.pruners",
+    "make_pruner": "tprl_env.reducers",
     "open_source": "tprl_env.data.features",
 }
 

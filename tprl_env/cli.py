@@ -114,8 +114,12 @@ def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) 
 
 def autoencoder(args: argparse.Namespace) -> int:
     """Train the token autoencoder on a store and write its codes into the stores."""
-    from tprl_env.autoencoder import TokenAutoencoder, train_autoencoder, write_codes
     from tprl_env.data.features.store import FeatureStore
+    from tprl_env.policy.autoencoder_training import (
+        TokenAutoencoder,
+        train_autoencoder,
+        write_codes,
+    )
 
     store = FeatureStore.open(args.store)
     others = [FeatureStore.open(path) for path in args.also]

@@ -24,9 +24,9 @@ from tprl_env.evaluate import (
     write_per_question,
 )
 from tprl_env.files import versions, write_json
-from tprl_env.pruners import PRUNERS, make_pruner
-from tprl_env.pruners.base import Pruner, prune_inputs
-from tprl_env.pruners.policy_pruner import PolicyPruner, choose_penalty
+from tprl_env.policy.pruner import PolicyPruner, choose_penalty
+from tprl_env.reducers import PRUNERS, make_pruner
+from tprl_env.reducers.base import Pruner, prune_inputs
 from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
 from tprl_env.results import check_results, check_training
 from tprl_env.scoring import local_scorer
@@ -34,7 +34,7 @@ from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
 
@@ -69,7 +69,7 @@ def available_pruners(
             "the pruner 'policy' needs weights; leave it out of the names and give its folder "
             "as policy (--policy)"
         )
-    for name in names if names is not None else [name for name in PRUNERS if name != "policy"]:
+    for name in names if names is not None else PRUNERS:
         pruner = make_pruner(name)
         missing = [need for need in pruner.needs if getattr(example, need) is None]
         if missing and names is not None:
@@ -161,7 +161,7 @@ def load_policy(folder: str | Path, store: FeatureStore) -> PruningPolicy:
     Raises:
         ValueError: The folder holds no policy, or one of other widths.
     """
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
 
     policy = PruningPolicy.from_pretrained(folder)
     config = policy.config

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tprl_env.env.scorer import Scorer
 from tprl_env.files import write_atomically
-from tprl_env.pruners.base import Pruner, prune_inputs
+from tprl_env.reducers.base import Pruner, prune_inputs
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tprl_env.autoencoder_model import TokenAutoencoder
-from tprl_env.pruners.base import PruneInputs, Pruner
+from tprl_env.policy.autoencoder import TokenAutoencoder
+from tprl_env.reducers.base import PruneInputs, Pruner
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.base import LVLM, Positions
-    from tprl_env.pruners.policy_pruner import Penalty
+    from tprl_env.policy.pruner import Penalty
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PrunedLVLM:
             ValueError: A folder is missing or holds something else.
         """
         from tprl_env.lvlm import load_lvlm
-        from tprl_env.pruners.policy_pruner import PolicyPruner
+        from tprl_env.policy.pruner import PolicyPruner
 
         pruner = PolicyPruner.from_pretrained(
             policy,

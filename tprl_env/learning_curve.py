@@ -12,11 +12,11 @@ import numpy as np
 
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluate import evaluate_method
-from tprl_env.pruners.policy_pruner import PolicyPruner
+from tprl_env.policy.pruner import PolicyPruner
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
 
 CURVE_BUDGETS = (48, 14, 7)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tprl_env.lvlm.base import LVLM
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.config import TrainConfig
 
 BUDGETS = (48, 29, 14, 7, 4)
@@ -112,7 +112,11 @@ def encode_all(
     settings: QuickstartSettings, lvlm: LVLM, watch: Stopwatch
 ) -> dict[str, FeatureStore]:
     """Training, calibration and test stores with codes."""
-    from tprl_env.autoencoder import TokenAutoencoder, train_autoencoder, write_codes
+    from tprl_env.policy.autoencoder_training import (
+        TokenAutoencoder,
+        train_autoencoder,
+        write_codes,
+    )
 
     sizes = {
         "train": settings.sized(settings.train_questions),
@@ -147,7 +151,7 @@ def imitated(config: TrainConfig, store: FeatureStore, folder: Path) -> PruningP
 
     ``None`` for a preset without demonstrations.
     """
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.warmup import imitate
 
     if config.demonstrator == "none":
@@ -187,7 +191,7 @@ def run_quickstart(
         ValueError: A setting is out of range, or ``out`` holds a run of other settings.
     """
     from tprl_env.lvlm import load_lvlm
-    from tprl_env.policy import PruningPolicy
+    from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.config import load_config
     from tprl_env.rllib.train import train
 

@@ -13,7 +13,7 @@ from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluate import evaluate
 from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
-from tprl_env.pruners import PRUNERS, make_pruner, prune_inputs
+from tprl_env.reducers import PRUNERS, make_pruner, prune_inputs
 from tprl_env.scoring import local_scorer
 
 __all__ = ["measure_references"]
@@ -38,7 +38,7 @@ def measure_references(
     test = FeatureStore.open(store)
     scorer = local_scorer(load_lvlm(lvlm), test)
     example = prune_inputs(test, 0)
-    pruners = {name: make_pruner(name) for name in PRUNERS if name != "policy"}
+    pruners = {name: make_pruner(name) for name in PRUNERS}
     usable = {
         name: pruner
         for name, pruner in pruners.items()

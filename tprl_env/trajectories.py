@@ -14,8 +14,8 @@ from PIL import Image
 from tprl_env.env.render import TrajectoryStep, draw_trajectory
 from tprl_env.env.scorer import Scorer
 from tprl_env.files import write_atomically
-from tprl_env.pruners.base import prune_inputs
-from tprl_env.pruners.policy_pruner import PolicyPruner
+from tprl_env.policy.pruner import PolicyPruner
+from tprl_env.reducers.base import prune_inputs
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore

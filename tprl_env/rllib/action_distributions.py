@@ -1,4 +1,4 @@
-"""RLlib distributions over keep-masks, thin wrappers of `tprl_env.distributions`.
+"""RLlib distributions over keep-masks, thin wrappers of `tprl_env.policy.distributions`.
 
 RLlib rebuilds a distribution from one tensor of inputs. What is costly, log e_k and the entropy of
 the conditional Bernoulli, is computed once per distinct state by the module and packed into those
@@ -19,8 +19,8 @@ import torch
 from ray.rllib.core.distribution.distribution import Distribution
 from torch import Tensor
 
-from tprl_env.distributions import ConditionalBernoulli, MaskedBernoulli
-from tprl_env.symmetric import log_partition
+from tprl_env.policy.distributions import ConditionalBernoulli, MaskedBernoulli
+from tprl_env.policy.elementary_symmetric import log_partition
 
 __all__ = ["BernoulliActions", "ExactActions", "pack_bernoulli", "pack_exact"]
 

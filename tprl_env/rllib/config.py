@@ -110,7 +110,7 @@ class TrainConfig:
         lfd_steps: gradient steps of imitation.
         lfd_batch_size: transitions per step.
         lfd_lr: learning rate of imitation.
-        lfd_weights: weight of kept tokens, see `tprl_env.lfd.demonstration_loss`.
+        lfd_weights: weight of kept tokens, see `tprl_env.policy.imitation.demonstration_loss`.
 
         num_env_runners: remote runners; 0 runs in the driver.
         num_learners: remote learners; 0 learns in the driver.

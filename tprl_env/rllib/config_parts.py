@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.rules import EpisodeRules
-from tprl_env.policy import PolicyConfig
+from tprl_env.policy.network import PolicyConfig
 from tprl_env.scoring.spec import ScorerSpec
 
 if TYPE_CHECKING:

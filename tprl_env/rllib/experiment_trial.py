@@ -17,8 +17,8 @@ from tprl_env.evaluate import evaluate_method
 from tprl_env.files import versions, write_json
 from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.lvlm import load_lvlm
-from tprl_env.policy import PruningPolicy
-from tprl_env.pruners import PolicyPruner
+from tprl_env.policy import PolicyPruner
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.experiment import Trial
 from tprl_env.rllib.experiment_data import Place
 from tprl_env.rllib.train import train

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.run_folder import KEPT_CHECKPOINTS, Progress, Resume, RunFolder
 from tprl_env.rllib.storage import Storage, StorageError, is_uri

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tprl_env.data.features import shared_source
 from tprl_env.env.rewards import step_budgets
-from tprl_env.packing import Forward, forward_packed
-from tprl_env.policy import PolicyConfig, PolicyOutput, PruningPolicy
+from tprl_env.policy.alive_only import Forward, forward_packed
+from tprl_env.policy.network import PolicyConfig, PolicyOutput, PruningPolicy
 from tprl_env.rllib.action_distributions import (
     BernoulliActions,
     ExactActions,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tprl_env.files import versions, write_json, write_text
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, policy_fields
 
 __all__ = ["Progress", "Resume", "RunFolder"]

@@ -19,8 +19,8 @@ from ray.rllib.core import (
 )
 
 from tprl_env.data.features import shared_source
-from tprl_env.lfd import LfdReport
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.imitation import LfdReport
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from tprl_env.data.features.source import TokenSource
-from tprl_env.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
-from tprl_env.lfd import LfdReport, pretrain
-from tprl_env.policy import PruningPolicy
-from tprl_env.pruners import DivPrune, Pruner, VisPruner
+from tprl_env.policy.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
+from tprl_env.policy.imitation import LfdReport, pretrain
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.reducers import DivPrune, Pruner, VisPruner
 from tprl_env.rllib.config import TrainConfig, policy_config
 
 __all__ = ["HEURISTICS", "imitate"]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tprl_env.data.features.source import TokenSource
-from tprl_env.policy import PolicyConfig
+from tprl_env.policy.network import PolicyConfig
 
 if TYPE_CHECKING:
-    from tprl_env.pruners.base import PruneInputs
+    from tprl_env.reducers.base import PruneInputs
 
 
 def observe(

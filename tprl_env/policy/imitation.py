@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tprl_env.data.features.source import TokenSource
-from tprl_env.demonstrations import Demonstrations
-from tprl_env.distributions import top_k_mask
-from tprl_env.observations import observe, with_progress
-from tprl_env.policy import PruningPolicy
+from tprl_env.policy.demonstrations import Demonstrations
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.policy.observations import observe, with_progress
+from tprl_env.reducers.selection import top_k_mask
 
 PosWeight = Literal["sqrt", "balanced", "none"]
 Progress = Callable[[int, float], None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.pruners.base import Kind, PruneInputs, Pruner, given
+from tprl_env.reducers.base import Kind, PruneInputs, Pruner, given
 
 
 @dataclass(frozen=True)

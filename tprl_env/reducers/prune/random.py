@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tprl_env.pruners.base import Kind, PruneInputs, RankingPruner
+from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner
 
 
 @dataclass(frozen=True)

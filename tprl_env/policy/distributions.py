@@ -19,33 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.symmetric import log_partition, remaining_table, tilted
+from tprl_env.policy.elementary_symmetric import log_partition, remaining_table, tilted
+from tprl_env.reducers.selection import top_k_mask
 
 _TRIES = 16  # tilted draws per row and round; acceptance is about 1 / sqrt(2 pi variance)
 _ROUNDS = 6  # rounds of rejection before the sequential sampler takes over
-
-
-def top_k_mask(values: Tensor, alive: Tensor, count: Tensor) -> Tensor:
-    """Keep the ``count`` largest alive values of each row, ties by lowest index.
-
-    Args:
-        values: float (B, N); dead entries are ignored.
-        alive: bool (B, N).
-        count: int64 (B,); clamped to the number of alive tokens.
-
-    Returns:
-        bool (B, N) with ``min(count, alive.sum(1))`` True per row.
-    """
-    ranked = torch.where(alive, values, -math.inf)
-    # two stable sorts: an alive token of value -inf still comes before every dead one
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    living_first = (
-        alive.gather(1, order).to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    )
-    order = order.gather(1, living_first)
-    places = torch.arange(values.shape[1], device=values.device)
-    chosen = places < torch.minimum(count, alive.sum(1))[:, None]
-    return torch.zeros_like(alive).scatter_(1, order, chosen)
 
 
 def log_elementary_symmetric(logits: Tensor, alive: Tensor, count: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.pruners.base import Kind, PruneInputs, RankingPruner, given
+from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner, given
 
 
 @dataclass(frozen=True)

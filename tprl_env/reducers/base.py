@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tprl_env.distributions import top_k_mask
+from tprl_env.reducers.selection import top_k_mask
 
 Kind = Literal["policy", "heuristic", "oracle", "random"]
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from tprl_env.files import write_atomically
-from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
-from tprl_env.pruners.vispruner import VisPruner
+from tprl_env.reducers.base import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.reducers.prune.vispruner import VisPruner
 
 Nest = Literal["restrict", "intersect"]
 _DTYPES: dict[str, type[np.generic]] = {

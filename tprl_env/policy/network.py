@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tprl_env.policy_layers import AttentionBlock, QuestionMatch, ResidualHead
-from tprl_env.weights import load_weights, read_config, save_weights
+from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
+from tprl_env.policy.weights import load_weights, read_config, save_weights
 
 DEAD_LOGIT = -1e9  # large, finite: softmax, sigmoid and their gradients stay numbers
 

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tprl_env.autoencoder_model import CHUNK_TOKENS, AutoencoderConfig, Space, TokenAutoencoder
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import CODES, FeatureStore
+from tprl_env.policy.autoencoder import CHUNK_TOKENS, AutoencoderConfig, Space, TokenAutoencoder
 
 __all__ = [
     "AutoencoderConfig",

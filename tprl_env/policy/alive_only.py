@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from tprl_env.policy import DEAD_LOGIT, PolicyOutput
+from tprl_env.policy.network import DEAD_LOGIT, PolicyOutput
 
 __all__ = ["forward_packed", "groups_by_length"]
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tprl_env.data.features.source import TokenSource
-from tprl_env.distributions import top_k_mask
 from tprl_env.env.rewards import step_budgets
-from tprl_env.observations import observe, observe_inputs, with_progress
-from tprl_env.policy import PruningPolicy
-from tprl_env.pruners.base import Kind, PruneInputs, Pruner
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.policy.observations import observe, observe_inputs, with_progress
+from tprl_env.reducers.base import Kind, PruneInputs, Pruner
+from tprl_env.reducers.selection import top_k_mask
 
 Mode = Literal["topk", "threshold", "multistep"]
 Penalty = float | Literal["coverage"]
@@ -149,7 +149,7 @@ class PolicyPruner(Pruner):
 
     @torch.no_grad()
     def keep(self, obs: dict[str, Tensor], budget: int) -> Tensor:
-        """Masks bool (B, N) for a batch of first observations (``tprl_env.observations``)."""
+        """Masks bool (B, N) for a batch of first observations."""
         if self.exact:
             return self._rollout(obs, self._counts(obs, budget), budget)[-1]
         if self.threshold is None:

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tprl_env.weights import load_weights, read_config, save_weights
+from tprl_env.policy.weights import load_weights, read_config, save_weights
 
 Space = Literal["tokens", "tower"]
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.pruners.base import Kind, PruneInputs, RankingPruner, given
-from tprl_env.pruners.random_pruner import seeded_noise
+from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner, given
+from tprl_env.reducers.prune.random import seeded_noise
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pruners: one file per method, one line each in ``PRUNERS``."""
+"""Published ways to use fewer tokens: one file per method, one line each in ``PRUNERS``."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import dataclasses
 from typing import Any
 
 from tprl_env.checks import did_you_mean
-from tprl_env.pruners.base import PruneInputs, Pruner, RankingPruner, prune_inputs
-from tprl_env.pruners.cls_attention import ClsAttentionPruner
-from tprl_env.pruners.divprune import DivPrune
-from tprl_env.pruners.oracle import OraclePruner
-from tprl_env.pruners.policy_pruner import PolicyPruner
-from tprl_env.pruners.question_attention import QuestionAttentionPruner
-from tprl_env.pruners.random_pruner import RandomPruner
-from tprl_env.pruners.uniform import UniformPruner
-from tprl_env.pruners.vispruner import VisPruner
+from tprl_env.reducers.base import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.reducers.prune.cls_attention import ClsAttentionPruner
+from tprl_env.reducers.prune.divprune import DivPrune
+from tprl_env.reducers.prune.oracle import OraclePruner
+from tprl_env.reducers.prune.question_attention import QuestionAttentionPruner
+from tprl_env.reducers.prune.random import RandomPruner
+from tprl_env.reducers.prune.uniform import UniformPruner
+from tprl_env.reducers.prune.vispruner import VisPruner
 
 __all__ = [
     "PRUNERS",
     "ClsAttentionPruner",
     "DivPrune",
     "OraclePruner",
-    "PolicyPruner",
     "PruneInputs",
     "Pruner",
     "QuestionAttentionPruner",
@@ -41,7 +39,6 @@ PRUNERS: dict[str, type[Pruner]] = {
     "divprune": DivPrune,
     "question_attention": QuestionAttentionPruner,
     "oracle": OraclePruner,
-    "policy": PolicyPruner,
 }
 
 
@@ -55,6 +52,11 @@ def make_pruner(name: str, **fields: Any) -> Pruner:
     Raises:
         ValueError: An unknown name or field; the message names the nearest.
     """
+    if name == "policy":
+        raise ValueError(
+            "the pruner 'policy' needs weights; use "
+            "tprl_env.policy.PolicyPruner.from_pretrained(folder), or give its folder as --policy"
+        )
     if name not in PRUNERS:
         raise ValueError(
             f"unknown pruner {name!r}, the pruners are {', '.join(PRUNERS)}"

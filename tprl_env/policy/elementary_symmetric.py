@@ -1,6 +1,6 @@
 """Elementary symmetric polynomials of odds: value, gradient and covariance by linear-space tables.
 
-Used by :class:`tprl_env.distributions.ConditionalBernoulli`. Shift every logit of a row by a
+Used by :class:`tprl_env.policy.distributions.ConditionalBernoulli`. Shift every logit of a row by a
 constant c so that the coins sigmoid(logit + c) keep ``count`` tokens on average. Then
 
     log e_k(exp(logits)) = log P(sum of coins = k) - k c + sum_i softplus(logit_i + c)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tprl_env.pruners.base import Kind, PruneInputs, Pruner
+from tprl_env.reducers.base import Kind, PruneInputs, Pruner
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""The network that decides, its distributions, the codes that it reads, and imitation."""
+
+from tprl_env.policy.autoencoder import TokenAutoencoder
+from tprl_env.policy.network import PolicyConfig, PolicyOutput, PruningPolicy
+from tprl_env.policy.pruner import PolicyPruner
+
+__all__ = ["PolicyConfig", "PolicyOutput", "PolicyPruner", "PruningPolicy", "TokenAutoencoder"]

@@ -1,0 +1,1 @@
+"""Methods that drop tokens before the LLM, one file each."""
