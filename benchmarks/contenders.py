@@ -14,7 +14,7 @@ from tprl_env.data.features import shared_source
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.env.scorer import BoolArray, FloatArray, IntArray
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.llava import LlavaLVLM
+from tprl_env.lvlm.families.llava import LlavaLVLM
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, rules, scorer_spec
 from tprl_env.rllib.module import TokenPruningModule

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tprl_env.experiment_tables import write_tables
+from tprl_env.evaluation.experiment_tables import write_tables
 
 MARK = re.compile(r"<!-- (?P<name>[a-z0-9_]+):begin -->")
 

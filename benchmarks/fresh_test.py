@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.evaluate import evaluate_method
+from tprl_env.evaluation.builtin_stores import QuickstartSettings, encode_split
+from tprl_env.evaluation.measure import evaluate_method
 from tprl_env.files import versions, write_json
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PolicyPruner
 from tprl_env.policy.autoencoder_training import TokenAutoencoder, write_codes
 from tprl_env.policy.network import PruningPolicy
-from tprl_env.quickstart import QuickstartSettings, encode_split
 from tprl_env.scoring import local_scorer
 
 

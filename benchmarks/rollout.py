@@ -47,7 +47,7 @@ from benchmarks.handwritten import Handwritten
 from benchmarks.one_by_one import OneByOne, by_our_decoder, by_transformers
 from tprl_env.data import load_dataset
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.encode import encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.policy.autoencoder_training import train_autoencoder, write_codes
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.scoring.lvlm_scorer import LVLMScorer

@@ -264,8 +264,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from tprl_env.data import load_dataset
-    from tprl_env.encode import encode_dataset
     from tprl_env.lvlm import load_lvlm
+    from tprl_env.lvlm.encoding.encode import encode_dataset
     from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
     torch.set_num_threads(1)

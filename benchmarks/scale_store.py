@@ -1,6 +1,6 @@
 """A made store of 50 000 samples with 576 tokens each: opening, memory of a runner, reading.
 
-Written by `tprl_env.encode.encode_dataset`, with a stand-in for the LVLM whose features are noise;
+Written by `encode_dataset`, with a stand-in for the LVLM whose features are noise;
 20 questions share an image, as in GQA. Nothing is downloaded. Run by ``benchmarks.scale store``.
 """
 
@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.scale import KEPT, TOKENS, load
 from tprl_env.data.features.store import CODES, FeatureStore
 from tprl_env.data.sample import Sample
-from tprl_env.encode import encode_dataset
 from tprl_env.lvlm.base import LVLMScores, Prompt, Visual
+from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.scoring.spec import ScorerSpec
 
 WIDTH = 1024  # LLaVA-1.5-7B has 4096; the disk would need four times the room

@@ -12,7 +12,7 @@ from fake_lvlm import FakeLVLM, make_samples
 
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.encode import encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.policy.autoencoder_training import (
     AutoencoderConfig,
     TokenAutoencoder,

@@ -19,7 +19,7 @@ import tprl_env
 from tprl_env.cli import main
 from tprl_env.cli_parsing import overrides
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.encode import encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
 
 ROW = {"id": "q0", "image": "0.png", "question": "what digit is at c1 ?", "answers": ["7"]}
 
@@ -265,7 +265,7 @@ def test_features_that_are_not_finite_are_refused(tmp_path, refused, monkeypatch
 
 def test_what_was_encoded_before_the_failure_is_kept(run, tmp_path, monkeypatch, capsys):
     small_files = partial(encode_dataset, shard_images=2)
-    monkeypatch.setattr("tprl_env.encode.encode_dataset", small_files)
+    monkeypatch.setattr("tprl_env.lvlm.encoding.encode.encode_dataset", small_files)
     data = write_dataset(tmp_path, images=6)
     good = (tmp_path / "5.png").read_bytes()
     (tmp_path / "5.png").write_bytes(b"not a picture")

@@ -9,19 +9,18 @@ from PIL import Image
 from small_run import full_accuracy, make_small_run, write_policy
 
 from tprl_env.cli import main
-from tprl_env.comparison import (
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.evaluation.compare_on_store import evaluate_store, training_of
+from tprl_env.evaluation.contenders import (
     available_pruners,
-    evaluate_store,
     load_policy,
     open_calibration,
     policy_entries,
-    training_of,
 )
-from tprl_env.data.features.store import FeatureStore
+from tprl_env.evaluation.results import check_results, read_results
+from tprl_env.evaluation.trajectories import choose_examples
 from tprl_env.files import write_json
 from tprl_env.reducers import PRUNERS
-from tprl_env.results import check_results, read_results
-from tprl_env.trajectories import choose_examples
 
 BUDGETS = (16, 7, 4)
 TRAINING = {

@@ -19,7 +19,7 @@ import tprl_env.files
 from tprl_env.data import BadSampleError, load_dataset
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.encode import add_question_attention, encode_dataset
+from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
 
 SMALL = {"batch_size": 2, "shard_images": 3, "progress": False}
 
@@ -117,7 +117,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from fake_lvlm import FakeLVLM, make_samples
-from tprl_env.encode import encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
 encode_dataset(FakeLVLM(delay=0.15), make_samples(12, 2), {out!r}, batch_size=2,
                shard_images=2, progress=False)
 """
@@ -280,7 +280,7 @@ def test_ray_gives_the_same_files(tmp_path: Path):
     ray = pytest.importorskip("ray")
     import fake_lvlm
 
-    from tprl_env.encode_ray import encode_dataset_ray
+    from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
 
     # The workers do not have the tests on their path.
     ray.cloudpickle.register_pickle_by_value(fake_lvlm)

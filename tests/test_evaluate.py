@@ -1,13 +1,8 @@
 import numpy as np
 import pytest
 
-from tprl_env.evaluate import (
-    by_type,
-    check_budgets,
-    mean_interval,
-    paired_difference,
-    wilson_interval,
-)
+from tprl_env.evaluation.intervals import mean_interval, paired_difference, wilson_interval
+from tprl_env.evaluation.measure import by_type, check_budgets
 
 
 def test_wilson_interval_literal():

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from tprl_env.experiment_tables import (
+from tprl_env.evaluation.experiment_tables import (
     COLUMNS,
     check_experiment,
     markdown,

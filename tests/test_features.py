@@ -15,7 +15,7 @@ from fake_lvlm import FakeLVLM, make_samples
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore, open_source
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.encode import encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm import FAMILIES, load_lvlm
 from tprl_env.lvlm.base import Prompt
-from tprl_env.lvlm.llava import LlavaLVLM
+from tprl_env.lvlm.families.llava import LlavaLVLM
 
 torch.set_num_threads(1)
 EOS = 2

@@ -9,7 +9,7 @@ from lvlm_fixtures import NUM_TOKENS, pictures, save_llava
 
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.base import Prompt
-from tprl_env.lvlm.sequence import layout
+from tprl_env.lvlm.execution.sequence import layout
 
 torch.set_num_threads(1)
 

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tprl_env.quickstart import QuickstartSettings, run_quickstart
-from tprl_env.results import read_results
+from tprl_env.evaluation.builtin_stores import QuickstartSettings
+from tprl_env.evaluation.results import read_results
+from tprl_env.quickstart import run_quickstart
 
 SMALL = {"max_scores": "10240", "samples": "8", "draws": "4", "lfd_steps": "400"}
 

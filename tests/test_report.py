@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
+from tprl_env.evaluation.report import plot_accuracy, plot_learning_curve, write_report
 
 METHODS = [("policy", "policy"), ("DivPrune <b>", "heuristic"), ("oracle", "oracle")]
 RESULTS = {

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from tprl_env.evaluation.results import check_results, read_results
 from tprl_env.files import versions, write_json
-from tprl_env.results import check_results, read_results
 
 GOOD = {
     "task": "crowded",

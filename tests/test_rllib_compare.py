@@ -133,7 +133,7 @@ def test_a_killed_experiment_goes_on_where_it_was(small, tmp_path):
     finished = {p: p.read_bytes() for p in out.glob("runs/*/record.json")}
     assert 1 <= len(finished) < 3
     with pytest.raises(ValueError, match="are not finished"):
-        from tprl_env.experiment_tables import write_tables
+        from tprl_env.evaluation.experiment_tables import write_tables
 
         write_tables(out)
     compare(load_experiment(path), out, stores=stores(small))

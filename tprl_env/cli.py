@@ -49,7 +49,8 @@ def _nothing_left_behind(out: Path) -> Iterator[None]:
 
 def quickstart(args: argparse.Namespace) -> int:
     """Chain everything on the built-in LVLM."""
-    from tprl_env.quickstart import QuickstartSettings, run_quickstart
+    from tprl_env.evaluation.builtin_stores import QuickstartSettings
+    from tprl_env.quickstart import run_quickstart
 
     settings = QuickstartSettings(
         task=args.task, out=args.out, preset=args.preset, seed=args.seed, scale=args.scale
@@ -82,12 +83,12 @@ def encode(args: argparse.Namespace) -> int:
             options |= {"num_gpus": args.num_gpus, "concurrency": args.concurrency}
             store = _encode_on_ray(load, samples, args.out, options)
         else:
-            from tprl_env.encode import encode_dataset
+            from tprl_env.lvlm.encoding.encode import encode_dataset
 
             lvlm = load()
             store = encode_dataset(lvlm, samples, args.out, **options)
     if args.question_attention and not store.has_channel("question_attention"):
-        from tprl_env.encode import add_question_attention
+        from tprl_env.lvlm.encoding.encode import add_question_attention
 
         add_question_attention(store, lvlm or load(), batch_size=args.batch_size)
     left_out = f"; {store.manifest.skipped} bad samples left out" if args.skip_bad else ""
@@ -103,7 +104,7 @@ def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) 
     from ray.exceptions import RayError
 
     from tprl_env.data.features.manifest import StoreError
-    from tprl_env.encode_ray import encode_dataset_ray
+    from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
 
     try:
         return encode_dataset_ray(load, samples, out, **options)
@@ -167,7 +168,7 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Compare pruners on a store at matched budgets."""
-    from tprl_env.comparison import evaluate_store
+    from tprl_env.evaluation.compare_on_store import evaluate_store
 
     evaluate_store(
         args.store,
@@ -197,7 +198,7 @@ def tiny_lvlm(args: argparse.Namespace) -> int:
 
 def check_results(args: argparse.Namespace) -> int:
     """Check a results file."""
-    from tprl_env.results import read_results
+    from tprl_env.evaluation.results import read_results
 
     results = read_results(args.file, args.budgets)
     print(f"{args.file}: {len(results['methods'])} rows, all that readers rely on is there")

@@ -11,7 +11,7 @@ from typing import Any
 def compare(args: argparse.Namespace) -> int:
     """Run, resume or only report an experiment."""
     if args.report:
-        from tprl_env.experiment_tables import write_tables
+        from tprl_env.evaluation.experiment_tables import write_tables
 
         print((write_tables(args.out) / "tables.md").read_text("utf-8"))
         return 0

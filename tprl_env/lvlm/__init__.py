@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tprl_env.lvlm.base import LVLM
 
 FAMILIES: dict[str, tuple[str, str]] = {
-    "llava": ("tprl_env.lvlm.llava", "LlavaLVLM"),
+    "llava": ("tprl_env.lvlm.families.llava", "LlavaLVLM"),
 }
 """Module and class by the ``model_type`` of a checkpoint's config.json."""
 
@@ -67,7 +67,7 @@ def find_lvlm(spec: str | Path, revision: str | None = None) -> tuple[str, str]:
     """
     source = str(spec)
     with _naming_the_extra():
-        from tprl_env.lvlm.checkpoint import read_config
+        from tprl_env.lvlm.loading.checkpoint import read_config
 
         if source.startswith(_BUILTIN):
             from tprl_env.lvlm.tiny import builtin_path

@@ -24,10 +24,10 @@ from typing import Any
 import ray
 from ray import tune
 
-from tprl_env.experiment_tables import check_experiment, write_tables
+from tprl_env.evaluation.contenders import measure_references
+from tprl_env.evaluation.experiment_tables import check_experiment, write_tables
 from tprl_env.files import write_json
 from tprl_env.ray_session import ray_session
-from tprl_env.references import measure_references
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiment import Experiment, Trial
 from tprl_env.rllib.experiment_data import Place, TaskData, experiment_data

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.evaluate import check_budgets
+from tprl_env.evaluation.builtin_stores import (
+    QuickstartSettings,
+    Stopwatch,
+    all_threads,
+    encode_all,
+)
+from tprl_env.evaluation.measure import check_budgets
 from tprl_env.lvlm import load_lvlm
-from tprl_env.quickstart import QuickstartSettings, Stopwatch, all_threads, encode_all
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiment import (
     Experiment,

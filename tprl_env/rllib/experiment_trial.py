@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from ray import tune
 
-from tprl_env.comparison import penalties, tune_penalty
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.env.scorer import Scorer
-from tprl_env.evaluate import evaluate_method
+from tprl_env.evaluation.contenders import penalties, tune_penalty
+from tprl_env.evaluation.learning_curve import LearningCurve, curve_hook
+from tprl_env.evaluation.measure import evaluate_method
 from tprl_env.files import versions, write_json
-from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PolicyPruner
 from tprl_env.policy.network import PruningPolicy

@@ -10,8 +10,8 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.evaluation.learning_curve import LearningCurve, curve_hook
 from tprl_env.files import write_json
-from tprl_env.learning_curve import LearningCurve, curve_hook
 from tprl_env.lvlm import load_lvlm
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.compare import trial_resources

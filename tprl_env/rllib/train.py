@@ -174,7 +174,7 @@ def _check_lvlm(config: TrainConfig, source: Any) -> None:
     """
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import find_lvlm
-    from tprl_env.lvlm.checkpoint import folder_fingerprint, is_local
+    from tprl_env.lvlm.loading.checkpoint import folder_fingerprint, is_local
 
     place, _ = find_lvlm(config.lvlm)
     if isinstance(source, FeatureStore) and is_local(place):

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from tprl_env.lvlm.attention import IMPLEMENTATION, QuestionProbe, probing
 from tprl_env.lvlm.base import LVLMScores, Positions, Prompt, Visual
-from tprl_env.lvlm.checkpoint import check_folder, folder_fingerprint, is_local, read_config
-from tprl_env.lvlm.decoder import greedy, run_layers, states_at
-from tprl_env.lvlm.parts import check_parts, end_ids, pick_device, pick_dtype
-from tprl_env.lvlm.prompts import Prompter
-from tprl_env.lvlm.sequence import Layout, check_rows, embed, layout, on_device
-from tprl_env.lvlm.vision import VisionEncoder
+from tprl_env.lvlm.execution.attention import IMPLEMENTATION, QuestionProbe, probing
+from tprl_env.lvlm.execution.decoder import greedy, run_layers, states_at
+from tprl_env.lvlm.execution.sequence import Layout, check_rows, embed, layout, on_device
+from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
+from tprl_env.lvlm.loading.prompts import Prompter
+from tprl_env.lvlm.loading.supported import check_parts, end_ids, pick_device, pick_dtype
+from tprl_env.lvlm.loading.vision import VisionEncoder
 
 _ATTENTION_ELEMENTS = 1 << 26
 _LOGIT_ELEMENTS = 1 << 26

@@ -1,4 +1,4 @@
-"""Encoding with many workers: the units of ``tprl_env.encode`` run as a Ray Data pipeline.
+"""Encoding with many workers: the units of ``encode.py`` as a Ray Data pipeline.
 
 Each worker loads the LVLM once and writes the files of whole units into the store's folder, so
 features never travel: pictures go out, sizes and checksums come back. The folder must be on a
@@ -25,14 +25,14 @@ from tprl_env.data.features.journal import Journal, UnitEntry
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.sample import Sample
-from tprl_env.encode import (
+from tprl_env.lvlm.encoding.encode import (
     check_sizes,
     full_disk_as_store_error,
     lvlm_identity,
     to_numpy,
     write_unit,
 )
-from tprl_env.encode_plan import (
+from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
     count_samples,

@@ -8,7 +8,7 @@ trajectories and ``report.html``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,185 +16,30 @@ import numpy as np
 import numpy.typing as npt
 
 from tprl_env.env.scorer import Scorer
-from tprl_env.evaluate import (
+from tprl_env.evaluation.contenders import (
+    PrunerEntry,
+    available_pruners,
+    load_policy,
+    open_calibration,
+    penalties,
+    policy_entries,
+    tune_penalty,
+)
+from tprl_env.evaluation.measure import (
     MethodResult,
     check_budgets,
     evaluate,
-    evaluate_method,
     write_per_question,
 )
+from tprl_env.evaluation.report import plot_accuracy, plot_learning_curve, write_report
+from tprl_env.evaluation.results import check_results, check_training
+from tprl_env.evaluation.trajectories import choose_examples, draw_examples
 from tprl_env.files import versions, write_json
-from tprl_env.policy.pruner import PolicyPruner, choose_penalty
-from tprl_env.reducers import PRUNERS, make_pruner
-from tprl_env.reducers.base import Pruner, prune_inputs
-from tprl_env.report import plot_accuracy, plot_learning_curve, write_report
-from tprl_env.results import check_results, check_training
+from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.scoring import local_scorer
-from tprl_env.trajectories import choose_examples, draw_examples
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
-    from tprl_env.policy.network import PruningPolicy
-
-PrunerEntry = Pruner | Callable[[int], Pruner]
-
-# Methods that the report labels otherwise than by their key in PRUNERS.
-LABELS = {
-    "random": "random",
-    "uniform": "uniform grid",
-    "cls_attention": "CLS attention (FasterVLM)",
-    "vispruner": "VisPruner",
-    "divprune": "DivPrune",
-    "question_attention": "LLM question attention (full pass)",
-    "oracle": "question oracle",
-}
-
-
-def available_pruners(
-    store: FeatureStore, names: Sequence[str] | None = None
-) -> dict[str, PrunerEntry]:
-    """Untrained pruners that the store has the inputs for.
-
-    Args:
-        store: Store to prune.
-        names: Keys of ``PRUNERS``; by default every one whose inputs the store holds.
-
-    Raises:
-        ValueError: A name is unknown, or named explicitly although the store lacks its inputs.
-    """
-    chosen: dict[str, PrunerEntry] = {}
-    example = prune_inputs(store, 0)
-    if names is not None and "policy" in names:
-        raise ValueError(
-            "the pruner 'policy' needs weights; leave it out of the names and give its folder "
-            "as policy (--policy)"
-        )
-    for name in names if names is not None else PRUNERS:
-        pruner = make_pruner(name)
-        missing = [need for need in pruner.needs if getattr(example, need) is None]
-        if missing and names is not None:
-            raise ValueError(
-                f"pruner {name!r} needs {', '.join(missing)}, which this store does not hold; "
-                "encode it again with them or leave the pruner out"
-            )
-        if not missing:
-            chosen[LABELS.get(name, name)] = pruner
-    return chosen
-
-
-def policy_entries(
-    policy: PruningPolicy,
-    calibration: FeatureStore | None,
-    *,
-    threshold: float | None = None,
-    tuned: Mapping[int, PolicyPruner] | None = None,
-    label: str = "policy",
-) -> dict[str, PrunerEntry]:
-    """The trained policy by exact budget and, where asked, by threshold.
-
-    Args:
-        policy: The policy.
-        calibration: Store on which a threshold is calibrated for each budget.
-        threshold: A fixed tau in (0, 1) (TPRL eq. 16); the number of tokens then varies.
-        tuned: Pruners with the redundancy penalty of each budget (see `tune_penalty`); plain
-            top-k is then measured beside them.
-        label: Name in the table.
-
-    Raises:
-        ValueError: ``threshold`` is out of range.
-    """
-    entries: dict[str, PrunerEntry] = {
-        label: PolicyPruner(policy) if tuned is None else tuned.__getitem__
-    }
-    if tuned is not None and any(pruner.redundancy_penalty for pruner in tuned.values()):
-        entries[f"{label}, plain top-k"] = PolicyPruner(policy)
-    if calibration is not None:
-
-        def calibrated(budget: int) -> Pruner:
-            return PolicyPruner(policy, mode="threshold").calibrate(calibration, budget)
-
-        entries[f"{label}, calibrated threshold"] = calibrated
-    if threshold is not None:
-        fixed = PolicyPruner(policy, mode="threshold", threshold=threshold)
-        entries[f"{label}, threshold {threshold:g}"] = fixed
-    return entries
-
-
-def tune_penalty(
-    policy: PruningPolicy,
-    calibration: FeatureStore,
-    scorer: Scorer,
-    budgets: Sequence[int],
-    questions: int = 300,
-    steps: int = 1,
-) -> dict[int, PolicyPruner]:
-    """For every budget the exact pruner whose redundancy penalty has the best accuracy.
-
-    Args:
-        policy: The policy.
-        calibration: Store of the calibration split, never the one that is reported on.
-        scorer: Exact-match scorer of that store.
-        budgets: Token counts.
-        questions: Use the first so many.
-        steps: That the policy was trained to take (see `PolicyPruner.as_trained`).
-    """
-    samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
-
-    def best(budget: int) -> PolicyPruner:
-        def accuracy(pruner: PolicyPruner) -> float:
-            row = evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
-            return row.accuracy
-
-        return choose_penalty(PolicyPruner.as_trained(policy, steps), accuracy)
-
-    return {budget: best(budget) for budget in budgets}
-
-
-def penalties(tuned: Mapping[int, PolicyPruner]) -> dict[str, Any]:
-    """Budget to redundancy penalty, JSON-able."""
-    return {str(budget): pruner.redundancy_penalty for budget, pruner in tuned.items()}
-
-
-def load_policy(folder: str | Path, store: FeatureStore) -> PruningPolicy:
-    """A policy that fits a store.
-
-    Raises:
-        ValueError: The folder holds no policy, or one of other widths.
-    """
-    from tprl_env.policy.network import PruningPolicy
-
-    policy = PruningPolicy.from_pretrained(folder)
-    config = policy.config
-    wanted, found = (
-        (config.token_width, config.query_width),
-        (store.code_width, store.query_width),
-    )
-    if wanted != found:
-        raise ValueError(
-            f"the policy in {folder} reads codes of width {wanted[0]} and queries of width "
-            f"{wanted[1]}, {store.path} has {found[0]} and {found[1]}; take the policy that was "
-            "trained with this store's LVLM and autoencoder"
-        )
-    return policy
-
-
-def open_calibration(path: str | Path, store: FeatureStore) -> FeatureStore:
-    """The store that thresholds are calibrated on: same LVLM, same autoencoder.
-
-    Raises:
-        ValueError: It belongs to another LVLM or autoencoder.
-    """
-    from tprl_env.data.features.store import CODES, FeatureStore
-
-    opened = FeatureStore.open(path, lvlm_fingerprint=store.manifest.lvlm_fingerprint)
-    ours, theirs = (s.channel_meta(CODES).get("fingerprint") for s in (store, opened))
-    if ours != theirs:
-        raise ValueError(
-            f"the codes of {opened.path} come from another autoencoder than those of "
-            f"{store.path}; write both with `tprl autoencoder {store.path} --load WEIGHTS --also "
-            f"{opened.path}`"
-        )
-    return opened
 
 
 def print_row(result: MethodResult) -> None:

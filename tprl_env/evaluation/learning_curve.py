@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tprl_env.env.scorer import Scorer
-from tprl_env.evaluate import evaluate_method
+from tprl_env.evaluation.measure import evaluate_method
 from tprl_env.policy.pruner import PolicyPruner
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tprl_env.lvlm.decoder import TEXT_MODELS
+from tprl_env.lvlm.execution.decoder import TEXT_MODELS
 
 CLS_TOWERS = ("clip_vision_model",)
 """Vision towers whose first place is a CLS token."""

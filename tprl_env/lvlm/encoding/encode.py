@@ -25,7 +25,7 @@ from tprl_env.data.features.manifest import StoreError, describe_file
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
 from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
 from tprl_env.data.sample import Sample
-from tprl_env.encode_plan import (
+from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
     count_samples,

@@ -290,7 +290,7 @@ def write_tables(folder: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tprl_env.experiment_plots import plot_budgets, plot_scores
+    from tprl_env.evaluation.experiment_plots import plot_budgets, plot_scores
 
     definition, records = read_records(folder)
     results = [*rows(records), *reference_rows(definition)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tprl_env.report import OTHER_COLORS, POLICY_COLORS, new_figure, save_figure
+from tprl_env.evaluation.report import OTHER_COLORS, POLICY_COLORS, new_figure, save_figure
 
 COLORS = (*POLICY_COLORS, *OTHER_COLORS)
 
@@ -19,7 +19,7 @@ def plot_budgets(
     """Accuracy against tokens kept, mean over seeds with the range of the seeds.
 
     Args:
-        table: Rows of `tprl_env.experiment_tables.rows`.
+        table: Rows of `tprl_env.evaluation.experiment_tables.rows`.
         arms: In the order of the legend.
         path: PNG file to write.
         task: For the title.
@@ -58,7 +58,7 @@ def plot_scores(
     """Accuracy on calibration questions against LVLM scores used, at the smallest budget.
 
     Args:
-        table: Rows of `tprl_env.experiment_tables.curve_rows`.
+        table: Rows of `tprl_env.evaluation.experiment_tables.curve_rows`.
         arms: In the order of the legend.
         path: PNG file to write.
         task: For the title.

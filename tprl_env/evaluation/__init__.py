@@ -1,0 +1,6 @@
+"""What a method is worth: matched budgets, intervals, tables, plots, reports."""
+
+from tprl_env.evaluation.compare_on_store import evaluate_store
+from tprl_env.evaluation.measure import MethodResult, evaluate
+
+__all__ = ["MethodResult", "evaluate", "evaluate_store"]

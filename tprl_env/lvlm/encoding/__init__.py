@@ -1,0 +1,1 @@
+"""From a dataset and an LVLM to a feature store."""

@@ -1,0 +1,1 @@
+"""Running a LLaVA on a part of its visual tokens: sequences, decoder, attention."""

@@ -1,0 +1,1 @@
+"""Checkpoints: what is supported, prompts, the vision tower."""
