@@ -17,7 +17,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.families.llava import LlavaLVLM
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, rules, scorer_spec
-from tprl_env.rllib.module import TokenPruningModule
+from tprl_env.rllib.rollout.module import TokenPruningModule
 from tprl_env.scoring.lvlm_scorer import LVLMScorer
 from tprl_env.scoring.pool import ScorerPool
 from tprl_env.scoring.spec import ScorerSpec

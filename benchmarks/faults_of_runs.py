@@ -47,7 +47,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 def env_runner(folder: Path) -> Row:
     import ray
 
-    from tprl_env.rllib.train import train
+    from tprl_env.rllib.run.train import train
 
     times: dict[str, float] = {}
     victim: list[int] = []
@@ -88,7 +88,7 @@ def crash_once(setting: dict[str, Any]) -> None:
     from ray import tune
 
     from tprl_env.rllib.config import TrainConfig
-    from tprl_env.rllib.train import train
+    from tprl_env.rllib.run.train import train
 
     out = Path(setting["out"])
 
@@ -131,7 +131,7 @@ def trial(folder: Path) -> Row:
 DRIVER = """
 import sys
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.train import train
+from tprl_env.rllib.run.train import train
 import json
 config = TrainConfig.from_dict(json.loads(sys.argv[1]))
 train(config, sys.argv[2], resume="auto", progress=False, iterations=int(sys.argv[3]))
@@ -142,7 +142,7 @@ def restarted(folder: Path, fault: str, kill_head: bool) -> Row:
     """Kill the driver alone or with its head, start what is missing and the same command again."""
     from ray_heads import psutil, start_head, stop_node
 
-    from tprl_env.rllib.run_folder import RunFolder
+    from tprl_env.rllib.run.folder import RunFolder
 
     out = folder / "run"
     run = config(folder, scorer="toy")  # the head's workers do not see the tests' folder
@@ -187,7 +187,7 @@ def restarted(folder: Path, fault: str, kill_head: bool) -> Row:
 def object_store(folder: Path) -> Row:
     import ray
 
-    from tprl_env.rllib.train import train
+    from tprl_env.rllib.run.train import train
 
     times: list[float] = []
     pinned = []
@@ -208,8 +208,8 @@ def object_store(folder: Path) -> Row:
 
 def disk(folder: Path) -> Row:
     from tprl_env.policy.network import PruningPolicy
-    from tprl_env.rllib.run_folder import RunFolder
-    from tprl_env.rllib.train import train
+    from tprl_env.rllib.run.folder import RunFolder
+    from tprl_env.rllib.run.train import train
 
     out, save = folder / "run", PruningPolicy.save_pretrained
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "helpers"
 sys.path.insert(0, str(TESTS))  # the faults live there
 
 SOURCE = "toy:samples=32,tokens=20,seed=3"
@@ -157,7 +157,10 @@ def partition(folder: Path) -> Row:
         return Row("scorer node cut off", note="not measured: needs root and network namespaces")
     words = [sys.executable, "-m", "pytest", "-q", "-s", "-m", "netns", "--timeout", "900"]
     done = subprocess.run(
-        [*words, str(TESTS / "test_chaos_nodes.py")], cwd=ROOT, capture_output=True, text=True
+        [*words, str(ROOT / "tests" / "scoring" / "test_chaos_nodes.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     found = re.search(r"^CUT (\{.*\})$", done.stdout, re.MULTILINE)
     assert found, done.stdout[-2000:]

@@ -20,15 +20,15 @@ from tprl_env.data.features import shared_source
 from tprl_env.env import rewards
 from tprl_env.env.episodes import choose_episode
 from tprl_env.env.scorer import BoolArray
-from tprl_env.rllib.base import settings_of
+from tprl_env.rllib.algorithms.base import settings_of
+from tprl_env.rllib.algorithms.grpo import GrpoSettings, grpo_loss
+from tprl_env.rllib.algorithms.losses import SurrogateSettings
+from tprl_env.rllib.algorithms.mapo import mapo_loss, new_memory
+from tprl_env.rllib.algorithms.mapo_mixture import mix
+from tprl_env.rllib.algorithms.ppo import LossSettings, ppo_loss
 from tprl_env.rllib.config import TrainConfig, rules
-from tprl_env.rllib.connector import REFERENCE_LOGP
-from tprl_env.rllib.grpo import GrpoSettings, grpo_loss
-from tprl_env.rllib.mapo import mapo_loss, new_memory
-from tprl_env.rllib.mixture import mix
-from tprl_env.rllib.ppo import LossSettings, ppo_loss
-from tprl_env.rllib.rollout import EPISODE, GROUP, RETURN, EpisodeColumns
-from tprl_env.rllib.surrogate import SurrogateSettings
+from tprl_env.rllib.rollout.connector import REFERENCE_LOGP
+from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns
 from tprl_env.scoring.cache import CachedScorer
 from tprl_env.scoring.spec import ScorerSpec
 

@@ -154,9 +154,9 @@ def runner(folder: Path) -> dict[str, Any]:
     """In a fresh process: a whole env runner, four iterations of 256 episodes."""
     import torch
 
+    from tprl_env.rllib.algorithms.ppo import ppo_config
     from tprl_env.rllib.config import load_config
-    from tprl_env.rllib.ppo import ppo_config
-    from tprl_env.rllib.runner import TokenPruningRunner
+    from tprl_env.rllib.rollout.runner import TokenPruningRunner
 
     torch.set_num_threads(1)
     settings = {

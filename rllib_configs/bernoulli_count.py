@@ -7,8 +7,8 @@ zero, and group-centred returns are freed of what log K explains.
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.ppo import ppo_config
 
 CONFIG = TrainConfig(
     metric="likelihood",

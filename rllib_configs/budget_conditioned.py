@@ -8,8 +8,8 @@ by log-odds at any budget. Compared with one policy per budget in
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.grpo import grpo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.grpo import grpo_config
 
 CONFIG = TrainConfig(
     # the task: final-only likelihood, no price per token because the budget is exact

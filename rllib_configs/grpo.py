@@ -7,8 +7,8 @@ estimate of KL(policy || imitated policy) holds the policy back.
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.grpo import grpo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.grpo import grpo_config
 
 CONFIG = TrainConfig(
     # the task: final-only likelihood, no price per token because the budget is exact

@@ -9,8 +9,8 @@ log-uniform as in ``ppo``. The memory only helps once samples come a second time
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.mapo import mapo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.mapo import mapo_config
 
 CONFIG = TrainConfig(
     # the task: final-only likelihood, no price per token because the budget is exact

@@ -6,8 +6,8 @@ policy. The gate gives the policy head the product of token and query beside the
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.ppo import ppo_config
 
 CONFIG = TrainConfig(
     metric="likelihood",

@@ -7,8 +7,8 @@ imitating VisPruner, which does not read the question, cannot teach the policy t
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.ppo import ppo_config
 
 CONFIG = TrainConfig(
     # eq. 2-6: exact score after every step, reward averaged over a mini-batch of 32 episodes

@@ -8,8 +8,8 @@ The base of the ablations in ``rllib_configs/experiments/``.
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.ppo import ppo_config
 
 CONFIG = TrainConfig(
     # the task: final-only likelihood, no price per token because the budget is exact

@@ -2,8 +2,8 @@
 
 from ray.rllib.algorithms.ppo import PPOConfig
 
+from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.ppo import ppo_config
 
 CONFIG = TrainConfig(
     source="toy:samples=64,tokens=16,width=8,seed=0",

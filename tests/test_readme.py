@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tprl_env.cli import main
+from tprl_env.cli.commands import main
 from tprl_env.data.scenes import load_scenes
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -27,7 +27,7 @@ SOURCES = sorted(
 CLUSTER = sorted(path for path in (ROOT / "cluster").rglob("*") if path.is_file())
 
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-PICKLE_IS_OURS = {"tprl_env/encode_ray.py"}  # rows of a Ray Data pipeline, made by itself
+PICKLE_IS_OURS = {"tprl_env/lvlm/encoding/encode_with_ray.py"}  # rows of a Ray Data pipeline, made by itself
 
 
 def name_of(node: ast.expr) -> str:
@@ -342,7 +342,7 @@ def test_code_in_a_models_folder_is_never_run(tmp_path: Path, monkeypatch):
 
 def test_no_config_reaches_remote_code():
     pytest.importorskip("ray")
-    from tprl_env.cli import main
+    from tprl_env.cli.commands import main
     from tprl_env.rllib.config import TrainConfig, load_config
     from tprl_env.scoring.spec import ScorerSpec
 

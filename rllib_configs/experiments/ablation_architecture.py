@@ -1,6 +1,6 @@
 """Attention between tokens against an MLP on each (TPRL table 8)."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_architecture",

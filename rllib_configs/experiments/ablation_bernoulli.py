@@ -1,6 +1,6 @@
 """Independent keep-decisions: how ratios are clipped, and TPRL's discount over three steps."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_bernoulli",

@@ -1,6 +1,6 @@
 """Width of the autoencoder's codes (TPRL fig. 2); the built-in tokens have 128 numbers."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_codes",

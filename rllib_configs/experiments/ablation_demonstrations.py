@@ -1,6 +1,6 @@
 """What is imitated before reinforcement (TPRL table 6): nothing, a heuristic, or the LVLM."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_demonstrations",

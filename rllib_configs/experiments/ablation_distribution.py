@@ -1,6 +1,6 @@
 """Exact-budget actions against Bernoulli actions against the paper's own MDP."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_distribution",

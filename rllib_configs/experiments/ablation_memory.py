@@ -1,6 +1,6 @@
 """What of MAPO is its memory, and what the one budget per sample that the memory needs."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_memory",

@@ -1,6 +1,6 @@
 """The question as one mean vector (TPRL sec. 3) against its token embeddings."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_query",

@@ -1,6 +1,6 @@
 """Reward per sample against the mean over a batch of episodes (TPRL eq. 4)."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_reward_batch",

@@ -1,6 +1,6 @@
 """Three steps scored once at the end, or after every step for thrice the scores."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_score_steps",

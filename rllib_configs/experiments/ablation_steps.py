@@ -1,6 +1,6 @@
 """T_max from 1 to 5 (TPRL table 7), counts falling geometrically to the same budget."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="ablation_steps",

@@ -2,7 +2,7 @@
 
 from ray import tune
 
-from tprl_env.rllib.experiment import Search
+from tprl_env.rllib.experiments.definition import Search
 
 SEARCH = Search(
     name="asha_search",

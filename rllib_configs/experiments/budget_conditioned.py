@@ -1,6 +1,6 @@
 """One policy for every budget (GRIP mode, an interpretation) against one policy per budget."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="budget_conditioned",

@@ -1,6 +1,6 @@
 """PPO, GRPO and MAPO from the same imitations at an equal number of LVLM scores (TPRL fig. 3)."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="compare_optimizers",

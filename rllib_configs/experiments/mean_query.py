@@ -1,6 +1,6 @@
 """The paper's single query vector at full size, in the ``mean_query`` preset (fused by a gate)."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="mean_query",

@@ -1,6 +1,6 @@
 """TPRL's own MDP, and what in it keeps PPO from learning: one thing after the other is changed."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 RATE = {"lr": 5e-4}
 OWN_REWARD = {**RATE, "reward_batch_size": 1}

@@ -1,6 +1,6 @@
 """TPRL's three Bernoulli steps without what kept PPO from learning in ``paper_mdp``, for longer."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="paper_mdp_long",

@@ -1,6 +1,6 @@
 """`sparse` at very few tokens: can a pull to the imitation keep what reinforcement loses there?"""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="sparse_anchor",

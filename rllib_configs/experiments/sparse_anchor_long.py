@@ -1,6 +1,6 @@
 """The anchored arms of ``sparse_anchor`` at the size of ``compare_optimizers``."""
 
-from tprl_env.rllib.experiment import Arm, Experiment
+from tprl_env.rllib.experiments.definition import Arm, Experiment
 
 EXPERIMENT = Experiment(
     name="sparse_anchor_long",

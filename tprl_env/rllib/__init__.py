@@ -1,6 +1,5 @@
-"""Training with Ray RLlib 2.60 (new API stack): scorer actors, module, fast runner, learner, loop.
+"""Learning by reinforcement with Ray RLlib 2.60 (new API stack).
 
-The only layer that imports ray. ``scorer_*`` is the pool of actors that hold the LVLM, `module`
-wraps the pruning policy as an RLModule, `runner` rolls out whole episodes and asks for all scores
-at once, `connector` makes the learner's batch, `ppo` holds the loss, `train` the loop.
+``config`` says what a run is, ``rollout`` makes episodes, ``algorithms`` hold the losses, ``run``
+is the loop and its folder, ``experiments`` compare runs. Imports go up this list only.
 """

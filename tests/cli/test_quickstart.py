@@ -1,0 +1,63 @@
+"""The whole chain at smoke size, through Ray actors, on the shipped LVLM."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tprl_env.cli.quickstart import run_quickstart
+from tprl_env.evaluation.builtin_stores import QuickstartSettings
+from tprl_env.evaluation.results import read_results
+
+SMALL = {"max_scores": "10240", "samples": "8", "draws": "4", "lfd_steps": "400"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "quickstart"
+    settings = QuickstartSettings(
+        task="sparse",
+        out=out,
+        scale=0.05,
+        train_questions=1920,
+        calibration_questions=480,
+        test_questions=960,
+        code_width=16,
+    )
+    return settings, run_quickstart(settings, SMALL)
+
+
+def test_everything_that_people_read_is_there(finished):
+    settings, results = finished
+    assert read_results(settings.out / "results.json") == json.loads(json.dumps(results))
+    assert results["task"] == "sparse"
+    assert results["full"]["questions"] == 48
+    assert results["training"]["lvlm_scores"] >= 512
+    names = {row["name"] for row in results["methods"]}
+    assert {"policy", "imitation only", "DivPrune", "VisPruner", "random", "uniform grid"} <= names
+    page = (settings.out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + 10
+    assert (settings.out / "train" / "policy" / "model.safetensors").is_file()
+
+
+def test_exact_methods_keep_exactly_the_budget(finished):
+    _, results = finished
+    for row in results["methods"]:
+        if "threshold" not in row["name"]:
+            assert row["mean_tokens"] == row["budget"]
+            assert row["std_tokens"] == 0
+
+
+def test_learning_curve_starts_at_imitation(finished):
+    settings, _ = finished
+    lines = (settings.out / "learning_curve.jsonl").read_text().splitlines()
+    points = [json.loads(line) for line in lines]
+    used = [point["lvlm_scores"] for point in points]
+    assert used[0] == 0
+    assert np.all(np.diff(used) > 0)
+
+
+def test_an_unknown_task_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="crowded"):
+        run_quickstart(QuickstartSettings(task="crowdy", out=tmp_path / "q"))
+    assert not (tmp_path / "q").exists()

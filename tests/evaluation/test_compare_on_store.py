@@ -1,0 +1,233 @@
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from small_run import full_accuracy, make_small_run, write_policy
+
+from tprl_env.cli.commands import main
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.evaluation.compare_on_store import evaluate_store, training_of
+from tprl_env.evaluation.contenders import (
+    available_pruners,
+    load_policy,
+    open_calibration,
+    policy_entries,
+)
+from tprl_env.evaluation.results import check_results, read_results
+from tprl_env.evaluation.trajectories import choose_examples
+from tprl_env.files import write_json
+from tprl_env.reducers import PRUNERS
+
+BUDGETS = (16, 7, 4)
+TRAINING = {
+    "algorithm": "PPO",
+    "preset": "smoke",
+    "seconds": 1.5,
+    "lvlm_scores": 64,
+    "env_steps": 64,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    torch.set_num_threads(1)
+    return make_small_run(tmp_path_factory.mktemp("comparison"))
+
+
+@pytest.fixture(scope="module")
+def out(run):
+    """What one ``tprl evaluate`` with a policy leaves behind."""
+    folder = run.root / "evaluation"
+    words = ["evaluate", str(run.store), "--lvlm", str(run.lvlm), "--policy", str(run.policy)]
+    words += ["--calibration", str(run.store), "--budgets", "16,7,4", "--trajectories", "3"]
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_every_method_is_measured_at_every_budget(out, results):
+    check_results(results, BUDGETS)
+    assert read_results(out / "results.json", BUDGETS) == results
+    names = {row["name"] for row in results["methods"]}
+    # PRUNERS without the oracle, whose relevance this dataset lacks; the policy and its threshold;
+    # plain top-k stands beside the policy where a redundancy penalty was chosen
+    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 1 + 2
+    assert results["visual_tokens"] == 16
+    assert results["task"] == "store"
+    assert results["training"] == {}
+    assert results["full"]["questions"] == 12
+
+
+def test_the_budgets_are_matched(results):
+    for row in results["methods"]:
+        if "threshold" not in row["name"]:
+            assert row["mean_tokens"] == row["budget"]
+            assert row["std_tokens"] == 0
+
+
+def test_keeping_all_tokens_costs_nothing(run, results):
+    full = full_accuracy(run)
+    assert 0 < full < 1  # otherwise the next line shows nothing
+    assert results["full"]["accuracy"] == pytest.approx(full, abs=1e-5)
+    everything = [row for row in results["methods"] if row["budget"] == 16]
+    assert {row["accuracy"] for row in everything} == {results["full"]["accuracy"]}
+    assert {row["mean_tokens"] for row in everything} == {16.0}
+    assert all(row["by_type"] == results["full"]["by_type"] for row in everything)
+
+
+def test_single_questions_add_up_to_the_table(run, out, results):
+    table = pq.read_table(out / "per_question.parquet").to_pylist()
+    store = FeatureStore.open(run.store)
+    assert {row["sample"] for row in table} == {store.id(i) for i in range(12)}
+    for method in results["methods"]:
+        rows = [
+            row
+            for row in table
+            if (row["method"], row["budget"]) == (method["name"], method["budget"])
+        ]
+        assert len(rows) == 12
+        assert np.mean([row["score"] for row in rows]) == pytest.approx(
+            method["accuracy"], abs=1e-5
+        )
+        assert np.mean([row["kept"] for row in rows]) == pytest.approx(
+            method["mean_tokens"], abs=1e-3
+        )
+        for kind, accuracy in method["by_type"].items():
+            scores = [row["score"] for row in rows if row["question_type"] == kind]
+            assert np.mean(scores) == pytest.approx(accuracy, abs=1e-5)
+
+
+def test_the_page_stands_alone_and_shows_what_was_drawn(out, results):
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 1 + 3
+    assert set(re.findall(r'(?:src|href)=["\']?(\w+:|.)', page)) == {"data:"}
+    assert "DivPrune" in page
+    assert "Policy: " not in page  # nothing is known about its training
+    drawn = sorted((out / "trajectories").iterdir())
+    assert [path.name for path in drawn] == [f"trajectory-{i:02d}.png" for i in range(3)]
+    for path in (*drawn, out / "accuracy.png"):
+        pixels = np.asarray(Image.open(path).convert("L"))
+        assert (pixels < 200).mean() > 0.01
+    assert not list(out.rglob("*.tmp"))
+
+
+def without_seconds(results):
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in results["methods"]]
+    return {**results, "methods": rows}
+
+
+def test_the_same_run_twice_gives_the_same_numbers(run, out, results, tmp_path):
+    again = evaluate_store(
+        run.store,
+        str(run.lvlm),
+        tmp_path,
+        policy=run.policy,
+        calibration=run.store,
+        budgets=BUDGETS,
+        trajectories=3,
+    )
+    assert without_seconds(again) == without_seconds(results)
+    first, second = (pq.read_table(p / "per_question.parquet") for p in (out, tmp_path))
+    assert first.equals(second)
+
+
+def test_without_a_policy_there_is_no_training_and_nothing_to_draw(run, tmp_path, capsys):
+    words = ["evaluate", str(run.store), "--lvlm", str(run.lvlm), "--pruners", "random,uniform"]
+    assert main([*words, "--budgets", "7", "--limit", "5", "--out", str(tmp_path)]) == 0
+    results = read_results(tmp_path / "results.json", [7])
+    assert results["training"] == {}
+    assert [row["name"] for row in results["methods"]] == ["random", "uniform grid"]
+    assert results["full"]["questions"] == 5
+    assert not (tmp_path / "trajectories").exists()
+    assert "<h2>Trajectories" not in (tmp_path / "report.html").read_text()
+    assert "uniform grid" in capsys.readouterr().out
+    assert main(["check-results", str(tmp_path / "results.json"), "--budgets", "7"]) == 0
+    assert main(["check-results", str(tmp_path / "results.json")]) == 2
+    assert "not measured at [48, 29, 14, 4] tokens" in capsys.readouterr().err
+
+
+def test_the_record_of_a_training_is_passed_on_and_checked(run, tmp_path):
+    policy = write_policy(tmp_path / "policy", FeatureStore.open(run.store))
+    write_json(policy / "training.json", TRAINING)
+    arguments = {"budgets": [4], "pruners": ["random"], "trajectories": 0, "policy": policy}
+    results = evaluate_store(run.store, str(run.lvlm), tmp_path / "out", **arguments)
+    assert results["training"] == TRAINING
+    assert "preset <code>smoke</code>, seed 3" in (tmp_path / "out" / "report.html").read_text()
+    write_json(policy / "training.json", {k: v for k, v in TRAINING.items() if k != "seed"})
+    with pytest.raises(ValueError, match=r"training\.json has no 'seed'"):
+        evaluate_store(run.store, str(run.lvlm), tmp_path / "other", **arguments)
+    assert not (tmp_path / "other").exists()
+    (policy / "training.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        training_of(policy)
+
+
+def test_a_fixed_threshold_keeps_a_varying_number(run, tmp_path):
+    results = evaluate_store(
+        run.store,
+        str(run.lvlm),
+        tmp_path,
+        policy=run.policy,
+        threshold=0.5,
+        pruners=["random"],
+        budgets=[4],
+        trajectories=0,
+    )
+    (row,) = (row for row in results["methods"] if row["name"] == "policy, threshold 0.5")
+    assert row["std_tokens"] > 0
+    with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\)"):
+        policy_entries(load_policy(run.policy, FeatureStore.open(run.store)), None, threshold=1.5)
+
+
+def test_pruners_whose_inputs_are_missing_are_left_out_or_refused(run):
+    store = FeatureStore.open(run.store)
+    assert "question oracle" not in available_pruners(store)
+    with pytest.raises(ValueError, match="'oracle' needs relevance"):
+        available_pruners(store, ["oracle"])
+    with pytest.raises(ValueError, match="needs weights"):
+        available_pruners(store, ["random", "policy"])
+
+
+def test_a_calibration_store_must_have_the_same_codes(run, tmp_path):
+    other = make_small_run(tmp_path)
+    store = FeatureStore.open(other.store)
+    assert open_calibration(run.store, store).path == run.store.resolve()
+    codes = [np.zeros((16, 8), np.float32)] * store.num_images
+    store.write_channel("codes", codes, meta={"fingerprint": "another"})
+    with pytest.raises(ValueError, match="another autoencoder"):
+        open_calibration(run.store, FeatureStore.open(other.store))
+
+
+def test_examples_are_spread_over_question_types_and_pictures(run):
+    store = FeatureStore.open(run.store)
+    chosen = choose_examples(store, np.arange(12), 3)
+    assert len({store.kind(int(i)) for i in chosen}) == 3
+    assert len({store.image_number(int(i)) for i in chosen}) == 3
+    # six pictures: all of them come first, then second questions about the same ones
+    everything = choose_examples(store, np.arange(12), 50)
+    assert sorted(everything) == list(range(12))
+    assert len({store.image_number(int(i)) for i in everything[:6]}) == 6
+
+
+def test_examples_do_not_all_ask_what_every_picture_is_asked_first():
+    class Scenes:
+        """Six pictures with the same three questions each."""
+
+        def kind(self, sample: int) -> str:
+            return ("at", "color", "exists")[sample % 3]
+
+        def image_number(self, sample: int) -> int:
+            return sample // 3
+
+    chosen = choose_examples(Scenes(), np.arange(18), 6)
+    assert [int(sample) % 3 for sample in chosen] == [0, 1, 2, 0, 1, 2]
+    assert [int(sample) // 3 for sample in chosen] == [0, 1, 2, 3, 4, 5]

@@ -1,0 +1,5 @@
+"""The ``tprl`` command."""
+
+from tprl_env.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,355 @@
+"""The ``tprl`` command.
+
+Each sub-command is a thin layer over one public function; heavy imports happen inside, so that
+``tprl --help`` is instant. A mistake of the user ends in one sentence and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tprl_env import __version__
+from tprl_env.cli.cluster import add_submit, add_token, split_script
+from tprl_env.cli.compare import add_compare
+from tprl_env.cli.parsing import Parser, at_least_one, counts, names, overrides, resume
+from tprl_env.env.scorer import ScoringError
+
+USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
+INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
+BUDGETS = (48, 29, 14, 7, 4)
+
+
+@contextmanager
+def _nothing_left_behind(out: Path) -> Iterator[None]:
+    """Remove a store's folder that a failed encoding made but committed nothing to.
+
+    What was committed stays, because the same command continues it.
+    """
+    there_before = out.exists()
+    try:
+        yield
+    except USER_ERRORS:
+        if out.is_dir() and not there_before:
+            from tprl_env.data.features.manifest import JOURNAL_NAME
+
+            if not (out / JOURNAL_NAME).exists():
+                for path in out.iterdir():
+                    path.unlink()
+                out.rmdir()
+        raise
+
+
+def quickstart(args: argparse.Namespace) -> int:
+    """Chain everything on the built-in LVLM."""
+    from tprl_env.cli.quickstart import run_quickstart
+    from tprl_env.evaluation.builtin_stores import QuickstartSettings
+
+    settings = QuickstartSettings(
+        task=args.task, out=args.out, preset=args.preset, seed=args.seed, scale=args.scale
+    )
+    run_quickstart(settings, overrides=overrides(args.overrides))
+    return 0
+
+
+def encode(args: argparse.Namespace) -> int:
+    """Turn a dataset split and an LVLM into a feature store."""
+    from tprl_env.data import load_dataset
+    from tprl_env.lvlm import find_lvlm, load_lvlm
+
+    samples = load_dataset(
+        args.data, args.split, limit=args.limit, seed=args.seed, skip_bad=args.skip_bad
+    )
+    description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
+    load = partial(
+        load_lvlm, args.lvlm, device=args.device, dtype=args.dtype, revision=args.revision
+    )
+    options: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "description": description,
+        "progress": sys.stderr.isatty(),
+    }
+    lvlm: Any = None
+    with _nothing_left_behind(args.out):
+        if args.engine == "ray":
+            find_lvlm(args.lvlm, args.revision)  # refused here rather than in every worker
+            options |= {"num_gpus": args.num_gpus, "concurrency": args.concurrency}
+            store = _encode_on_ray(load, samples, args.out, options)
+        else:
+            from tprl_env.lvlm.encoding.encode import encode_dataset
+
+            lvlm = load()
+            store = encode_dataset(lvlm, samples, args.out, **options)
+    if args.question_attention and not store.has_channel("question_attention"):
+        from tprl_env.lvlm.encoding.encode import add_question_attention
+
+        add_question_attention(store, lvlm or load(), batch_size=args.batch_size)
+    left_out = f"; {store.manifest.skipped} bad samples left out" if args.skip_bad else ""
+    print(
+        f"{len(store)} questions about {store.num_images} images in {args.out}; accuracy with all "
+        f"tokens {float(store.full_scores('exact').mean()):.4f}{left_out}"
+    )
+    return 0
+
+
+def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) -> Any:
+    """``encode_dataset_ray``, with a worker's failure as one sentence instead of its traceback."""
+    from ray.exceptions import RayError
+
+    from tprl_env.data.features.manifest import StoreError
+    from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
+
+    try:
+        return encode_dataset_ray(load, samples, out, **options)
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise StoreError(f"an encoding worker failed ({reason})") from error
+
+
+def autoencoder(args: argparse.Namespace) -> int:
+    """Train the token autoencoder on a store and write its codes into the stores."""
+    from tprl_env.data.features.store import FeatureStore
+    from tprl_env.policy.autoencoder_training import (
+        TokenAutoencoder,
+        train_autoencoder,
+        write_codes,
+    )
+
+    store = FeatureStore.open(args.store)
+    others = [FeatureStore.open(path) for path in args.also]
+    if args.load:
+        model = TokenAutoencoder.from_pretrained(args.load)
+    else:
+        model, report = train_autoencoder(
+            store, code_width=args.code_width, steps=args.steps, seed=args.seed
+        )
+        model.save_pretrained(args.out or Path(args.store) / "autoencoder")
+        print(
+            f"code width {model.code_width}: reconstruction error {report.reconstruction_error:.4g}"
+            f", explained variance {report.explained_variance:.4f} on held-out images"
+        )
+    for target in (store, *others):
+        write_codes(target, model)
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train a policy with RLlib."""
+    from tprl_env.files import write_json
+    from tprl_env.rllib.config import load_config
+
+    config = load_config(args.config, overrides(args.overrides))
+    from tprl_env.rllib.run.mirror import open_run_folder
+    from tprl_env.rllib.run.train import train as run  # ray takes seconds to load
+
+    folder = open_run_folder(args.out)
+    result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
+    imitation = 0.0 if result.lfd is None else result.lfd.seconds
+    record = {
+        "algorithm": config.algorithm.upper(),
+        "preset": Path(args.config).stem,
+        "seconds": round(result.progress.seconds + imitation, 2),
+        "lvlm_scores": result.progress.scores,
+        "env_steps": result.progress.env_steps,
+        "seed": config.seed,
+    }
+    write_json(result.policy_path / "training.json", record)  # read by `tprl evaluate`
+    folder.publish()
+    print(f"policy in {folder.where}/policy; metrics in {folder.where}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Compare pruners on a store at matched budgets."""
+    from tprl_env.evaluation.compare_on_store import evaluate_store
+
+    evaluate_store(
+        args.store,
+        args.lvlm,
+        args.out,
+        policy=args.policy,
+        calibration=args.calibration,
+        threshold=args.threshold,
+        pruners=args.pruners,
+        budgets=args.budgets,
+        limit=args.limit,
+        trajectories=args.trajectories,
+    )
+    return 0
+
+
+def tiny_lvlm(args: argparse.Namespace) -> int:
+    """Train the built-in LVLM from nothing."""
+    from tprl_env.lvlm.tiny.train import train_tiny_lvlm
+
+    report = train_tiny_lvlm(
+        args.task, args.out, seed=args.seed, scale=args.scale, threads=args.threads
+    )
+    print(f"checkpoint in {args.out}; {report}")
+    return 0
+
+
+def check_results(args: argparse.Namespace) -> int:
+    """Check a results file."""
+    from tprl_env.evaluation.results import read_results
+
+    results = read_results(args.file, args.budgets)
+    print(f"{args.file}: {len(results['methods'])} rows, all that readers rely on is there")
+    return 0
+
+
+def _add_quickstart(commands: Any) -> None:
+    sub = commands.add_parser("quickstart", help="encode, train, compare and report in one go")
+    sub.add_argument("--task", default="crowded", help="crowded (default) or sparse")
+    sub.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    sub.add_argument("--preset", default="recommended", help="a config of rllib_configs/")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--scale", type=float, default=1.0, help="size of everything; 1 = 10 minutes")
+    sub.set_defaults(run=quickstart, takes_fields=True)
+
+
+def _add_encode(commands: Any) -> None:
+    sub = commands.add_parser("encode", help="dataset split + LVLM -> feature store")
+    sub.add_argument("--data", required=True, help="dataset name or a .jsonl file")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--limit", type=int, help="number of questions")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--lvlm", required=True, help="builtin:crowded, a folder or a hub id")
+    sub.add_argument("--revision", help="commit of a hub checkpoint")
+    sub.add_argument("--device")
+    sub.add_argument("--dtype")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--skip-bad", action="store_true", help="skip unreadable images, count them")
+    sub.add_argument(
+        "--question-attention", action="store_true", help="also the demonstrator's map"
+    )
+    sub.add_argument("--engine", choices=("local", "ray"), default="local")
+    sub.add_argument("--num-gpus", type=float, default=0, help="per worker of --engine ray")
+    sub.add_argument("--concurrency", type=int, default=1, help="workers of --engine ray")
+    sub.set_defaults(run=encode)
+
+
+def _add_autoencoder(commands: Any) -> None:
+    sub = commands.add_parser("autoencoder", help="train it on a store, write codes into stores")
+    sub.add_argument("store", type=Path)
+    sub.add_argument(
+        "--also", type=Path, nargs="*", default=[], help="more stores to write codes to"
+    )
+    sub.add_argument("--out", type=Path, help="folder for the weights (default: in the store)")
+    sub.add_argument("--load", type=Path, help="use these weights, do not train")
+    sub.add_argument("--code-width", type=at_least_one, help="default: token width / 16")
+    sub.add_argument("--steps", type=int, default=2000)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.set_defaults(run=autoencoder)
+
+
+def _add_train(commands: Any) -> None:
+    sub = commands.add_parser("train", help="train a policy: tprl train CONFIG [--field value ...]")
+    sub.add_argument("config", help="name in rllib_configs/ or a .py file")
+    sub.add_argument("--out", default="runs/train", help="a folder, or a URI of shared storage")
+    sub.add_argument(
+        "--resume", nargs="?", type=resume, const=True, default=False, metavar="auto",
+        help="continue the run in --out; auto: or start it if there is none",
+    )  # fmt: skip
+    sub.add_argument("--init-policy", type=Path, help="start from this policy folder")
+    sub.set_defaults(run=train, takes_fields=True)
+
+
+def _add_evaluate(commands: Any) -> None:
+    sub = commands.add_parser("evaluate", help="compare pruners at matched budgets")
+    sub.add_argument("store", type=Path)
+    sub.add_argument("--lvlm", required=True, help="the LVLM that the store was encoded with")
+    sub.add_argument("--policy", type=Path, help="exported policy folder")
+    sub.add_argument("--calibration", type=Path, help="store to calibrate thresholds on")
+    sub.add_argument(
+        "--threshold", type=float, help="also keep p > THRESHOLD, 0 to 1 (TPRL eq. 16)"
+    )
+    sub.add_argument(
+        "--pruners", type=names, help="comma-separated names (default: all that the store allows)"
+    )
+    sub.add_argument("--budgets", type=counts, default=BUDGETS)
+    sub.add_argument("--limit", type=int, help="use the first so many questions")
+    sub.add_argument("--trajectories", type=int, default=10, help="how many to draw")
+    sub.add_argument("--out", type=Path, default=Path("runs/evaluate"))
+    sub.set_defaults(run=evaluate)
+
+
+def _add_tiny_lvlm(commands: Any) -> None:
+    parser = commands.add_parser("tiny-lvlm", help="the built-in LVLM")
+    actions = parser.add_subparsers(dest="action", required=True)
+    sub = actions.add_parser("train", help="train it from nothing")
+    sub.add_argument("--task", default="crowded")
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--scale", type=float, default=1.0, help="multiplies all step counts")
+    sub.add_argument("--threads", type=int, default=1)
+    sub.set_defaults(run=tiny_lvlm)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(prog="tprl", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"tprl-env {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (
+        _add_quickstart,
+        _add_encode,
+        _add_autoencoder,
+        _add_train,
+        _add_evaluate,
+        add_compare,
+        _add_tiny_lvlm,
+        add_submit,
+        add_token,
+    ):
+        add(commands)
+    sub = commands.add_parser("check-results", help="check a results.json")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--budgets", type=counts, default=BUDGETS, help="counts that must be there")
+    sub.set_defaults(run=check_results)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 2 after a mistake of the user, which is printed as one sentence.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are not the user's
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        words, script = split_script(sys.argv[1:] if argv is None else argv)
+        args, rest = build_parser().parse_known_args(words)
+        if rest and not getattr(args, "takes_fields", False):
+            raise ValueError(
+                f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
+            )
+        args.overrides, args.script = rest, script
+        return int(args.run(args))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tprl_env"):
+            raise  # a bug, not something the user left out
+        print(
+            f'tprl: {error.name} is not installed; run pip install "tprl-env[all]"', file=sys.stderr
+        )
+        return 2
+    except USER_ERRORS as error:
+        # Ray wraps what a worker raised in an error whose text is the worker's whole traceback.
+        cause = getattr(error, "cause", None)
+        reason = cause if isinstance(cause, BaseException) else error
+        print(f"tprl: {' '.join(str(reason).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tprl: interrupted; the same command continues where it can", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,104 @@
+"""``tprl compare``: experiments over arms and seeds, and searches."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Run, resume or only report an experiment."""
+    if args.report:
+        from tprl_env.evaluation.experiment_tables import write_tables
+
+        print((write_tables(args.out) / "tables.md").read_text("utf-8"))
+        return 0
+    if args.config is None:
+        raise ValueError(
+            "tprl compare needs the name of an experiment or a .py file, or --report with --out"
+        )
+    from tprl_env.rllib.experiments.definition import Experiment, load_experiment
+
+    spec = load_experiment(args.config)
+    out = args.out or Path("runs/compare") / spec.name
+    from tprl_env.rllib.experiments.compare import compare as run
+    from tprl_env.rllib.experiments.places import TaskData
+    from tprl_env.rllib.experiments.search import search
+
+    given = {name: getattr(args, name) for name in ("lvlm", "train", "calibration", "test")}
+    stores = None
+    if any(given.values()):
+        missing = [f"--{name}" for name, value in given.items() if not value]
+        if missing:
+            raise ValueError(f"your own data needs {', '.join(missing)} too")
+        paths = {
+            name: str(Path(given[name]).resolve()) for name in ("train", "calibration", "test")
+        }
+        stores = TaskData(lvlm=given["lvlm"], **paths)
+    options: dict[str, Any] = {
+        "shared": args.shared,
+        "stores": stores,
+        "concurrent": args.concurrent,
+        "callbacks": loggers(args.log, spec.name),
+    }
+    if isinstance(spec, Experiment):
+        folder = run(spec, out, **options)
+        print((folder / "tables.md").read_text("utf-8"))
+        print(f"tables and plots in {folder}")
+    else:
+        print(search(spec, out, **options).read_text("utf-8"))
+    return 0
+
+
+def loggers(names: Sequence[str], project: str) -> list[Any]:
+    """Ray's own logger callbacks; TensorBoard, JSON and CSV are always written.
+
+    Args:
+        names: ``"mlflow"``, ``"mlflow=URI"``, ``"wandb"`` or ``"wandb=PROJECT"``.
+        project: Name of the MLflow experiment, and of the W&B project where none is given.
+
+    Raises:
+        ValueError: An unknown logger.
+        ModuleNotFoundError: Its extra is not installed.
+    """
+    found: list[Any] = []
+    for text in names:
+        name, _, value = text.partition("=")
+        if name == "mlflow":
+            import mlflow  # noqa: F401 - Ray's callback fails later and less clearly without it
+            from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+            found.append(MLflowLoggerCallback(tracking_uri=value or None, experiment_name=project))
+        elif name == "wandb":
+            import wandb  # noqa: F401
+            from ray.air.integrations.wandb import WandbLoggerCallback
+
+            found.append(WandbLoggerCallback(project=value or project))
+        else:
+            raise ValueError(
+                f"unknown logger {name!r}; known: mlflow[=URI], wandb[=PROJECT] (TensorBoard, JSON "
+                "and CSV files are always written)"
+            )
+    return found
+
+
+def add_compare(commands: Any) -> None:
+    """The sub-command."""
+    sub = commands.add_parser(
+        "compare", help="run, resume or report an experiment over arms and seeds"
+    )
+    sub.add_argument("config", nargs="?", help="name in rllib_configs/experiments/ or a .py file")
+    sub.add_argument("--out", type=Path, help="default: runs/compare/NAME")
+    sub.add_argument("--shared", type=Path, help="folder of stores and runs that experiments share")
+    sub.add_argument("--concurrent", type=int, help="runs at the same time")
+    sub.add_argument(
+        "--log", action="append", default=[], help="mlflow[=URI] or wandb[=PROJECT], repeatable"
+    )
+    sub.add_argument("--report", action="store_true", help="only write the tables of --out again")
+    sub.add_argument("--lvlm", help="your LVLM, with --train, --calibration and --test stores")
+    sub.add_argument("--train", help="store to learn on")
+    sub.add_argument("--calibration", help="store for curves and redundancy penalties")
+    sub.add_argument("--test", help="store that is reported on")
+    sub.set_defaults(run=compare)

@@ -1,0 +1,1 @@
+"""Episodes from the policy, as the learner wants them: module, runner, advantages."""

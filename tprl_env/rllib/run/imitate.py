@@ -1,0 +1,74 @@
+"""Imitation before reinforcement (TPRL eq. 7, 8), as a run's config asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tprl_env.data.features.source import TokenSource
+from tprl_env.policy.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
+from tprl_env.policy.imitation import LfdReport, pretrain
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.reducers import DivPrune, Pruner, VisPruner
+from tprl_env.rllib.config import TrainConfig, policy_config
+
+__all__ = ["HEURISTICS", "imitate"]
+
+# Demonstrators that read pictures only; every other name is a per-sample channel of the store.
+HEURISTICS: dict[str, type[Pruner]] = {"vispruner": VisPruner, "divprune": DivPrune}
+
+
+def imitate(
+    config: TrainConfig,
+    source: TokenSource,
+    folder: Path,
+    progress: Callable[[int, float], None] | None = None,
+) -> LfdReport:
+    """Train a fresh policy on demonstrations and save it.
+
+    Args:
+        config: names the demonstrator and its settings.
+        source: the samples.
+        folder: gets the policy, which `algorithm_config` takes as ``init_policy``.
+        progress: called with (step, loss).
+
+    Raises:
+        ValueError: if the source lacks what the demonstrator needs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        policy = PruningPolicy(policy_config(config, source))
+    report = pretrain(
+        policy,
+        source,
+        _demonstrator(config, source),
+        steps=config.lfd_steps,
+        batch_size=config.lfd_batch_size,
+        lr=config.lfd_lr,
+        seed=config.seed,
+        pos_weight=config.lfd_weights,  # type: ignore[arg-type]
+        progress=progress,
+    )
+    policy.save_pretrained(folder)
+    return report
+
+
+def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
+    heuristic = HEURISTICS.get(config.demonstrator)
+    if heuristic is not None and config.budget is None and not config.count_target:
+        return nested_masks(source, pruner=heuristic())  # the paper's keep-rates, .75 then .5
+    if isinstance(config.budget, tuple):
+        low, high = config.budget
+    else:
+        low = high = config.budget or round(config.count_target or 0)
+    if low < 1:
+        raise ValueError(
+            f"demonstrator={config.demonstrator!r} ranks tokens and needs to know how many to "
+            "keep; set budget or count_target"
+        )
+    if heuristic is not None:
+        return pruner_budgets(source, heuristic(), low, min(high, source.max_tokens), config.seed)
+    return saliency_demonstrator(source, config.demonstrator, low, min(high, source.max_tokens))

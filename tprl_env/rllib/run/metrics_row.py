@@ -1,0 +1,207 @@
+"""One iteration in twenty numbers, out of RLlib's several hundred; and as a line on the screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ray.rllib.core import DEFAULT_MODULE_ID
+
+from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.run.folder import Progress
+
+__all__ = ["IterationRow", "ProgressLines", "iteration_row"]
+
+
+@dataclass(frozen=True)
+class IterationRow:
+    """Metrics of one iteration; totals count over all starts of the run.
+
+    Attributes:
+        iteration: number of the iteration, from 1.
+        seconds: training time in total.
+        iteration_seconds: of this iteration.
+        sample_seconds: rolling out and scoring per iteration, smoothed by RLlib.
+        learn_seconds: gradient steps per iteration, smoothed by RLlib.
+        env_steps: in total.
+        episodes: in total.
+        scores: asked for in total.
+        computed: computed by the LVLM in total.
+        mean_return: undiscounted return per episode.
+        score: of the final masks.
+        full_score: of the same samples with all tokens.
+        kept: tokens in the final masks.
+        keep_ratio: of the tokens that exist.
+        explained_variance: by the critic before the update.
+        policy_loss: last minibatch.
+        value_loss: last minibatch.
+        entropy: last minibatch, as weighted in the loss.
+        kl: estimate of KL(old || new), last minibatch.
+        clipped: share of clipped ratios, last minibatch.
+        reference_kl: estimate of KL(policy || start policy) of whole masks, last minibatch (GRPO).
+        memory_weight: mean w of the groups with a memory (MAPO).
+        memory_groups: share of groups with a memory (MAPO).
+        memory_episodes: episodes remembered (MAPO).
+        scores_per_second: asked for in this iteration over its seconds.
+        busy_share: busy seconds of the scorers over their number times the iteration's seconds.
+        batch_fill: mean rows of a pass over the batch size.
+        duplicates: scores of this iteration copied inside a request.
+        cache_hits: scores of this iteration remembered.
+        retries: requests of this iteration sent again.
+        runners: healthy remote runners.
+    """
+
+    iteration: int
+    seconds: float
+    iteration_seconds: float
+    sample_seconds: float
+    learn_seconds: float
+    env_steps: int
+    episodes: int
+    scores: int
+    computed: int
+    mean_return: float
+    score: float
+    full_score: float
+    kept: float
+    keep_ratio: float
+    explained_variance: float
+    policy_loss: float
+    value_loss: float
+    entropy: float
+    kl: float
+    clipped: float
+    reference_kl: float
+    memory_weight: float
+    memory_groups: float
+    memory_episodes: float
+    scores_per_second: float
+    busy_share: float
+    batch_fill: float
+    duplicates: int
+    cache_hits: int
+    retries: int
+    runners: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: rounded to six digits, None for what is not a number."""
+        return {
+            name: _rounded(value) if isinstance(value, float) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def iteration_row(
+    result: Mapping[str, Any], progress: Progress, seconds: float, config: TrainConfig
+) -> IterationRow | None:
+    """Pick the numbers out of RLlib's result and advance the run's totals.
+
+    Returns:
+        None if no runner delivered anything in this iteration.
+    """
+    runners = result.get("env_runners", {})
+    learner = result.get("learners", {}).get(DEFAULT_MODULE_ID)
+    if learner is None or not runners.get("num_env_steps_sampled"):
+        return None
+    scorer = runners.get("scorer", {})
+    timers, memory = result.get("timers", {}), result.get("memory", {})
+    progress.iteration += 1
+    progress.env_steps += int(runners["num_env_steps_sampled"])
+    progress.episodes += int(runners.get("num_episodes", 0))
+    progress.scores += int(scorer.get("scores", 0))
+    progress.computed += int(scorer.get("computed", 0))
+
+    def number(table: Mapping[str, Any], name: str) -> float:
+        return float(table.get(name, float("nan")))
+
+    healthy = result.get("fault_tolerance", {}).get("num_healthy_workers", 0)
+    return IterationRow(
+        iteration=progress.iteration,
+        seconds=progress.seconds,
+        iteration_seconds=seconds,
+        sample_seconds=number(timers, "env_runner_sampling_timer"),
+        learn_seconds=number(timers, "learner_update_timer"),
+        env_steps=progress.env_steps,
+        episodes=progress.episodes,
+        scores=progress.scores,
+        computed=progress.computed,
+        mean_return=number(runners, "episode_return_mean"),
+        score=number(runners, "score"),
+        full_score=number(runners, "full_score"),
+        kept=number(runners, "kept"),
+        keep_ratio=number(runners, "keep_ratio"),
+        explained_variance=number({**learner, **runners}, "explained_variance"),
+        policy_loss=number(learner, "policy_loss"),
+        value_loss=number(learner, "vf_loss"),
+        entropy=number(learner, "entropy"),
+        kl=number(learner, "mean_kl_loss"),
+        clipped=number(learner, "clipped_share"),
+        reference_kl=number(learner, "reference_kl"),
+        memory_weight=number(memory, "weight"),
+        memory_groups=number(memory, "groups"),
+        memory_episodes=number(memory, "episodes"),
+        scores_per_second=float(scorer.get("scores", 0)) / max(seconds, 1e-9),
+        busy_share=float(scorer.get("busy_seconds", 0))
+        / max(seconds, 1e-9)
+        / max(1, config.num_scorers),
+        batch_fill=number(scorer, "batch_fill"),
+        duplicates=int(scorer.get("duplicates", 0)),
+        cache_hits=int(scorer.get("cache_hits", 0)),
+        retries=int(scorer.get("retries", 0)),
+        runners=int(healthy),
+    )
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+class ProgressLines:
+    """A table that grows by a line every few iterations.
+
+    Args:
+        every: iterations between lines; 0 prints nothing at all.
+    """
+
+    _COLUMNS = (
+        ("iteration", "iteration", "{:d}"),
+        ("seconds", "seconds", "{:.0f}"),
+        ("scores", "scores", "{:d}"),
+        ("mean_return", "return", "{:.3f}"),
+        ("score", "score", "{:.3f}"),
+        ("kept", "tokens kept", "{:.1f}"),
+        ("scores_per_second", "scores/s", "{:.0f}"),
+        ("busy_share", "scorers busy", "{:.0%}"),
+    )
+
+    def __init__(self, every: int) -> None:
+        self._every, self._headed = every, False
+        if every:
+            from rich.console import Console
+
+            self._console = Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print a remark."""
+        if self._every:
+            self._console.print(text, style="dim", soft_wrap=True)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Print an iteration's line if it is due."""
+        if not self._every or (row["iteration"] - 1) % self._every:
+            return
+        if not self._headed:
+            titles = "  ".join(f"{title:>{_width(title)}}" for _, title, _ in self._COLUMNS)
+            self._console.print(titles, style="bold", soft_wrap=True)
+            self._headed = True
+        cells = [
+            f"{'-' if row[name] is None else form.format(row[name]):>{_width(title)}}"
+            for name, title, form in self._COLUMNS
+        ]
+        self._console.print("  ".join(cells), soft_wrap=True)
+
+
+def _width(title: str) -> int:
+    return max(9, len(title))

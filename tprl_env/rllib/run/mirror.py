@@ -1,0 +1,138 @@
+"""A run folder on this machine whose results live in shared storage.
+
+Every start begins with what the storage holds, so that a job may go on on another machine: the
+newest whole checkpoint is fetched, each checkpoint is uploaded after it was written, whole or not
+at all. Two starts at a time would overwrite each other: the last one to start owns the run, and the
+others stop at their next upload.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import logging
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.run.folder import KEPT_CHECKPOINTS, Progress, Resume, RunFolder
+from tprl_env.rllib.run.storage import Storage, StorageError, is_uri
+
+__all__ = ["MirroredRunFolder", "RunTakenOverError", "open_run_folder"]
+
+logger = logging.getLogger(__name__)
+
+_OWNER = "owner.json"
+_DESCRIPTION = ("config.json", "run.json")
+_CHECKPOINTS = "checkpoints"
+
+
+class RunTakenOverError(OSError):
+    """Another start of the same run has taken its storage over."""
+
+
+def open_run_folder(place: str | Path | RunFolder) -> RunFolder:
+    """The folder of a run, on this machine or mirrored to a URI.
+
+    Args:
+        place: a path, a URI such as ``s3://bucket/run``, or a folder that is open already.
+    """
+    if isinstance(place, RunFolder):
+        return place
+    return MirroredRunFolder(Storage.open(str(place))) if is_uri(place) else RunFolder(place)
+
+
+class MirroredRunFolder(RunFolder):
+    """A run folder in a temporary place, removed with the process, and its copy in the storage.
+
+    Args:
+        storage: where the run lives.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        scratch = tempfile.mkdtemp(prefix="tprl-run-")
+        atexit.register(functools.partial(shutil.rmtree, scratch, ignore_errors=True))
+        super().__init__(scratch)
+        self.where, self.storage = storage.name, storage
+        self._owner = uuid.uuid4().hex
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Bring in what a start needs: the description, the metrics, the newest whole state."""
+        for name in (*_DESCRIPTION, self.metrics.name):
+            content = self.storage.read(name)
+            if content is not None:
+                (self.path / name).write_bytes(content)
+        if self.lfd_policy.name in self.storage.folders(""):
+            self.storage.fetch_folder(self.lfd_policy.name, self.lfd_policy)
+        self._checkpoints.mkdir()
+        for name in reversed(self.storage.folders(_CHECKPOINTS)):
+            local = self._checkpoints / name
+            try:
+                self.storage.fetch_folder(f"{_CHECKPOINTS}/{name}", local)
+            except StorageError as error:
+                logger.warning("%s; trying an older checkpoint", error)
+                continue
+            shutil.copytree(local / "policy", self.policy)
+            break
+
+    def begin(self, config: TrainConfig, *, resume: Resume) -> None:
+        """Claim the run, here and in the storage.
+
+        Raises:
+            ValueError: as `RunFolder.begin`.
+        """
+        super().begin(config, resume=resume)
+        self.storage.write(_OWNER, json.dumps({"start": self._owner}).encode())
+        self._push_files(_DESCRIPTION)
+        self.storage.drop_torn(_CHECKPOINTS)
+
+    def save_checkpoint(
+        self, progress: Progress, policy: PruningPolicy, save: Callable[[str], Any]
+    ) -> Path:
+        """Write a checkpoint here and upload it; the oldest ones go.
+
+        Raises:
+            RunTakenOverError: another start owns the run now.
+        """
+        final = super().save_checkpoint(progress, policy, save)
+        self._check_owner()
+        if self.lfd_policy.is_dir() and self.lfd_policy.name not in self.storage.folders(""):
+            self.storage.push_folder(self.lfd_policy, self.lfd_policy.name)
+        # The metrics go first: those of iterations after the checkpoint are cut off on resuming.
+        boards = [f"{self.tensorboard.name}/{path.name}" for path in self.tensorboard.glob("*")]
+        self._push_files((self.metrics.name, *boards))
+        self.storage.push_folder(final, f"{_CHECKPOINTS}/{final.name}")
+        self.storage.push_folder(self.policy, self.policy.name)
+        for old in list(self.storage.folders(_CHECKPOINTS))[:-KEPT_CHECKPOINTS]:
+            self.storage.drop_folder(f"{_CHECKPOINTS}/{old}")
+        return final
+
+    def publish(self) -> None:
+        """Upload the exported policy again, with what was written into it after training.
+
+        Raises:
+            RunTakenOverError: another start owns the run now.
+        """
+        self._check_owner()
+        self.storage.push_folder(self.policy, self.policy.name)
+
+    def _push_files(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            if (self.path / name).is_file():
+                self.storage.write(name, (self.path / name).read_bytes())
+
+    def _check_owner(self) -> None:
+        content = self.storage.read(_OWNER)
+        owner = None if content is None else json.loads(content).get("start")
+        if owner != self._owner:
+            raise RunTakenOverError(
+                f"another start of the run in {self.where} has taken over; this one stops and "
+                "leaves the storage as it is"
+            )

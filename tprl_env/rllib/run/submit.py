@@ -1,0 +1,293 @@
+"""Sending a training, or any script, to a Ray cluster as a job.
+
+A thin layer over Ray's own client that adds what is easy to forget: the token comes from a private
+file and never travels in the request, a cluster without authentication is refused, secrets and
+results stay out of the upload, and the training may be sent again and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import tprl_env
+from tprl_env.ray_session import use_token
+
+__all__ = [
+    "EXCLUDES",
+    "checkout",
+    "follow",
+    "runtime_env",
+    "script_command",
+    "send",
+    "training_command",
+]
+
+EXCLUDES = (
+    *("/runs/", "/stores/", "/build/", "/dist/", "*.tmp"),
+    *(".git/", ".venv*/", "venv/", "__pycache__/", "*.egg-info/", ".*_cache/"),
+    *(".env", ".env.*", ".netrc", ".aws/", ".ssh/", ".ray/", "auth_token", "*.pem", "*.key"),
+)
+"""Left out of the upload: results, stores, environments, and files that hold secrets."""
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+_HARMLESS = re.compile(r"_(PATH|FILE|DIR)$", re.IGNORECASE)
+_CHATTY = (  # tell every ignored file and every closed connection
+    "ray._private.runtime_env.packaging",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+)
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PATIENCE = 300.0  # seconds without the cluster after which following ends
+_INTERRUPTED = 130
+
+
+def checkout() -> Path | None:
+    """The checkout that this package runs from, None if it is installed."""
+    root = Path(tprl_env.__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def training_command(
+    config: str,
+    overrides: Mapping[str, str],
+    storage: str,
+    *,
+    working_dir: Path | None,
+    python: str = "python",
+) -> str:
+    """The job's command: ``tprl train`` that starts the run, or goes on with it.
+
+    Args:
+        config: preset, or path of a config file below ``working_dir``.
+        overrides: fields of the config.
+        storage: URI, or absolute path on a disk that every node sees.
+        working_dir: what is uploaded, None for nothing.
+        python: interpreter on the cluster.
+
+    Raises:
+        ValueError: the mistakes that would otherwise show minutes later, on the cluster.
+    """
+    from tprl_env.rllib.config import load_config
+    from tprl_env.rllib.run.storage import Storage, is_uri
+
+    load_config(config, overrides)
+    if is_uri(storage):
+        Storage.check(storage)
+    elif not Path(storage).is_absolute():
+        raise ValueError(
+            f"--storage must be a URI such as s3://bucket/run, or an absolute path on a disk that "
+            f"every node sees, got {storage!r}"
+        )
+    if config.endswith(".py"):
+        path = Path(config).resolve()
+        if working_dir is None or not path.is_relative_to(working_dir.resolve()):
+            raise ValueError(
+                f"the config file {config!r} is not below the uploaded folder "
+                f"({working_dir or 'none'}); move it there, or pass --working-dir"
+            )
+        config = path.relative_to(working_dir.resolve()).as_posix()
+    words = [python, "-m", "tprl_env.cli", "train", config, "--out", storage, "--resume", "auto"]
+    for name, value in overrides.items():
+        words.append(f"--{name}={value}")
+    return shlex.join(words)
+
+
+def runtime_env(working_dir: Path | None, variables: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's description of a job's surroundings, which everybody with the dashboard can read.
+
+    Args:
+        working_dir: folder to upload, None for nothing.
+        variables: environment variables of the job and its actors.
+
+    Raises:
+        ValueError: for a secret in the variables, or a folder that is no project.
+    """
+    for name in variables:
+        if _SECRET.search(name) and not _HARMLESS.search(name):
+            raise ValueError(
+                f"{name} looks like a secret, and a job's environment can be read in the "
+                f"dashboard; mount it as a file on the nodes and pass {name}_PATH"
+            )
+    table: dict[str, Any] = {"env_vars": dict(variables)} if variables else {}
+    if working_dir is None:
+        return table
+    folder = working_dir.resolve()
+    if not folder.is_dir():
+        raise ValueError(f"--working-dir {str(working_dir)!r} is no folder")
+    if folder in (Path.home().resolve(), Path(folder.anchor)):
+        raise ValueError(
+            f"--working-dir {str(folder)!r} would be uploaded with everything in it; choose the "
+            "folder of the project"
+        )
+    return table | {"working_dir": str(folder), "excludes": list(EXCLUDES)}
+
+
+def send(
+    command: str,
+    environment: Mapping[str, Any],
+    *,
+    address: str | None = None,
+    driver_cpus: float = 0.0,
+) -> tuple[Any, str]:
+    """Submit a job.
+
+    Args:
+        command: what the job runs.
+        environment: from `runtime_env`.
+        address: of the dashboard; default RAY_API_SERVER_ADDRESS, else this machine's port 8265.
+        driver_cpus: CPUs reserved for the command; with 0 it runs on the head.
+
+    Returns:
+        Ray's client and the job's id.
+
+    Raises:
+        PermissionError: no token, a wrong one, or a cluster that lets everybody in.
+        OSError: the cluster cannot be reached or refuses the job.
+        ValueError: the request holds the token.
+    """
+    token = use_token()
+    if token in json.dumps([command, dict(environment)]):
+        raise ValueError("the job would carry the Ray token in clear text; remove it")
+    address = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    _check_guarded(address)
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would win over --address
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(
+            entrypoint=command,
+            runtime_env=dict(environment),
+            entrypoint_num_cpus=driver_cpus or None,
+        )
+    except AuthenticationError as error:
+        raise PermissionError(
+            f"the cluster at {address} refused the token ({str(error).splitlines()[0]}); use the "
+            "token that the cluster was started with"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"the cluster at {address} refused the job: {reason}") from error
+    return client, job
+
+
+def _url(address: str) -> str:
+    """``host:port`` or URL to URL; a warning where the token would travel in clear text."""
+    url = address if "://" in address else f"http://{address}"
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise ValueError(
+            f"expected the dashboard's address such as {DEFAULT_ADDRESS}, got {address!r}"
+        )
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        print(
+            f"tprl: the token travels to {parts.hostname} unencrypted; a tunnel (ray dashboard, "
+            "ssh -L, kubectl port-forward) avoids that",
+            file=sys.stderr,
+        )
+    return url.rstrip("/")
+
+
+def _check_guarded(address: str) -> None:
+    """Refuse a cluster that runs without authentication.
+
+    Raises:
+        PermissionError: it does.
+        ConnectionError: nobody answers, or not Ray.
+    """
+    import requests
+
+    try:
+        answer = requests.get(f"{address}/api/authentication_mode", timeout=15)
+        mode = answer.json().get("authentication_mode") if answer.ok else "disabled"
+    except requests.RequestException as error:
+        raise ConnectionError(
+            f"no Ray dashboard answers at {address} ({type(error).__name__}); open the tunnel to "
+            "the head's port 8265 or pass --address"
+        ) from error
+    if mode == "disabled":
+        raise PermissionError(
+            f"the cluster at {address} runs without authentication, so anybody who reaches it "
+            "runs code on it; start it with RAY_AUTH_MODE=token and a token"
+        )
+
+
+def follow(client: Any, job: str) -> int:
+    """Print the job's output until it ends.
+
+    Returns:
+        0 if it succeeded, else its own exit code, or 1; 130 after Ctrl-C, which leaves it running.
+
+    Raises:
+        ConnectionError: the cluster has not answered for five minutes.
+    """
+    try:
+        asyncio.run(_print_logs(client, job))
+    except KeyboardInterrupt:
+        print(
+            f"\ntprl: job {job} goes on; `ray job logs -f {job}` shows it, `ray job stop {job}` "
+            "ends it",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
+    info = client.get_job_info(job)
+    status = str(getattr(info.status, "value", info.status))
+    print(f"tprl: job {job} {status.lower()}", file=sys.stderr)
+    if status == "SUCCEEDED":
+        return 0
+    return int(info.driver_exit_code or 1)
+
+
+async def _print_logs(client: Any, job: str) -> None:
+    """Tail the logs, again after a broken connection; what was shown is not shown twice."""
+    import aiohttp
+
+    shown, broken = 0, None
+    while True:
+        seen = 0
+        try:
+            async for chunk in client.tail_job_logs(job):
+                broken = None
+                seen += len(chunk)
+                new = chunk[max(0, len(chunk) - max(0, seen - shown)) :]
+                print(new, end="", flush=True)
+                shown = max(shown, seen)
+            if client.get_job_info(job).status.is_terminal():
+                return
+            broken = None
+        except (RuntimeError, OSError, aiohttp.ClientError) as error:
+            now = time.monotonic()
+            broken = now if broken is None else broken
+            if now - broken > _PATIENCE:
+                raise ConnectionError(
+                    f"lost the cluster ({type(error).__name__}); job {job} may go on, ask with "
+                    f"`ray job status {job}`"
+                ) from error
+        await asyncio.sleep(1.0)
+
+
+def script_command(words: Sequence[str]) -> str:
+    """The words after ``--`` as one shell command.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not words:
+        raise ValueError("nothing to run after --; write -- python script.py")
+    return shlex.join(words)

@@ -1,0 +1,345 @@
+"""Training from a config to an exported policy: scorers, imitation, iterations, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import (
+    COMPONENT_LEARNER,
+    COMPONENT_RL_MODULE,
+    DEFAULT_MODULE_ID,
+)
+
+from tprl_env.data.features import shared_source
+from tprl_env.policy.imitation import LfdReport
+from tprl_env.policy.network import PruningPolicy
+from tprl_env.ray_session import ray_session
+from tprl_env.rllib.algorithms import algorithm_config
+from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
+from tprl_env.rllib.rollout.module import load_policy
+from tprl_env.rllib.run.folder import Progress, Resume, RunFolder
+from tprl_env.rllib.run.imitate import HEURISTICS, imitate
+from tprl_env.rllib.run.metrics_row import IterationRow, ProgressLines, iteration_row
+from tprl_env.rllib.run.mirror import open_run_folder
+from tprl_env.rllib.run.placement import actor_cpus, check_room
+from tprl_env.scoring.pool import ScorerPool
+from tprl_env.scoring.spec import PoolAddress
+
+__all__ = ["TrainResult", "train"]
+
+logger = logging.getLogger(__name__)
+
+OnIteration = Callable[[dict[str, Any], PruningPolicy], None]
+
+_EMPTY_ITERATIONS = 5
+_NOISY_LOGGERS = (  # warn about RLlib's own internals at every start
+    "ray._common.deprecation",
+    "ray._private.authentication.authentication_token_setup",
+    "ray.rllib.algorithms.algorithm_config",
+    "ray.tune.trainable.trainable",
+    "ray.tune.utils.util",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a call of `train` has reached.
+
+    Attributes:
+        out: the run's folder.
+        policy_path: exported policy (safetensors + config.json).
+        progress: iterations, steps and scores over all starts.
+        metrics: row of the last iteration.
+        stopped_by: ``"iterations"``, ``"max_scores"`` or ``"max_seconds"``.
+        lfd: report of the imitation, None if there was none in this call.
+    """
+
+    out: Path
+    policy_path: Path
+    progress: Progress
+    metrics: dict[str, Any]
+    stopped_by: str
+    lfd: LfdReport | None = None
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path | RunFolder,
+    *,
+    resume: Resume = False,
+    init_policy: str | Path | None = None,
+    progress: bool = True,
+    iterations: int | None = None,
+    max_scores: int | None = None,
+    max_seconds: float | None = None,
+    on_iteration: OnIteration | None = None,
+) -> TrainResult:
+    """Train a policy.
+
+    Args:
+        config: the run.
+        out: folder or URI for everything that is written, see `tprl_env.rllib.run.folder`.
+        resume: go on from the newest whole checkpoint in ``out``; ``"auto"`` starts if there is
+            no run.
+        init_policy: policy folder to start from instead of imitation or random weights.
+        progress: print a line every ``config.report_every`` iterations.
+        iterations: overrides ``config.iterations``.
+        max_scores: overrides ``config.max_scores``; counts the scores asked for, over all starts.
+        max_seconds: overrides ``config.max_seconds``; counts training time over all starts.
+        on_iteration: called after each iteration with the row of metrics and the policy.
+
+    Raises:
+        ValueError: for a run without an end, a folder or a policy that does not fit.
+        ScoringError: if the scorers cannot be started, or a mask cannot be scored.
+        PlacementError: if the cluster has no room for the env runners or learners.
+        RuntimeError: if the remote runners deliver nothing.
+    """
+    given = {"iterations": iterations, "max_scores": max_scores, "max_seconds": max_seconds}
+    config = config.replace(**{name: limit for name, limit in given.items() if limit is not None})
+    if config.iterations is config.max_scores is config.max_seconds is None:
+        raise ValueError("this run would never end; set iterations, max_scores or max_seconds")
+    config = _absolute(config)
+    _check_inputs(config, init_policy)
+    folder = open_run_folder(out)
+    folder.begin(config, resume=resume)
+    lines = ProgressLines(config.report_every if progress else 0)
+    with _quiet(), _threads(config.torch_threads), ray_session(actor_cpus(config)):
+        start, lfd = _start_policy(config, folder, init_policy, lines)
+        with _scorers(config, lines) as pool:
+            settings = algorithm_config(config, pool=pool, init_policy=start)
+            check_room(settings, config.start_timeout)  # RLlib would wait for ever
+            algorithm = settings.build_algo()
+            try:
+                loop = _Loop(config, folder, algorithm, lines, on_iteration)
+                stopped_by = loop.run()
+            finally:
+                algorithm.stop()
+    return TrainResult(folder.path, folder.policy, loop.progress, loop.row, stopped_by, lfd)
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Paths as actors need them: their working folder may be another."""
+    changes = {
+        name: str(Path(value).resolve())
+        for name, value in (("source", config.source), ("lvlm", config.lvlm))
+        if value and Path(value).is_dir()
+    }
+    return config.replace(**changes)
+
+
+def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
+    """Refuse a source, LVLM or policy that does not fit, before anything is written or started.
+
+    Raises:
+        ValueError: naming what does not fit.
+        FileNotFoundError: for a missing LVLM.
+    """
+    scorer_spec(config)
+    source: Any = shared_source(config.source)
+    wanted = policy_config(config, source)
+    if init_policy is not None:
+        load_policy(str(init_policy), wanted)
+    budget = config.budget if isinstance(config.budget, int) else (config.budget or (0, 0))[0]
+    if budget > source.max_tokens:
+        raise ValueError(
+            f"budget {config.budget} asks for more tokens than the {source.max_tokens} of "
+            f"{config.source}; lower it"
+        )
+    if config.scorer == "lvlm":
+        _check_lvlm(config, source)
+    free = ("none", *HEURISTICS)
+    missing = config.demonstrator not in free and not source.has_channel(config.demonstrator)
+    if missing and init_policy is None:
+        raise ValueError(
+            f"demonstrator {config.demonstrator!r} needs a channel that {config.source} does not "
+            f"hold; encode it with --question-attention, or set demonstrator to {', '.join(free)}"
+        )
+
+
+def _check_lvlm(config: TrainConfig, source: Any) -> None:
+    """Refuse an LVLM that cannot be loaded, or another one than the store was encoded with.
+
+    Raises:
+        StoreError: the store is another LVLM's.
+        ValueError: the checkpoint is of no known family.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    from tprl_env.data.features.store import FeatureStore
+    from tprl_env.lvlm import find_lvlm
+    from tprl_env.lvlm.loading.checkpoint import folder_fingerprint, is_local
+
+    place, _ = find_lvlm(config.lvlm)
+    if isinstance(source, FeatureStore) and is_local(place):
+        FeatureStore.open(source.path, lvlm_fingerprint=folder_fingerprint(Path(place)))
+
+
+def _start_policy(
+    config: TrainConfig, folder: RunFolder, init_policy: str | Path | None, lines: ProgressLines
+) -> tuple[str | None, LfdReport | None]:
+    """Folder of the policy to start from; None for random weights or a checkpoint."""
+    if folder.newest() is not None:
+        return None, None
+    source = shared_source(config.source)
+    if init_policy is not None:
+        return str(Path(init_policy).resolve()), None
+    if config.demonstrator == "none":
+        return None, None
+    report = None
+    if not (folder.lfd_policy / "config.json").is_file():  # else a killed run had finished it
+        lines.say(f"imitating {config.demonstrator} for {config.lfd_steps} steps")
+        report = imitate(config, source, folder.lfd_policy)
+        lines.say(
+            f"imitation took {report.seconds:.0f} s: loss {report.final_loss:.3f}, "
+            f"{report.agreement:.0%} of the demonstrated tokens"
+        )
+    return str(folder.lfd_policy.resolve()), report
+
+
+class _Loop:
+    """Iterations of one call of `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        algorithm: Algorithm,
+        lines: ProgressLines,
+        on_iteration: OnIteration | None,
+    ) -> None:
+        self.config, self.folder, self.algorithm = config, folder, algorithm
+        self.lines, self.on_iteration = lines, on_iteration
+        self.progress, self.row = Progress(), {"iteration": 0}
+        self._saved_at = time.monotonic()
+        newest = folder.newest()
+        if newest is not None:
+            path, self.progress = newest
+            algorithm.restore_from_path(str((path / "rllib").resolve()))
+            # Restoring leaves remote runners with the weights they were built with.
+            algorithm.env_runner_group.sync_weights(
+                from_worker_or_learner_group=algorithm.learner_group, inference_only=True
+            )
+            self.row = {"iteration": self.progress.iteration}
+            lines.say(f"resuming after iteration {self.progress.iteration}")
+
+    def run(self) -> str:
+        """Iterate until a limit is reached; returns its name."""
+        saved, whole = self.progress.iteration, self.folder.newest() is not None
+        with self.folder.metrics_writer(after=self.progress.iteration) as write:
+            while not (limit := self._limit()):
+                self.row = self._iterate().as_dict()
+                write(self.row)
+                self.lines.show(self.row)
+                if self.on_iteration is not None:
+                    self.on_iteration(self.row, self.policy())
+                if self._due(saved):
+                    saved, whole = self._save(), True
+        if not whole or saved != self.progress.iteration:
+            self._save()
+        return limit
+
+    def _limit(self) -> str:
+        """Name of the limit that is reached, empty if none."""
+        config, done = self.config, self.progress
+        reached = {"iterations": done.iteration, "max_scores": done.scores}
+        reached["max_seconds"] = done.seconds  # type: ignore[assignment]
+        for name, value in reached.items():
+            limit = getattr(config, name)
+            if limit is not None and value >= limit:
+                return name
+        return ""
+
+    def _iterate(self) -> IterationRow:
+        """One iteration that delivered something."""
+        for _ in range(_EMPTY_ITERATIONS):
+            begin = time.monotonic()
+            result = self.algorithm.train()
+            seconds = time.monotonic() - begin
+            self.progress.seconds += seconds
+            row = iteration_row(result, self.progress, seconds, self.config)
+            if row is not None:
+                return row
+            logger.warning("no runner delivered in this iteration; trying again")
+        raise RuntimeError(
+            f"the env runners delivered nothing in {_EMPTY_ITERATIONS} iterations; their logs say "
+            "why (ray logs), and sample_timeout may be too short for the scorers"
+        )
+
+    def _due(self, saved: int) -> bool:
+        often = self.progress.iteration - saved >= self.config.checkpoint_every
+        return often and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
+
+    def _save(self) -> int:
+        self.folder.save_checkpoint(self.progress, self.policy(), self.algorithm.save_to_path)
+        self._saved_at = time.monotonic()
+        return self.progress.iteration
+
+    def policy(self) -> PruningPolicy:
+        """The learner's policy, on the CPU."""
+        component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}/{DEFAULT_MODULE_ID}"
+        state = self.algorithm.learner_group.get_state(components=[component])
+        weights = state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+        head = "pruning_policy."
+        policy = PruningPolicy(policy_config(self.config, shared_source(self.config.source)))
+        policy.load_state_dict(
+            {
+                name.removeprefix(head): torch.as_tensor(part)
+                for name, part in weights.items()
+                if name.startswith(head)  # GRPO's learner also holds the start policy
+            }
+        )
+        return policy.eval()
+
+
+@contextlib.contextmanager
+def _scorers(config: TrainConfig, lines: ProgressLines) -> Iterator[PoolAddress | None]:
+    """Address of the run's scorer actors; None where the runners score in their own process."""
+    if not config.num_scorers:
+        yield None
+        return
+    lines.say(f"starting {config.num_scorers} scorers")
+    pool = ScorerPool.start(
+        scorer_spec(config),
+        config.num_scorers,
+        num_cpus=config.scorer_cpus,
+        num_gpus=config.scorer_gpus,
+        resources=config.scorer_resources,
+        start_timeout=config.start_timeout,
+        max_outstanding=config.max_outstanding,
+        poison_limit=config.poison_limit,
+        cache_size=config.cache_size,
+    )
+    with contextlib.closing(pool):
+        yield pool.address
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep RLlib's notes about its own internals off the screen."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Torch threads of the driver: the scorers need the other cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
