@@ -27,7 +27,8 @@ SOURCES = sorted(
 CLUSTER = sorted(path for path in (ROOT / "cluster").rglob("*") if path.is_file())
 
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-PICKLE_IS_OURS = {"tprl_env/lvlm/encoding/encode_with_ray.py"}  # rows of a Ray Data pipeline, made by itself
+# rows of a Ray Data pipeline, made by itself
+PICKLE_IS_OURS = {"tprl_env/lvlm/encoding/encode_with_ray.py"}
 
 
 def name_of(node: ast.expr) -> str:

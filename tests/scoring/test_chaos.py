@@ -56,7 +56,7 @@ def cluster() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=STORE_MB << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(HELPERS)}},  # for chaos_scorers
+        runtime_env={"env_vars": {"PYTHONPATH": f"{HELPERS}:{Path(__file__).parent}"}},
     )
     yield
     ray.shutdown()

@@ -70,7 +70,7 @@ def join(worker: RayNode, log: Path) -> None:
 
 @pytest.mark.netns
 @pytest.mark.timeout(900)
-def test_a_node_that_is_cut_off_changes_no_score(two_hosts, tmp_path: Path, log: Path):  # noqa: F811
+def test_a_node_that_is_cut_off_changes_no_score(two_hosts, tmp_path: Path, log: Path):
     (first, first_ip), (second, second_ip) = two_hosts.items()
     inside = {name: ("ip", "netns", "exec", name) for name in two_hosts}
     head = start_head(tmp_path / "home", cpus=2, ip=first_ip, prefix=inside[first])

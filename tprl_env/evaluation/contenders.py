@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tprl_env.data.features.store import CODES, FeatureStore
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.measure import (
     evaluate,
@@ -16,15 +17,11 @@ from tprl_env.evaluation.measure import (
 )
 from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner, choose_penalty
 from tprl_env.reducers import PRUNERS, make_pruner
 from tprl_env.reducers.base import Pruner, prune_inputs
 from tprl_env.scoring import local_scorer
-
-if TYPE_CHECKING:
-    from tprl_env.data.features.store import FeatureStore
-    from tprl_env.policy.network import PruningPolicy
-
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
 
@@ -157,8 +154,6 @@ def load_policy(folder: str | Path, store: FeatureStore) -> PruningPolicy:
     Raises:
         ValueError: The folder holds no policy, or one of other widths.
     """
-    from tprl_env.policy.network import PruningPolicy
-
     policy = PruningPolicy.from_pretrained(folder)
     config = policy.config
     wanted, found = (
@@ -180,8 +175,6 @@ def open_calibration(path: str | Path, store: FeatureStore) -> FeatureStore:
     Raises:
         ValueError: It belongs to another LVLM or autoencoder.
     """
-    from tprl_env.data.features.store import CODES, FeatureStore
-
     opened = FeatureStore.open(path, lvlm_fingerprint=store.manifest.lvlm_fingerprint)
     ours, theirs = (s.channel_meta(CODES).get("fingerprint") for s in (store, opened))
     if ours != theirs:
