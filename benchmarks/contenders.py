@@ -38,7 +38,7 @@ def open_lvlm(spec: str) -> LlavaLVLM:
 
 def timed_scorer(spec: ScorerSpec) -> TimedScorer:
     """The scorer of the contender ``spec.options["name"]``."""
-    inner = LVLMScorer(open_lvlm(spec.lvlm), FeatureStore.open(spec.source), spec.metric)
+    inner = LVLMScorer(open_lvlm(spec.lvlm), FeatureStore.open(spec.source), spec.score_kind)
     return SCORERS.setdefault(spec.options["name"], TimedScorer(inner))
 
 

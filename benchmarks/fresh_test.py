@@ -63,7 +63,7 @@ def measure_task(folder: Path, definition: dict[str, Any], task: str, args: Any)
 def _rows_by_type(store: FeatureStore) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
     for sample in range(len(store)):
-        rows.setdefault(store.kind(sample), []).append(sample)
+        rows.setdefault(store.question_type(sample), []).append(sample)
     return rows
 
 

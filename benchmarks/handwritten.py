@@ -20,12 +20,12 @@ from tprl_env.data.features import shared_source
 from tprl_env.env import rewards
 from tprl_env.env.episodes import choose_episode
 from tprl_env.env.scorer import BoolArray
-from tprl_env.rllib.algorithms.base import settings_of
 from tprl_env.rllib.algorithms.grpo import GrpoSettings, grpo_loss
 from tprl_env.rllib.algorithms.losses import SurrogateSettings
 from tprl_env.rllib.algorithms.mapo import mapo_loss, new_memory
 from tprl_env.rllib.algorithms.mapo_mixture import mix
 from tprl_env.rllib.algorithms.ppo import LossSettings, ppo_loss
+from tprl_env.rllib.algorithms.shared import settings_of
 from tprl_env.rllib.config import TrainConfig, rules
 from tprl_env.rllib.rollout.connector import REFERENCE_LOGP
 from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns
@@ -41,15 +41,15 @@ class Handwritten:
         # draws of one sample share their first state; without draws there is nothing to share
         self._names = ("sample", "alive", "step", *(("state",) if config.draws > 1 else ()))
         self._source = shared_source(config.source)
-        self._full = self._source.full_scores(config.metric)
+        self._full = self._source.full_scores(config.score_kind)
         self._module = new_module(config)
         trained = [part for part in self._module.parameters() if part.requires_grad]
         self._adam = torch.optim.Adam(trained, lr=config.lr)
         spec = ScorerSpec(
-            config.source, config.metric, lvlm=config.lvlm, options={"name": "handwritten"}
+            config.source, config.score_kind, lvlm=config.lvlm, options={"name": "handwritten"}
         )
         self._timed = timed_scorer(spec)
-        self._scorer = CachedScorer(self._timed, self._source, config.metric, config.cache_size)
+        self._scorer = CachedScorer(self._timed, self._source, config.score_kind, config.cache_size)
         self._random = np.random.default_rng(config.seed)
         self._module.generator.manual_seed(config.seed)
         self._estimate, self._loss = {

@@ -11,13 +11,13 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.contenders import Cost, Watch, new_module, open_lvlm
-from tprl_env.data import graders as metrics
+from tprl_env.data import graders
 from tprl_env.data.features import shared_source
 from tprl_env.env import rewards
 from tprl_env.env.episodes import choose_episode
 from tprl_env.env.scorer import BoolArray
 from tprl_env.lvlm import find_lvlm
-from tprl_env.lvlm.base import Prompt
+from tprl_env.lvlm.protocol import Prompt
 from tprl_env.rllib.config import TrainConfig, rules
 
 NEW_TOKENS = 20
@@ -107,7 +107,7 @@ class OneByOne:
             alive = alive & self._module.act(obs).actions.numpy().astype(bool)
             kept, previous, watch = int(alive.sum()), score, Watch()
             text = self._answer(prompt, visual, alive[0, : len(visual)])
-            score = metrics.exact(text, self._source.answers(sample))
+            score = graders.exact(text, self._source.answers(sample))
             cost.scoring += watch.read()[0]
             rewards.step_reward(score, previous, kept, before, rule.alpha, rule.beta)
             self.asked.append((sample, alive[0], score))

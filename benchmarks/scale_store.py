@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.scale import KEPT, TOKENS, load
 from tprl_env.data.features.store import CODES, FeatureStore
 from tprl_env.data.sample import Sample
-from tprl_env.lvlm.base import LVLMScores, Prompt, Visual
 from tprl_env.lvlm.encoding.encode import encode_dataset
+from tprl_env.lvlm.protocol import LVLMScores, Prompt, Visual
 from tprl_env.scoring.spec import ScorerSpec
 
 WIDTH = 1024  # LLaVA-1.5-7B has 4096; the disk would need four times the room

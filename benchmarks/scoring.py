@@ -23,8 +23,8 @@ import torch
 from tprl_env.data import load_dataset
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.base import LVLM
 from tprl_env.lvlm.encoding.encode import encode_dataset
+from tprl_env.lvlm.protocol import LVLM
 from tprl_env.scoring.cache import CachedScorer
 from tprl_env.scoring.lvlm_scorer import LVLMScorer
 

@@ -11,7 +11,7 @@ from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
 
 CONFIG = TrainConfig(
-    metric="likelihood",
+    score_kind="likelihood",
     max_steps=1,
     alpha=1.0,
     beta=0.0,
@@ -32,14 +32,14 @@ CONFIG = TrainConfig(
     value_query=True,
     initial_keep=0.1,
     demonstrator="question_attention",
-    lfd_steps=900,
-    lfd_batch_size=48,
-    lfd_lr=3e-3,
-    lfd_weights="sqrt",
+    imitation_steps=900,
+    imitation_batch_size=48,
+    imitation_lr=3e-3,
+    imitation_class_weights="sqrt",
     samples=32,
     draws=8,
     group_baseline=True,
-    regress_count=True,
+    count_regression_baseline=True,
     lr=5e-4,
     epochs=2,
     minibatch_size=0,

@@ -14,7 +14,7 @@ from tprl_env.rllib.config import TrainConfig
 
 CONFIG = TrainConfig(
     # the task: final-only likelihood, no price per token because the budget is exact
-    metric="likelihood",
+    score_kind="likelihood",
     max_steps=1,
     alpha=1.0,
     beta=0.0,
@@ -34,10 +34,10 @@ CONFIG = TrainConfig(
     query_norm="rms",
     # imitation first: from reward alone the policy stays blind to the question for long
     demonstrator="question_attention",
-    lfd_steps=900,
-    lfd_batch_size=48,
-    lfd_lr=3e-3,
-    lfd_weights="sqrt",
+    imitation_steps=900,
+    imitation_batch_size=48,
+    imitation_lr=3e-3,
+    imitation_class_weights="sqrt",
     # 256 episodes per iteration, 8 draws of 32 samples
     samples=32,
     draws=8,

@@ -10,7 +10,7 @@ from tprl_env.rllib.algorithms.ppo import ppo_config
 from tprl_env.rllib.config import TrainConfig
 
 CONFIG = TrainConfig(
-    metric="likelihood",
+    score_kind="likelihood",
     max_steps=1,
     alpha=1.0,
     beta=0.0,
@@ -29,10 +29,10 @@ CONFIG = TrainConfig(
     query_norm="rms",
     value_query=True,
     demonstrator="question_attention",
-    lfd_steps=900,
-    lfd_batch_size=48,
-    lfd_lr=3e-3,
-    lfd_weights="sqrt",
+    imitation_steps=900,
+    imitation_batch_size=48,
+    imitation_lr=3e-3,
+    imitation_class_weights="sqrt",
     samples=32,
     draws=8,
     lr=5e-4,

@@ -13,7 +13,7 @@ from tprl_env.rllib.config import TrainConfig
 CONFIG = TrainConfig(
     # eq. 2-6: exact score after every step, reward averaged over a mini-batch of 32 episodes
     # (the paper gives no size)
-    metric="exact",
+    score_kind="exact",
     max_steps=3,
     alpha=1.0,
     beta=0.1,
@@ -37,10 +37,10 @@ CONFIG = TrainConfig(
     value_query=False,
     # eq. 7, 8: nested VisPruner masks at 75 % and 50 %, unweighted binary cross-entropy
     demonstrator="vispruner",
-    lfd_steps=900,
-    lfd_batch_size=48,
-    lfd_lr=1e-3,
-    lfd_weights="none",
+    imitation_steps=900,
+    imitation_batch_size=48,
+    imitation_lr=1e-3,
+    imitation_class_weights="none",
     # 256 distinct samples per iteration
     samples=256,
     draws=1,

@@ -8,7 +8,7 @@ from tprl_env.rllib.config import TrainConfig
 CONFIG = TrainConfig(
     source="toy:samples=64,tokens=16,width=8,seed=0",
     scorer="toy",
-    metric="likelihood",
+    score_kind="likelihood",
     max_steps=1,
     alpha=1.0,
     beta=0.0,

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import torch
 
 from tprl_env.policy.autoencoder import TokenAutoencoder
-from tprl_env.reducers.base import PruneInputs, Pruner
+from tprl_env.reducers.interfaces import PruneInputs, Pruner
 
 if TYPE_CHECKING:
-    from tprl_env.lvlm.base import LVLM, Positions
+    from tprl_env.lvlm.protocol import LVLM, Positions
     from tprl_env.policy.pruner import Penalty
 
 

@@ -10,7 +10,7 @@ EXPERIMENT = Experiment(
         "mlp": Arm({"architecture": "mlp"}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "lfd_steps": 450},
+    changes={"num_scorers": 0, "imitation_steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     },
     preset="mapo",
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "lfd_steps": 450},
+    changes={"num_scorers": 0, "imitation_steps": 450},
     seeds=(0, 1, 2),
     # the memory has something to say once samples come again: here each comes three times
     train_questions=1000,

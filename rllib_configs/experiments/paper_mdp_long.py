@@ -9,7 +9,7 @@ EXPERIMENT = Experiment(
     tasks=("sparse",),
     arms={"no-discount": Arm({"lr": 5e-4, "reward_batch_size": 1, "discount": 1.0})},
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "lfd_steps": 450},
+    changes={"num_scorers": 0, "imitation_steps": 450},
     seeds=(0, 1, 2),
     max_scores=50_000,
 )

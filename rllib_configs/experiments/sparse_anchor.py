@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     preset="grpo",
     tasks=("sparse",),
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "lfd_steps": 450},
+    changes={"num_scorers": 0, "imitation_steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

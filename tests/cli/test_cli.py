@@ -133,8 +133,8 @@ def test_a_command_line_that_cannot_be_read(refused, words, sentence):
 
 
 def test_fields_are_read_from_the_rest_of_the_line():
-    words = ["--lr", "1e-3", "--seed=2", "--lfd-steps", "5", "--alpha", "-1"]
-    assert overrides(words) == {"lr": "1e-3", "seed": "2", "lfd_steps": "5", "alpha": "-1"}
+    words = ["--lr", "1e-3", "--seed=2", "--imitation-steps", "5", "--alpha", "-1"]
+    assert overrides(words) == {"lr": "1e-3", "seed": "2", "imitation_steps": "5", "alpha": "-1"}
 
 
 def test_an_error_from_a_ray_worker_is_told_without_its_traceback(monkeypatch, capsys):

@@ -71,9 +71,9 @@ def test_a_sample_has_the_same_scorer_in_every_client_and_request():
         generator = np.random.default_rng(seed)
         samples = np.repeat(generator.permutation(64), 8)  # groups of eight draws
         keep = np.zeros((len(samples), 16), bool)
-        for piece in router._cut(Request(samples, keep)):
-            for sample in piece.samples:
-                homes.setdefault(int(sample), set()).add(piece.home)
+        for chunk in router._cut(Request(samples, keep)):
+            for sample in chunk.samples:
+                homes.setdefault(int(sample), set()).add(chunk.preferred)
     assert len(homes) == 64 and all(len(places) == 1 for places in homes.values())
     assert {next(iter(places)) for places in homes.values()} == {0, 1, 2, 3}
 

@@ -25,13 +25,18 @@ def row(id: str = "q1", image: str = "a.png", **more: object) -> dict:
 
 
 def test_samples_are_read_as_rgb_and_share_pictures(tmp_path: Path):
-    rows = [row("1"), row("2", "b.png", kind="k", metric="vqa"), row("3", "c.png"), row("4")]
+    rows = [
+        row("1"),
+        row("2", "b.png", question_type="k", grader="vqa"),
+        row("3", "c.png"),
+        row("4"),
+    ]
     dataset = load_dataset(write(tmp_path, rows))
     samples = list(dataset)
     assert len(dataset) == 4 and [s.id for s in samples] == ["1", "2", "3", "4"]
     assert all(s.image.shape == (4, 6, 3) and s.image.dtype == np.uint8 for s in samples)
     assert samples[0].image_id == samples[3].image_id != samples[1].image_id
-    assert (samples[1].kind, samples[1].metric) == ("k", "vqa")
+    assert (samples[1].question_type, samples[1].grader) == ("k", "vqa")
     assert [s.id for s in dataset] == ["1", "2", "3", "4"]  # it can be read again
     assert len(load_dataset(write(tmp_path, rows), limit=2)) == 2
 

@@ -54,9 +54,9 @@ def test_rows_come_back_as_they_were_encoded(made: Path):
         assert store.question_span(number) == prompt.question_span
         ids = [tuple(a) for a in store.answer_ids(number)]
         assert ids == [lvlm.answer_ids(prompt, a) for a in sample.answers]
-        assert (store.id(number), store.kind(number)) == (sample.id, sample.kind)
+        assert (store.id(number), store.question_type(number)) == (sample.id, sample.question_type)
         assert (store.question(number), store.answers(number)) == (sample.question, sample.answers)
-        assert store.metric(number) == "exact"
+        assert store.grader(number) == "exact"
         relevance = store.relevance(number)
         assert (relevance is None) == (sample.relevance is None)
         if relevance is not None:
@@ -114,7 +114,7 @@ def test_pickles_by_spec(made: Path):
     again = pickle.loads(data)
     assert again.fingerprint == store.fingerprint
     np.testing.assert_array_equal(again.codes([3]), store.codes([3]))
-    assert open_source(store.spec).fingerprint == store.fingerprint
+    assert open_source(store.location).fingerprint == store.fingerprint
 
 
 def test_unpickling_refuses_a_store_that_changed(copy: Path):

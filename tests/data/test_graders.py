@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tprl_env.data.graders import METRICS, exact, grade, normalise, normalise_vqa, vqa
+from tprl_env.data.graders import GRADERS, exact, grade, normalise, normalise_vqa, vqa
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,9 @@ def test_vqa_with_one_reference_is_equality():
 
 
 def test_table_and_errors():
-    assert set(METRICS) == {"exact", "vqa"}
+    assert set(GRADERS) == {"exact", "vqa"}
     assert grade("exact", "a", ["A"]) == 1.0
-    with pytest.raises(ValueError, match="unknown metric 'bleu'; known: exact, vqa"):
+    with pytest.raises(ValueError, match="unknown grader 'bleu'; known: exact, vqa"):
         grade("bleu", "a", ["a"])
     with pytest.raises(ValueError, match="without a reference"):
         grade("vqa", "a", [])

@@ -10,8 +10,8 @@ from tprl_env.data.scenes import (
     CELL_NAMES,
     COLOR_NAMES,
     COLUMNS,
-    KINDS,
     PHOTO_BANDS,
+    QUESTION_TYPES,
     ROWS,
     SPLITS,
     SceneWorld,
@@ -69,8 +69,8 @@ def test_samples_have_the_documented_form():
 
 @pytest.mark.parametrize("per_scene", [1, 4, 6])
 def test_kinds_are_balanced(per_scene):
-    counts = Counter(s.kind for s in load_scenes("sparse", "calibration", 12, per_scene))
-    assert set(counts) <= set(KINDS) and len(counts) == 6
+    counts = Counter(s.question_type for s in load_scenes("sparse", "calibration", 12, per_scene))
+    assert set(counts) <= set(QUESTION_TYPES) and len(counts) == 6
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
@@ -108,7 +108,7 @@ def test_answers_follow_from_the_scene(world):
     _, classes, colors = world.batch(20)
     rng = np.random.default_rng(0)
     for i in range(20):
-        for question in ask(classes[i], colors[i], 24, rng, KINDS):
+        for question in ask(classes[i], colors[i], 24, rng, QUESTION_TYPES):
             assert question.answer == _solve(question.text, classes[i], colors[i])
 
 
@@ -116,8 +116,8 @@ def test_relevance_does_not_see_the_digits(world):
     _, classes, colors = world.batch(8)
     for i in range(8):
         shuffled = np.where(classes[i] < 10, (classes[i] + 3) % 10, classes[i])
-        before = ask(classes[i], colors[i], 24, np.random.default_rng(i), KINDS)
-        after = ask(shuffled, colors[i], 24, np.random.default_rng(i), KINDS)
+        before = ask(classes[i], colors[i], 24, np.random.default_rng(i), QUESTION_TYPES)
+        after = ask(shuffled, colors[i], 24, np.random.default_rng(i), QUESTION_TYPES)
         for a, b in zip(before, after, strict=True):
             assert a.text == b.text
             np.testing.assert_array_equal(a.relevance, b.relevance)
@@ -158,7 +158,7 @@ def test_bad_arguments_are_named(arguments, sentence):
 def test_ask_refuses_unknown_kinds_and_empty_scenes(world):
     _, classes, colors = world.batch(1)
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="kinds must be among at, color"):
+    with pytest.raises(ValueError, match="question_types must be among at, color"):
         ask(classes[0], colors[0], 1, rng, ["count"])
     with pytest.raises(ValueError, match="at least 3 digits"):
         ask(np.full((6, 6), 11), colors[0], 1, rng)

@@ -33,15 +33,15 @@ def test_shapes_and_padding(vary: bool):
         rows, columns = store.grid(sample)
         assert rows * columns == exists[sample].sum() == len(store.tokens(sample))
         assert store.picture(sample).shape == (rows * 12, columns * 12, 3)
-        assert store.kind(sample) in store.question(sample)
+        assert store.question_type(sample) in store.question(sample)
         assert store.relevance(sample).sum() >= 1
     assert (store.full_scores("exact") == 1).all()
 
 
 def test_spec_and_pickle_round_trip():
     store = ToyStore(samples=5, tokens=9, width=7, seed=2, vary=True)
-    assert store.spec == "toy:samples=5,tokens=9,width=7,seed=2,vary=1"
-    for again in (open_source(store.spec), pickle.loads(pickle.dumps(store))):
+    assert store.location == "toy:samples=5,tokens=9,width=7,seed=2,vary=1"
+    for again in (open_source(store.location), pickle.loads(pickle.dumps(store))):
         assert again.fingerprint == store.fingerprint
         np.testing.assert_array_equal(again.codes([4]), store.codes([4]))
     assert len(open_source("toy")) == 64
@@ -51,7 +51,7 @@ def test_spec_and_pickle_round_trip():
 @pytest.mark.parametrize("spec", ["toy:samples", "toy:size=3", "toy:samples=-3", "toys:samples=3"])
 def test_unreadable_specs(spec: str):
     with pytest.raises(ValueError, match="toy source"):
-        ToyStore.from_spec(spec)
+        ToyStore.from_location(spec)
 
 
 @pytest.mark.parametrize("field", [{"samples": 0}, {"tokens": 3}, {"width": 3}, {"seed": -1}])
@@ -71,7 +71,7 @@ def test_score_is_the_kept_fraction_of_relevant_tokens():
     one = np.zeros((1, 16), bool)
     one[0, np.flatnonzero(relevant[sample])[0]] = True
     assert scorer(np.array([sample]), one)[0] == pytest.approx(1 / relevant[sample].sum())
-    assert scorer.metric == "likelihood"
+    assert scorer.score_kind == "likelihood"
 
 
 def test_scorer_refuses_other_shapes_and_metrics():

@@ -19,7 +19,7 @@ VARIANTS = [
     {},
     {"source": "toy:samples=12,tokens=17,vary=1"},
     {"source": "toy:samples=12,tokens=17,vary=1", "query": "tokens", "budget": (2, 9)},
-    {"budget": 4, "score_steps": "final", "metric": "likelihood"},
+    {"budget": 4, "score_steps": "final", "score_kind": "likelihood"},
 ]
 
 
@@ -321,7 +321,7 @@ def test_refused_actions(action, message):
         ({"alpha": np.nan}, "alpha must be a finite number, got nan"),
         ({"beta": "0.1"}, "beta must be a finite number, got '0.1'"),
         ({"score_steps": "finals"}, "did you mean 'final'"),
-        ({"metric": "likelyhood"}, "did you mean 'likelihood'"),
+        ({"score_kind": "likelyhood"}, "did you mean 'likelihood'"),
         ({"query": "token"}, "did you mean 'tokens'"),
         ({"render_mode": "rgb"}, "did you mean 'rgb_array'"),
         ({"reward_batch_size": 0}, "reward_batch_size must be an integer of at least 1"),

@@ -43,7 +43,7 @@ def test_unscored_steps_have_no_score():
 
 def test_stored_full_scores_are_checked_too():
     source = ToyStore(samples=8, tokens=8)
-    source.full_scores = lambda metric: np.full(8, np.nan, np.float32)
+    source.full_scores = lambda score_kind: np.full(8, np.nan, np.float32)
     episodes = Episodes(source, ToyScorer(source, "exact"), EpisodeRules(), 1)
     with pytest.raises(ScoringError, match=r"full_scores of the source .*toy-4"):
         episodes.start(np.array([0]), np.array([4]), np.array([0]))
@@ -72,5 +72,5 @@ def test_opening_by_path_goes_to_the_feature_store(tmp_path):
 
 def test_a_source_object_is_used_as_it_is():
     source = ToyStore()
-    opened, scorer = open_environment(source, None, EpisodeRules(metric="likelihood"))
-    assert opened is source and isinstance(scorer, ToyScorer) and scorer.metric == "likelihood"
+    opened, scorer = open_environment(source, None, EpisodeRules(score_kind="likelihood"))
+    assert opened is source and isinstance(scorer, ToyScorer) and scorer.score_kind == "likelihood"

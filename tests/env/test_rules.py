@@ -55,8 +55,8 @@ def test_a_fixed_budget_draws_nothing():
 
 
 def test_unknown_choices_without_a_near_name_have_no_hint():
-    with pytest.raises(ValueError, match=r"metric must be one of 'a', 'b', got 7$"):
-        check_choice("metric", 7, ("a", "b"))
+    with pytest.raises(ValueError, match=r"score_kind must be one of 'a', 'b', got 7$"):
+        check_choice("score_kind", 7, ("a", "b"))
 
 
 def test_options_may_be_absent():

@@ -101,8 +101,8 @@ def test_single_questions_add_up_to_the_table(run, out, results):
         assert np.mean([row["kept"] for row in rows]) == pytest.approx(
             method["mean_tokens"], abs=1e-3
         )
-        for kind, accuracy in method["by_type"].items():
-            scores = [row["score"] for row in rows if row["question_type"] == kind]
+        for name, accuracy in method["by_type"].items():
+            scores = [row["score"] for row in rows if row["question_type"] == name]
             assert np.mean(scores) == pytest.approx(accuracy, abs=1e-5)
 
 
@@ -210,7 +210,7 @@ def test_a_calibration_store_must_have_the_same_codes(run, tmp_path):
 def test_examples_are_spread_over_question_types_and_pictures(run):
     store = FeatureStore.open(run.store)
     chosen = choose_examples(store, np.arange(12), 3)
-    assert len({store.kind(int(i)) for i in chosen}) == 3
+    assert len({store.question_type(int(i)) for i in chosen}) == 3
     assert len({store.image_number(int(i)) for i in chosen}) == 3
     # six pictures: all of them come first, then second questions about the same ones
     everything = choose_examples(store, np.arange(12), 50)
@@ -222,7 +222,7 @@ def test_examples_do_not_all_ask_what_every_picture_is_asked_first():
     class Scenes:
         """Six pictures with the same three questions each."""
 
-        def kind(self, sample: int) -> str:
+        def question_type(self, sample: int) -> str:
             return ("at", "color", "exists")[sample % 3]
 
         def image_number(self, sample: int) -> int:

@@ -46,8 +46,8 @@ def test_paired_difference_literal():
 
 
 def test_by_type():
-    kinds = np.array(["b", "a", "b"])
-    assert by_type(kinds, np.array([1, 0, 0], dtype=np.float32)) == {"a": 0.0, "b": 0.5}
+    question_types = np.array(["b", "a", "b"])
+    assert by_type(question_types, np.array([1, 0, 0], dtype=np.float32)) == {"a": 0.0, "b": 0.5}
 
 
 @pytest.mark.parametrize("budgets", [[], [0], [145], [14, -1]])

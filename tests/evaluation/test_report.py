@@ -12,13 +12,13 @@ RESULTS = {
     "methods": [
         {
             "name": name,
-            "kind": kind,
+            "knowledge": knowledge,
             "budget": budget,
             "mean_tokens": float(budget),
             "accuracy": 0.5 + budget / 200,
             "ci95": [0.45 + budget / 200, 0.55 + budget / 200],
         }
-        for name, kind in METHODS
+        for name, knowledge in METHODS
         for budget in (48, 29, 14, 7, 4)
     ],
     "training": {

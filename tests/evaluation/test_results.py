@@ -13,7 +13,7 @@ GOOD = {
     "methods": [
         {
             "name": "policy",
-            "kind": "policy",
+            "knowledge": "policy",
             "budget": budget,
             "mean_tokens": float(budget),
             "accuracy": 0.9,
@@ -47,7 +47,7 @@ def test_a_complete_file_passes_and_reads_back(tmp_path):
         (lambda r: r["full"].pop("questions"), "'full' has no 'questions'"),
         (lambda r: r["training"].update(seconds="long"), "'seconds' must be"),
         (lambda r: r["training"].update(seed=True), "'seed' must be"),
-        (lambda r: r["methods"][0].update(kind="magic"), "kind must be one of"),
+        (lambda r: r["methods"][0].update(knowledge="magic"), "knowledge must be one of"),
         (lambda r: r["methods"][0].update(ci95=[0.95, 0.99]), "expected 0 <= ci95"),
         (lambda r: r["methods"].pop(), "not measured at \\[4\\]"),
         (lambda r: r["methods"].clear(), "'methods' is empty"),

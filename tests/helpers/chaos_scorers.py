@@ -21,7 +21,7 @@ def traced(spec: ScorerSpec) -> Any:
     Options: ``log`` (folder), ``seconds`` per pass, ``late`` (seconds more in the first pass of
     whichever process comes first), ``poison`` (a sample that kills the process).
     """
-    inner = ToyScorer(open_source(spec.source), spec.metric)
+    inner = ToyScorer(open_source(spec.source), spec.score_kind)
     options, log = spec.options, Path(spec.options["log"])
 
     def score(samples: np.ndarray, keep: np.ndarray) -> np.ndarray:

@@ -98,7 +98,7 @@ def make_samples(images: int = 7, questions: int = 3, vary: bool = True) -> list
                     question="what is" + " this" * (j + 1),
                     answers=("cat", "kitten")[: 1 + j % 2],
                     image_id=f"i{i}",
-                    kind=("a", "b")[j % 2],
+                    question_type=("a", "b")[j % 2],
                     relevance=np.ones(2 * (width // 4), np.float32) * j if j else None,
                 )
             )

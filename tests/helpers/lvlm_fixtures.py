@@ -168,8 +168,8 @@ class MemoryStore:
     def id(self, sample: int) -> str:
         return f"sample-{sample}"
 
-    def full_scores(self, metric: str) -> np.ndarray:
-        return self.full[metric]
+    def full_scores(self, score_kind: str) -> np.ndarray:
+        return self.full[score_kind]
 
     def image_number(self, sample: int) -> int:
         return self.images[sample]

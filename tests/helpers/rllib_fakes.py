@@ -17,7 +17,7 @@ from tprl_env.scoring.spec import ScorerSpec
 
 def slow(spec: ScorerSpec) -> Any:
     """The toy rule, `options["seconds"]` late."""
-    inner = ToyScorer(open_source(spec.source), spec.metric)
+    inner = ToyScorer(open_source(spec.source), spec.score_kind)
 
     def score(samples: np.ndarray, keep: np.ndarray) -> np.ndarray:
         time.sleep(spec.options["seconds"])
@@ -28,7 +28,7 @@ def slow(spec: ScorerSpec) -> Any:
 
 def failing(spec: ScorerSpec) -> Any:
     """Raises on `options["sample"]`, after `options["after"]` calls."""
-    inner = ToyScorer(open_source(spec.source), spec.metric)
+    inner = ToyScorer(open_source(spec.source), spec.score_kind)
     calls = [0]
 
     def score(samples: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def failing(spec: ScorerSpec) -> Any:
 
 def poisonous(spec: ScorerSpec) -> Any:
     """Kills its own process when it meets `options["sample"]`; writes each death to a file."""
-    inner = ToyScorer(open_source(spec.source), spec.metric)
+    inner = ToyScorer(open_source(spec.source), spec.score_kind)
 
     def score(samples: np.ndarray, keep: np.ndarray) -> np.ndarray:
         if spec.options["sample"] in samples:

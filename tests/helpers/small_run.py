@@ -49,7 +49,7 @@ def write_dataset(folder: Path, images: int = 6, answers: list[str] | None = Non
             "image": f"{i // 2}.png",
             "question": QUESTIONS[i % len(QUESTIONS)],
             "answers": [answers[i] if answers else str(i % 10)],
-            "kind": KINDS[i % len(KINDS)],
+            "question_type": KINDS[i % len(KINDS)],
         }
         for i in range(2 * images)
     ]

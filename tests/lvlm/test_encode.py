@@ -46,9 +46,9 @@ def test_questions_far_apart_share_the_image_of_an_earlier_file(tmp_path: Path):
     assert lvlm.calls["images"] == 7
     straight = encode_dataset(FakeLVLM(), make_samples(7, 3), tmp_path / "t", **SMALL)
     order = [*range(0, 21, 3), *range(1, 21, 3), *range(2, 21, 3)]
-    for metric in ("exact", "likelihood"):
-        expected = straight.full_scores(metric)[order]
-        np.testing.assert_array_equal(store.full_scores(metric), expected)
+    for score_kind in ("exact", "likelihood"):
+        expected = straight.full_scores(score_kind)[order]
+        np.testing.assert_array_equal(store.full_scores(score_kind), expected)
     np.testing.assert_array_equal(store.tokens(20), straight.tokens(20))
 
 

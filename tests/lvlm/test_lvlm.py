@@ -19,7 +19,7 @@ from lvlm_fixtures import (
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.base import Prompt
+from tprl_env.lvlm.protocol import Prompt
 
 torch.set_num_threads(1)
 EOS = 2

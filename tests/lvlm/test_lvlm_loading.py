@@ -13,8 +13,8 @@ from lvlm_fixtures import LLAVA15_CHAT_TEMPLATE, QUESTIONS, byte_tokenizer, save
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm import FAMILIES, load_lvlm
-from tprl_env.lvlm.base import Prompt
 from tprl_env.lvlm.families.llava import LlavaLVLM
+from tprl_env.lvlm.protocol import Prompt
 
 torch.set_num_threads(1)
 EOS = 2

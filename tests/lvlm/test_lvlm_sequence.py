@@ -8,8 +8,8 @@ import torch
 from lvlm_fixtures import NUM_TOKENS, pictures, save_llava
 
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.base import Prompt
 from tprl_env.lvlm.execution.sequence import layout
+from tprl_env.lvlm.protocol import Prompt
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 from PIL import Image  # noqa: E402
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
-from tprl_env.data.scenes import KINDS, SceneWorld, load_scenes  # noqa: E402
+from tprl_env.data.scenes import QUESTION_TYPES, SceneWorld, load_scenes  # noqa: E402
 from tprl_env.lvlm.tiny import builtin_path, train  # noqa: E402
 from tprl_env.lvlm.tiny.evaluate import Exam, diverse, evaluate_folder  # noqa: E402
 from tprl_env.lvlm.tiny.language import block_mask, draw_prefix  # noqa: E402
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 def test_a_smoke_run_writes_a_loadable_checkpoint(trained):
     folder, report = trained
     assert json.loads((folder / "training.json").read_text()) == report
-    assert report["seed"] == 1 and set(KINDS) < set(report["full"])
+    assert report["seed"] == 1 and set(QUESTION_TYPES) < set(report["full"])
     assert sorted(p.name for p in folder.parent.iterdir()) == ["sparse"]
     model, processor = load(folder), AutoProcessor.from_pretrained(folder)
     sample = load_scenes("sparse", "test", 1)[0]
@@ -156,6 +156,8 @@ def test_the_shipped_weights_answer_every_kind(task):
     exam = Exam(load(builtin_path(task)), load_scenes(task, "test", 60))
     full = exam.accuracy()
     assert full["all"] >= 0.92
-    assert min(full[kind] for kind in KINDS) >= 0.86  # 60 questions per kind: sd about .03
+    assert (
+        min(full[question_type] for question_type in QUESTION_TYPES) >= 0.86
+    )  # 60 questions per question_type: sd about .03
     assert exam.accuracy(exam.oracle(14))["all"] >= full["all"] - 0.03
     assert exam.accuracy(exam.random(14))["all"] <= 0.6

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tprl_env.policy.alive_only import forward_packed, groups_by_length
+from tprl_env.policy.alive_only import forward_alive_only, groups_by_length
 from tprl_env.policy.network import DEAD_LOGIT, PolicyConfig, PruningPolicy
 
 CONFIGS = {
@@ -42,7 +42,7 @@ def test_same_numbers_and_gradients(name: str, counts: list[int]) -> None:
     policy = PruningPolicy(CONFIGS[name])
     obs = observation(CONFIGS[name], counts)
     found = []
-    for forward in (policy, lambda o: forward_packed(policy, o)):
+    for forward in (policy, lambda o: forward_alive_only(policy, o)):
         logits, value = forward(obs)
         policy.zero_grad()
         (torch.where(obs["alive"], logits, 0.0).square().sum() + value.square().sum()).backward()
@@ -60,7 +60,7 @@ def test_dead_tokens_are_not_computed() -> None:
     policy = PruningPolicy(CONFIGS["paper"])
     sizes = []
     policy.actor.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].shape[:2]))
-    forward_packed(policy, observation(CONFIGS["paper"], [60, 30, 5, 28, 60, 4]))
+    forward_alive_only(policy, observation(CONFIGS["paper"], [60, 30, 5, 28, 60, 4]))
     assert [tuple(size) for size in sizes] == [(2, 60), (2, 30), (2, 5)]
 
 

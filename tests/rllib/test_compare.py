@@ -38,8 +38,8 @@ EXPERIMENT = Experiment(
         "nothing": Arm({"demonstrator": "none"}, code_width=8),
     },
     changes={
-        "num_scorers": 0, "budget": (2, 6), "samples": 4, "draws": 4, "lfd_steps": 5,
-        "lfd_batch_size": 4, "width": 16, "checkpoint_every": 1, "checkpoint_seconds": 0.0,
+        "num_scorers": 0, "budget": (2, 6), "samples": 4, "draws": 4, "imitation_steps": 5,
+        "imitation_batch_size": 4, "width": 16, "checkpoint_every": 1, "checkpoint_seconds": 0.0,
     },
     seeds=%s,
     max_scores=%d,
@@ -163,8 +163,9 @@ def test_a_search_stops_the_worse_and_orders_all(small, tmp_path):
     path.write_text(
         "from ray import tune\nfrom tprl_env.rllib.experiments.definition import Search\n"
         "SEARCH = Search(name='s', question='?', space={'lr': tune.choice([1e-4, 1e-3])},\n"
-        "    changes=dict(num_scorers=0, budget=(2, 6), samples=4, draws=4, lfd_steps=3,\n"
-        "    lfd_batch_size=4, width=16), trials=3, max_scores=160, grace_scores=32, budget=7)\n"
+        "    changes=dict(num_scorers=0, budget=(2, 6), samples=4, draws=4, \n"
+        "    imitation_steps=3, imitation_batch_size=4, width=16),\n"
+        "    trials=3, max_scores=160, grace_scores=32, budget=7)\n"
     )
     spec = load_experiment(path)
     file = search(spec, tmp_path / "out", stores=stores(small))
@@ -180,7 +181,7 @@ def test_without_scorer_actors_a_run_is_the_same_to_the_bit(small, tmp_path):
     # with actors the batches depend on timing, and a likelihood's last bits on the batch
     changes = {
         "source": str(small.store), "lvlm": str(small.lvlm), "num_scorers": 0, "iterations": 3,
-        "budget": (2, 6), "samples": 4, "draws": 4, "lfd_steps": 5, "lfd_batch_size": 4,
+        "budget": (2, 6), "samples": 4, "draws": 4, "imitation_steps": 5, "imitation_batch_size": 4,
         "width": 16, "max_scores": None,
     }  # fmt: skip
     config = load_config("recommended", changes)

@@ -35,7 +35,7 @@ def test_an_unknown_field_names_its_neighbours():
         ("max_scores", "1e5", 100_000),
         ("max_scores", "none", None),
         ("width", "none", None),
-        ("one_budget", "true", True),
+        ("shared_budget", "true", True),
         ("scorer_resources", '{"scorer": 1}', {"scorer": 1}),
     ],
 )
@@ -70,13 +70,16 @@ def test_strings_become_the_fields_types(name, text, value):
         ({"algorithm": "grpo", "runner": "default"}, "needs runner='fast'"),
         ({"algorithm": "grpo", "reward_batch_size": 32}, "needs reward_batch_size=1"),
         ({"algorithm": "grpo", "group_baseline": True}, "group_baseline has no meaning"),
-        ({"algorithm": "mapo", "regress_count": True}, "regress_count is not defined"),
+        (
+            {"algorithm": "mapo", "count_regression_baseline": True},
+            "count_regression_baseline is not defined",
+        ),
         ({"algorithm": "mapo", "num_learners": 2}, "needs minibatch_size"),
         ({"kl_coefficient": 0.1}, "kl_coefficient applies to algorithm='grpo' only"),
         ({"algorithm": "grpo", "memory_size": 9}, "memory_size applies to algorithm='mapo' only"),
         ({"algorithm": "mapo", "memory_limit": 3}, "memory_limit=3 must be at least memory_size=4"),
         ({"memory_weight": 1.0}, r"memory_weight must lie in \[0, 1\)"),
-        ({"one_budget": True, "fixed_budgets": True}, "exclude each other"),
+        ({"shared_budget": True, "fixed_budgets": True}, "exclude each other"),
         ({"min_tokens": 6}, "min_tokens must be below the smallest budget"),
     ],
 )
@@ -108,7 +111,7 @@ def test_the_paper_preset_is_the_papers():
     assert (config.lr, config.epochs, config.demonstrator) == (1e-5, 4, "vispruner")
     policy = policy_config(config, open_source("toy"))
     assert policy == PolicyConfig(token_width=8, query_width=8)
-    assert rules(config).metric == "exact"
+    assert rules(config).score_kind == "exact"
 
 
 def test_unknown_presets_and_files_are_refused(tmp_path: Path):

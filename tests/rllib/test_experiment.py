@@ -113,7 +113,7 @@ def test_imitations_are_shared_where_and_only_where_they_would_be_equal():
         base.replace(seed=9),
         base.replace(width=32),
         base.replace(demonstrator="vispruner"),
-        base.replace(lfd_steps=5),
+        base.replace(imitation_steps=5),
         base.replace(budget=(5, 9)),
     ]
     keys = {imitation_key(config, PRINTS) for config in (base, *others)}
@@ -192,7 +192,7 @@ def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
     assert len(list(rows(records))) == 2 * 3 * 2 * 2
     assert "random" not in text  # nothing was measured untrained
     row = {"budget": 4, "mean_tokens": 4.0, "accuracy": 0.2, "ci95": [0.1, 0.3], "seconds": 1.0}
-    pruner = {"kind": "random", "budgets": [row, row | {"budget": 2, "accuracy": 0.1}]}
+    pruner = {"knowledge": "random", "budgets": [row, row | {"budget": 2, "accuracy": 0.1}]}
     untrained = {"full_accuracy": 0.8, "questions": 100, "pruners": {"random": pruner}}
     text = markdown(definition | {"untrained": {"crowded": untrained}}, records)
     assert "| *random* | 0.200 (25.0%) | 0.100 (12.5%) | |" in text

@@ -279,7 +279,7 @@ def test_imitation_saves_a_policy_that_the_module_starts_from(tmp_path):
     from tprl_env.rllib.run.imitate import imitate
 
     config = load_config(
-        "smoke", {"demonstrator": "question_attention", "lfd_steps": 60, "budget": (1, 4)}
+        "smoke", {"demonstrator": "question_attention", "imitation_steps": 60, "budget": (1, 4)}
     )
     report = imitate(config, Demonstrated(), tmp_path)
     assert report.losses[-1] < 0.9 * report.losses[0]

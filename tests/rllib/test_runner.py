@@ -127,7 +127,7 @@ def test_scorers_elsewhere_are_asked_after_every_step_and_answer_the_same(config
 
 def test_one_budget_per_round():
     runner = TokenPruningRunner(
-        config=ppo_config(SMALL.replace(one_budget=True)), worker_index=0, num_workers=0
+        config=ppo_config(SMALL.replace(shared_budget=True)), worker_index=0, num_workers=0
     )
     for _ in range(3):
         [store] = runner.sample()
@@ -183,7 +183,7 @@ def test_group_baseline_and_count_regression():
     np.testing.assert_allclose(grouped.advantages, [[-0.3, 0.3, -0.2, 0.2]], atol=1e-6)
     np.testing.assert_allclose(grouped.targets, plain.targets)
     free = advantages(
-        rollout, scores, rules, group_baseline=True, regress_count=True, **settings
+        rollout, scores, rules, group_baseline=True, count_regression_baseline=True, **settings
     )  # all that the first group knows is "more is better"
     np.testing.assert_allclose(free.advantages, [[0.0, 0.0, -0.2, 0.2]], atol=1e-5)
 

@@ -94,7 +94,7 @@ def test_bernoulli_actions_learn_with_a_count_loss(tmp_path: Path):
             "count_loss": 0.3,
             "count_target": 4.0,
             "group_baseline": True,
-            "regress_count": True,
+            "count_regression_baseline": True,
             "iterations": 25,
         },
     )

@@ -249,7 +249,7 @@ def test_a_poisonous_sample_stops_training_and_is_never_trained_on(
     out = tmp_path / "run"
     healthy = training(log)
     train(healthy, out, progress=False, iterations=1)
-    sick = training(log, options={"poison": 6}, poison_limit=2)
+    sick = training(log, options={"poison": 6}, max_crashes_per_row=2)
     with pytest.raises(ScoringError, match=r"'toy-6' \(number 6\): the request killed 2 scorer"):
         train(sick, out, resume=True, progress=False, iterations=30)
     _, saved = RunFolder(out).newest()

@@ -80,7 +80,7 @@ def test_scorer_refuses_the_store_of_another_lvlm(word_lvlm):
     store.manifest.lvlm_fingerprint = "sha256:other"
     with pytest.raises(ValueError, match=r"another LVLM \(sha256:other\)"):
         LVLMScorer(word_lvlm, store)
-    with pytest.raises(ValueError, match="metric must be one of exact, likelihood, got 'bleu'"):
+    with pytest.raises(ValueError, match="score_kind must be one of exact, likelihood, got 'bleu'"):
         LVLMScorer(word_lvlm, memory_store(word_lvlm), "bleu")
 
 

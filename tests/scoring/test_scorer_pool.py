@@ -118,13 +118,15 @@ def test_work_is_shared_equally_and_samples_stay_together(pool):
     samples, keep = np.repeat(np.arange(32), 4), request(128, 2)[1]
     client = ScorerPool.connect(pool.address.as_dict())
     request_ = client.cache.plan(samples, keep)
-    pieces = client._router._cut(Request(request_.samples, request_.keep))
-    work = [sum(piece.work for piece in pieces if piece.home == home) for home in (0, 1)]
+    chunks = client._router._cut(Request(request_.samples, request_.keep))
+    work = [
+        sum(chunk.work for chunk in chunks if chunk.preferred == preferred) for preferred in (0, 1)
+    ]
     assert max(work) / sum(work) < 0.55
-    homes = {}
-    for piece in pieces:
-        for sample in piece.samples:
-            assert homes.setdefault(int(sample), piece.home) == piece.home
+    preferred_actors = {}
+    for chunk in chunks:
+        for sample in chunk.samples:
+            assert preferred_actors.setdefault(int(sample), chunk.preferred) == chunk.preferred
 
 
 def test_all_questions_about_an_image_go_to_one_scorer():
@@ -137,14 +139,16 @@ def test_all_questions_about_an_image_go_to_one_scorer():
     actors = [ActorState(f"scorer {n}", None) for n in range(4)]
     router = Router(actors, Pictures(), 16, ScorerStats(), Limits())
     samples = np.repeat(np.arange(48), 4)
-    pieces = router._cut(Request(samples, np.ones((len(samples), 20), bool)))
-    homes = {}
-    for piece in pieces:
-        for sample in piece.samples:
-            assert homes.setdefault(int(sample) // 3, piece.home) == piece.home
-    assert len(homes) == 16
-    assert sorted(homes[image] == image % 4 for image in homes) == [True] * 16  # equal shares
-    assert sum(len(piece.samples) for piece in pieces) == len(samples)
+    chunks = router._cut(Request(samples, np.ones((len(samples), 20), bool)))
+    preferred_actors = {}
+    for chunk in chunks:
+        for sample in chunk.samples:
+            assert preferred_actors.setdefault(int(sample) // 3, chunk.preferred) == chunk.preferred
+    assert len(preferred_actors) == 16
+    assert (
+        sorted(preferred_actors[image] == image % 4 for image in preferred_actors) == [True] * 16
+    )  # equal shares
+    assert sum(len(chunk.samples) for chunk in chunks) == len(samples)
 
 
 def test_too_few_resources_are_compared_with_the_cluster():
@@ -196,7 +200,7 @@ def test_killing_an_actor_changes_no_score():
 def test_a_request_that_kills_its_actors_ends_with_its_name(tmp_path: Path):
     log = tmp_path / "deaths"
     pool = ScorerPool.start(
-        fake("poisonous", sample=6, log=str(log)), 1, num_cpus=1, poison_limit=2
+        fake("poisonous", sample=6, log=str(log)), 1, num_cpus=1, max_crashes_per_row=2
     )
     try:
         with pytest.raises(ScoringError, match=r"'toy-6' \(number 6\): the request killed 2"):

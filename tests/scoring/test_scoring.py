@@ -24,7 +24,7 @@ class Source:
     def id(self, sample):
         return f"s{sample}"
 
-    def full_scores(self, metric):
+    def full_scores(self, score_kind):
         return np.array([0.5, 0.6, 0.7, 0.8, 0.9], np.float32)
 
 

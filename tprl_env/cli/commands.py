@@ -151,7 +151,7 @@ def train(args: argparse.Namespace) -> int:
 
     folder = open_run_folder(args.out)
     result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
-    imitation = 0.0 if result.lfd is None else result.lfd.seconds
+    imitation = 0.0 if result.imitation is None else result.imitation.seconds
     record = {
         "algorithm": config.algorithm.upper(),
         "preset": Path(args.config).stem,

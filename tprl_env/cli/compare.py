@@ -21,8 +21,8 @@ def compare(args: argparse.Namespace) -> int:
         )
     from tprl_env.rllib.experiments.definition import Experiment, load_experiment
 
-    spec = load_experiment(args.config)
-    out = args.out or Path("runs/compare") / spec.name
+    experiment = load_experiment(args.config)
+    out = args.out or Path("runs/compare") / experiment.name
     from tprl_env.rllib.experiments.compare import compare as run
     from tprl_env.rllib.experiments.places import TaskData
     from tprl_env.rllib.experiments.search import search
@@ -41,14 +41,14 @@ def compare(args: argparse.Namespace) -> int:
         "shared": args.shared,
         "stores": stores,
         "concurrent": args.concurrent,
-        "callbacks": loggers(args.log, spec.name),
+        "callbacks": loggers(args.log, experiment.name),
     }
-    if isinstance(spec, Experiment):
-        folder = run(spec, out, **options)
+    if isinstance(experiment, Experiment):
+        folder = run(experiment, out, **options)
         print((folder / "tables.md").read_text("utf-8"))
         print(f"tables and plots in {folder}")
     else:
-        print(search(spec, out, **options).read_text("utf-8"))
+        print(search(experiment, out, **options).read_text("utf-8"))
     return 0
 
 

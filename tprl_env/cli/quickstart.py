@@ -35,7 +35,7 @@ from tprl_env.rllib.run.placement import actor_cpus
 from tprl_env.scoring import local_scorer
 
 if TYPE_CHECKING:
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
     from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.config import TrainConfig
 
@@ -91,7 +91,7 @@ def run_quickstart(
     }
     config = load_config(settings.preset, fields)
     if settings.scale < 1:
-        shrunk = {"lfd_steps": max(10, round(config.lfd_steps * settings.scale))}
+        shrunk = {"imitation_steps": max(10, round(config.imitation_steps * settings.scale))}
         if config.max_scores:
             shrunk["max_scores"] = max(256, round(config.max_scores * settings.scale))
         config = config.replace(**shrunk)
@@ -157,7 +157,7 @@ def _finish(
         **{name: pruners.__getitem__ for name, pruners in tuned.items()},
         **available_pruners(test),
     }
-    spec = scorer_spec(config.replace(source=str(test.path.resolve()), metric="exact"))
+    spec = scorer_spec(config.replace(source=str(test.path.resolve()), score_kind="exact"))
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
         with (
             ray_session(actor_cpus(config)),

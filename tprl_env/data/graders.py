@@ -64,19 +64,19 @@ def vqa(answer: str, references: Sequence[str]) -> float:
     return sum(min(1.0, (total - left_out) / 3) for left_out in equal) / len(equal)
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact, "vqa": vqa}
-"""Grader by the name a ``Sample.metric`` carries."""
+GRADERS: dict[str, Callable[[str, Sequence[str]], float]] = {"exact": exact, "vqa": vqa}
+"""Grader by the name a ``Sample.grader`` carries."""
 
 
-def grade(metric: str, answer: str, references: Sequence[str]) -> float:
-    """Grade ``answer`` with the grader called ``metric``.
+def grade(grader: str, answer: str, references: Sequence[str]) -> float:
+    """Grade ``answer`` with the grader called ``grader``.
 
     Raises:
-        ValueError: The metric is unknown or there is no reference.
+        ValueError: The grader is unknown or there is no reference.
     """
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; known: {', '.join(sorted(METRICS))}")
-    return METRICS[metric](answer, references)
+    if grader not in GRADERS:
+        raise ValueError(f"unknown grader {grader!r}; known: {', '.join(sorted(GRADERS))}")
+    return GRADERS[grader](answer, references)
 
 
 def _need_references(references: Sequence[str]) -> None:

@@ -4,8 +4,8 @@ One object per line::
 
     {"id": "q1", "image": "pictures/1.png", "question": "what is it?", "answers": ["a cat"]}
 
-``image`` is relative to the file. ``kind``, ``metric`` and ``image_id`` are optional; samples
-with the same ``image`` share one picture.
+``image`` is relative to the file. ``question_type``, ``grader`` and ``image_id`` are optional;
+samples with the same ``image`` share one picture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tprl_env.data.sample import Sample
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("id", "image", "question", "answers")
-_KNOWN = (*_REQUIRED, "kind", "metric", "image_id")
+_KNOWN = (*_REQUIRED, "question_type", "grader", "image_id")
 
 
 class BadSampleError(ValueError):
@@ -126,8 +126,8 @@ class JsonlDataset:
                 question=record["question"],
                 answers=tuple(record["answers"]),
                 image_id=record.get("image_id", record["image"]),
-                kind=record.get("kind", ""),
-                metric=record.get("metric", "exact"),
+                question_type=record.get("question_type", ""),
+                grader=record.get("grader", "exact"),
             )
         except OSError as error:
             raise BadSampleError(

@@ -19,8 +19,8 @@ class Sample:
         question: Text of the question, without any chat template.
         answers: Accepted answers; the first one is the reference that is teacher-forced.
         image_id: Samples with the same ``image_id`` share one picture, so that it is encoded once.
-        kind: Question type, used to break accuracy down; empty when the dataset has none.
-        metric: Name in ``tprl_env.data.graders.METRICS`` that grades free text.
+        question_type: Question type, used to break accuracy down; empty when the dataset has none.
+        grader: Name in ``tprl_env.data.graders.GRADERS`` that grades free text.
         relevance: Answer-blind per-token relevance for datasets that know it (the built-in
             scenes), ``(num_tokens,)`` float32, larger is more relevant; ``None`` elsewhere.
         meta: Anything else a dataset wants to keep; never read by the library.
@@ -31,8 +31,8 @@ class Sample:
     question: str
     answers: tuple[str, ...]
     image_id: str
-    kind: str = ""
-    metric: str = "exact"
+    question_type: str = ""
+    grader: str = "exact"
     relevance: npt.NDArray[np.float32] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 

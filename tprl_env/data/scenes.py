@@ -37,7 +37,7 @@ COLOR_NAMES = tuple(COLORS)
 DECOY, BACKGROUND, NO_COLOR = 10, 11, len(COLORS)  # classes 0-9 are the digits
 ROWS, COLUMNS = "abcdef", "uvwxyz"
 CELL_NAMES = tuple(row + column for row in ROWS for column in COLUMNS)
-KINDS = ("at", "color", "rowcol", "exists", "larger", "read")
+QUESTION_TYPES = ("at", "color", "rowcol", "exists", "larger", "read")
 SPLITS = ("train", "calibration", "test")
 TASKS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # digits, decoys per scene
     "crowded": ((16, 24), (0, 4)),
@@ -62,14 +62,14 @@ class Question:
     """One question about a scene.
 
     Attributes:
-        kind: One of `KINDS`.
+        question_type: One of `QUESTION_TYPES`.
         text: The question, words separated by blanks.
         answer: Reference answer, words separated by blanks.
         cells: Flat indices of the cells that answer it; empty for ``exists`` answered with "no".
         related: Flat indices of every digit of the line an ``exists`` question asks about.
     """
 
-    kind: str
+    question_type: str
     text: str
     answer: str
     cells: tuple[int, ...]
@@ -271,28 +271,28 @@ class _Asker:
         self.single = np.argwhere(counts == 1)
         self.absent, self.present = np.argwhere(counts == 0), np.argwhere(counts > 0)
 
-    def ask(self, kind: str) -> Question:
-        if kind in ("rowcol", "exists"):
-            return self._line(kind)
-        wanted = {"at": 1, "color": 1, "larger": 2, "read": 3}[kind]
+    def ask(self, question_type: str) -> Question:
+        if question_type in ("rowcol", "exists"):
+            return self._line(question_type)
+        wanted = {"at": 1, "color": 1, "larger": 2, "read": 3}[question_type]
         cells = [int(cell) for cell in self.rng.permutation(self.digits)[:wanted]]
         names, values = [CELL_NAMES[c] for c in cells], [int(self.classes[c]) for c in cells]
-        if kind == "at":
+        if question_type == "at":
             text, answer = f"what digit is at {names[0]} ?", str(values[0])
-        elif kind == "color":
+        elif question_type == "color":
             text = f"what color is at {names[0]} ?"
             answer = COLOR_NAMES[self.colors[cells[0]]]
-        elif kind == "larger":
+        elif question_type == "larger":
             text, answer = f"what is the larger of {names[0]} and {names[1]} ?", str(max(values))
         else:
             text, answer = f"read {' '.join(names)} ?", " ".join(map(str, values))
-        return Question(kind, text, answer, tuple(cells))
+        return Question(question_type, text, answer, tuple(cells))
 
-    def _line(self, kind: str) -> Question:
-        if kind == "rowcol" and not len(self.single):
+    def _line(self, question_type: str) -> Question:
+        if question_type == "rowcol" and not len(self.single):
             return self.ask("at")  # no colour is alone in a line: such a scene is very rare
         pool = self.single
-        if kind == "exists":
+        if question_type == "exists":
             pool = self.present if self.rng.random() < 0.5 else self.absent
         axis, line, color = (int(v) for v in pool[self.rng.integers(len(pool))])
         places = self.digits // GRID if axis == 0 else self.digits % GRID
@@ -300,11 +300,11 @@ class _Asker:
         cells = related[self.colors[related] == color]
         where = f"row {ROWS[line]}" if axis == 0 else f"column {COLUMNS[line]}"
         name, asked = COLOR_NAMES[color], tuple(int(c) for c in cells)
-        if kind == "rowcol":
+        if question_type == "rowcol":
             answer = str(self.classes[asked[0]])
-            return Question(kind, f"what digit is {name} in {where} ?", answer, asked)
+            return Question(question_type, f"what digit is {name} in {where} ?", answer, asked)
         text, answer = f"is there a {name} digit in {where} ?", "yes" if asked else "no"
-        return Question(kind, text, answer, asked, tuple(int(c) for c in related))
+        return Question(question_type, text, answer, asked, tuple(int(c) for c in related))
 
 
 def ask(
@@ -312,7 +312,7 @@ def ask(
     colors: Ints,
     n: int,
     rng: np.random.Generator,
-    kinds: Sequence[str] | None = None,
+    question_types: Sequence[str] | None = None,
 ) -> list[Question]:
     """Draw ``n`` questions about one scene.
 
@@ -321,28 +321,30 @@ def ask(
         colors: ``(6, 6)`` colours.
         n: Number of questions.
         rng: Source of randomness.
-        kinds: Kind of each question, repeated as often as needed; drawn uniformly by default.
+        question_types: Type of each question, repeated as often as needed; drawn by default.
 
     Raises:
-        ValueError: Unknown kind, or fewer than three digits in the scene.
+        ValueError: Unknown question_type, or fewer than three digits in the scene.
     """
     asker = _Asker(classes, colors, rng)
     if len(asker.digits) < 3:
         raise ValueError(
             f"a scene needs at least 3 digits to be asked about, got {len(asker.digits)}"
         )
-    if kinds is None:
-        kinds = [KINDS[k] for k in rng.integers(len(KINDS), size=n)]
-    unknown = sorted(set(kinds) - set(KINDS))
+    if question_types is None:
+        question_types = [QUESTION_TYPES[k] for k in rng.integers(len(QUESTION_TYPES), size=n)]
+    unknown = sorted(set(question_types) - set(QUESTION_TYPES))
     if unknown:
-        raise ValueError(f"question kinds must be among {', '.join(KINDS)}, got {unknown}")
-    return [asker.ask(kinds[i % len(kinds)]) for i in range(n)]
+        raise ValueError(
+            f"question question_types must be among {', '.join(QUESTION_TYPES)}, got {unknown}"
+        )
+    return [asker.ask(question_types[i % len(question_types)]) for i in range(n)]
 
 
 def load_scenes(
     task: str, split: str, scenes: int, questions_per_scene: int = 6, seed: int = 0
 ) -> list[Sample]:
-    """Build the samples of a split, every question kind equally often as far as possible.
+    """Build the samples of a split, every question question_type equally often as far as possible.
 
     Fully determined by the arguments; asking for more scenes keeps the earlier ones as they are.
 
@@ -368,15 +370,20 @@ def load_scenes(
         images, classes, colors = world.batch(_CHUNK)
         for i in range(min(_CHUNK, scenes - start)):
             image_id, first = f"{stem}-{start + i:05d}", (start + i) * questions_per_scene
-            kinds = [KINDS[(first + j) % len(KINDS)] for j in range(questions_per_scene)]
-            for j, asked in enumerate(ask(classes[i], colors[i], len(kinds), rng, kinds)):
+            question_types = [
+                QUESTION_TYPES[(first + j) % len(QUESTION_TYPES)]
+                for j in range(questions_per_scene)
+            ]
+            for j, asked in enumerate(
+                ask(classes[i], colors[i], len(question_types), rng, question_types)
+            ):
                 sample = Sample(
                     id=f"{image_id}-{j}",
                     image=images[i],
                     question=asked.text,
                     answers=(asked.answer,),
                     image_id=image_id,
-                    kind=asked.kind,
+                    question_type=asked.question_type,
                     relevance=asked.relevance,
                 )
                 samples.append(sample)

@@ -38,24 +38,24 @@ def open_environment(
         rules: the settings.
 
     Raises:
-        ValueError: if they do not fit, for instance a scorer of another metric.
+        ValueError: if they do not fit, for instance a scorer of another score_kind.
     """
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     rules.check_source(opened)
     if scorer is None:
         if not isinstance(opened, ToyStore):
             raise ValueError(
-                f"scorer must be given for the source {opened.spec!r}; only the toy source has one "
-                "built in"
+                f"scorer must be given for the source {opened.location!r}; only the toy source has "
+                "one built in"
             )
-        scorer = ToyScorer(opened, rules.metric)
+        scorer = ToyScorer(opened, rules.score_kind)
     if not callable(scorer):
         raise ValueError(f"scorer must be a callable (samples, keep) -> scores, got {scorer!r}")
-    metric = getattr(scorer, "metric", None)
-    if metric is not None and metric != rules.metric:
+    score_kind = getattr(scorer, "score_kind", None)
+    if score_kind is not None and score_kind != rules.score_kind:
         raise ValueError(
-            f"the scorer measures {metric!r} but the environment {rules.metric!r}; rewards are "
-            "differences of scores, so both must use one metric"
+            f"the scorer measures {score_kind!r} but the environment {rules.score_kind!r}; rewards "
+            "are differences of scores, so both must use one score_kind"
         )
     return opened, scorer
 
@@ -96,7 +96,7 @@ def _check_sample(sample: object, source: TokenSource) -> int:
     if number >= len(source):
         raise ValueError(
             f"the reset option 'sample' must be below the {len(source)} samples of "
-            f"{source.spec!r}, got {number}"
+            f"{source.location!r}, got {number}"
         )
     return number
 
@@ -134,7 +134,7 @@ class Episodes:
         self, source: TokenSource, scorer: ScorerLike, rules: EpisodeRules, count: int
     ) -> None:
         self.source, self.scorer, self.rules, self.count = source, scorer, rules, count
-        self._full_scores = source.full_scores(rules.metric)
+        self._full_scores = source.full_scores(rules.score_kind)
         tokens = source.max_tokens
         self.samples = np.zeros(count, np.int64)
         self.existing = np.zeros((count, tokens), bool)
@@ -170,7 +170,7 @@ class Episodes:
         if np.any(totals < 1):
             empty = int(samples[np.argmin(totals)])
             raise ValueError(
-                f"sample {self.source.id(empty)!r} of {self.source.spec!r} has no visual tokens"
+                f"sample {self.source.id(empty)!r} of {self.source.location!r} has no visual tokens"
             )
         full = check_scores(
             self._full_scores[samples], samples, self.source, scorer="full_scores of the source"

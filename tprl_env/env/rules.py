@@ -19,21 +19,21 @@ from tprl_env.data.features.source import TokenSource
 from tprl_env.env import rewards
 
 __all__ = [
-    "METRICS",
     "QUERIES",
+    "SCORE_KINDS",
     "VALUE_LIMIT",
     "EpisodeRules",
-    "Metric",
     "Query",
+    "ScoreKind",
     "ScoreSteps",
     "check_options",
     "coerce_action",
 ]
 
-Metric = Literal["exact", "likelihood"]
+ScoreKind = Literal["exact", "likelihood"]
 Query = Literal["mean", "tokens"]
 ScoreSteps = Literal["all", "final"]
-METRICS: tuple[str, ...] = get_args(Metric)
+SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
 QUERIES: tuple[str, ...] = get_args(Query)
 VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
 
@@ -53,7 +53,7 @@ class EpisodeRules:
     reward_batch_size: int = 1
     min_tokens: int = 1
     budget: int | tuple[int, int] | None = None
-    metric: Metric = "exact"
+    score_kind: ScoreKind = "exact"
     query: Query = "mean"
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class EpisodeRules:
             if not number or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
         check_choice("score_steps", self.score_steps, rewards.SCORE_STEPS)
-        check_choice("metric", self.metric, METRICS)
+        check_choice("score_kind", self.score_kind, SCORE_KINDS)
         check_choice("query", self.query, QUERIES)
         if self.budget is not None:
             object.__setattr__(self, "budget", _check_budget(self.budget))
@@ -79,16 +79,18 @@ class EpisodeRules:
             ValueError: if the source is empty, or a count is beyond its number of tokens.
         """
         if len(source) < 1:
-            raise ValueError(f"the source {source.spec!r} holds no samples, expected at least one")
+            raise ValueError(
+                f"the source {source.location!r} holds no samples, expected at least one"
+            )
         if self.min_tokens >= source.max_tokens:
             raise ValueError(
                 f"min_tokens must be below the {source.max_tokens} tokens of the source "
-                f"{source.spec!r}, got {self.min_tokens}"
+                f"{source.location!r}, got {self.min_tokens}"
             )
         if self.budget is not None and np.max(self.budget) > source.max_tokens:
             raise ValueError(
                 f"budget must be at most the {source.max_tokens} tokens of the source "
-                f"{source.spec!r}, got {self.budget}"
+                f"{source.location!r}, got {self.budget}"
             )
 
     def observation_space(self, source: TokenSource) -> spaces.Dict:
@@ -111,7 +113,7 @@ class EpisodeRules:
         return spaces.Dict(parts)
 
     def draw_budget(self, generator: np.random.Generator) -> int:
-        """One wanted count, log-uniform over the integers of the range (spec sec. 5).
+        """One wanted count, log-uniform over the integers of the range (location sec. 5).
 
         P(k) = log((k + 1) / k) / log((high + 1) / low); a fixed budget draws nothing.
         """

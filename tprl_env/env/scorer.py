@@ -52,7 +52,7 @@ class ScoredSource(Protocol):
         """(B, N), False where padding."""
         ...
 
-    def full_scores(self, metric: str) -> FloatArray:
+    def full_scores(self, score_kind: str) -> FloatArray:
         """(S,) scores with all tokens."""
         ...
 

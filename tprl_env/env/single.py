@@ -13,8 +13,8 @@ from tprl_env.data.features.source import TokenSource
 from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
 from tprl_env.env.rules import (
     EpisodeRules,
-    Metric,
     Query,
+    ScoreKind,
     ScoreSteps,
     check_choice,
     check_options,
@@ -88,14 +88,14 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
     - `source`: what `tprl_env.open_source` opens (a feature-store path, or "toy" with fields as in
       "toy:samples=64,tokens=16,seed=0"), or a token source.
     - `scorer`: callable (samples int64 (B,), keep bool (B, N)) -> scores (B,) in [0, 1]; None only
-      for the toy source. Its attribute `metric`, if any, must equal `metric`.
+      for the toy source. Its attribute `score_kind`, if any, must equal `score_kind`.
     - `max_steps` (3): T_max.
     - `alpha` (1.0), `beta` (0.1): weights of the task and of the pruning term.
     - `score_steps` ("all"): "all" or "final", see Rewards.
     - `reward_batch_size` (1): only the vector environment can average rewards over a batch.
     - `min_tokens` (1): see Episode End.
     - `budget` (None): a wanted count, or a range (low, high), shown to the agent.
-    - `metric` ("exact"): "exact" or "likelihood", what `full_scores` of the source means.
+    - `score_kind` ("exact"): "exact" or "likelihood", what `full_scores` of the source means.
     - `query` ("mean"): "mean" or "tokens", see Observation Space.
     - `render_mode` (None): "rgb_array" or "ansi".
 
@@ -141,7 +141,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         reward_batch_size: int = 1,
         min_tokens: int = 1,
         budget: int | tuple[int, int] | None = None,
-        metric: Metric = "exact",
+        score_kind: ScoreKind = "exact",
         query: Query = "mean",
         render_mode: str | None = None,
     ) -> None:
@@ -158,7 +158,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
             reward_batch_size=reward_batch_size,
             min_tokens=min_tokens,
             budget=budget,
-            metric=metric,
+            score_kind=score_kind,
             query=query,
         )
         if reward_batch_size != 1:

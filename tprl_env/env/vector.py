@@ -16,8 +16,8 @@ from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_env
 from tprl_env.env.rewards import batch_mean_reward
 from tprl_env.env.rules import (
     EpisodeRules,
-    Metric,
     Query,
+    ScoreKind,
     ScoreSteps,
     check_choice,
     check_integer,
@@ -52,7 +52,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             ``num_envs``.
         min_tokens: an episode ends with at most so many tokens.
         budget: None, a count or a range (low, high).
-        metric: "exact" or "likelihood".
+        score_kind: "exact" or "likelihood".
         query: "mean" or "tokens".
         group_size: this many consecutive sub-environments get the same samples and budgets, episode
             by episode, as group-relative methods (GRPO) need. Must divide ``num_envs``. An early
@@ -82,7 +82,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         reward_batch_size: int = 1,
         min_tokens: int = 1,
         budget: int | tuple[int, int] | None = None,
-        metric: Metric = "exact",
+        score_kind: ScoreKind = "exact",
         query: Query = "mean",
         group_size: int = 1,
         render_mode: str | None = None,
@@ -96,7 +96,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             reward_batch_size=reward_batch_size,
             min_tokens=min_tokens,
             budget=budget,
-            metric=metric,
+            score_kind=score_kind,
             query=query,
         )
         self.group_size = check_integer("group_size", group_size, 1)

@@ -14,7 +14,7 @@ from tprl_env.data.features.store import FeatureStore
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 
 @dataclass(frozen=True)

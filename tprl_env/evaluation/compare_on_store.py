@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 def print_row(result: MethodResult) -> None:
     """One line of live output per method and budget."""
     print(
-        f"{result.name:<36} {result.kind:<10} {result.budget:>4} tokens "
+        f"{result.name:<36} {result.knowledge:<10} {result.budget:>4} tokens "
         f"(mean {result.mean_tokens:6.1f})  accuracy {result.accuracy:.3f} "
         f"[{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]  {result.seconds:5.1f} s",
         flush=True,
@@ -64,7 +64,7 @@ def build_results(
             "accuracy": round(full.accuracy, 5),
             "ci95": [round(bound, 5) for bound in full.ci95],
             "questions": len(full.scores),
-            "by_type": {kind: round(value, 5) for kind, value in full.by_type.items()},
+            "by_type": {name: round(value, 5) for name, value in full.by_type.items()},
         },
         "methods": [row.as_dict() for row in methods],
         "training": dict(training),
@@ -88,8 +88,8 @@ def write_comparison(
     out.mkdir(parents=True, exist_ok=True)
     check_results(results, sorted({row.budget for row in rows[1:]}))
     ids = [store.id(int(sample)) for sample in samples]
-    kinds = [store.kind(int(sample)) for sample in samples]
-    write_per_question(rows, ids, kinds, out / "per_question.parquet")
+    question_types = [store.question_type(int(sample)) for sample in samples]
+    write_per_question(rows, ids, question_types, out / "per_question.parquet")
     figures = [(plot_accuracy(results, out / "accuracy.png"), "Accuracy against tokens kept.")]
     if curve:
         path = plot_learning_curve(

@@ -20,7 +20,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner, choose_penalty
 from tprl_env.reducers import PRUNERS, make_pruner
-from tprl_env.reducers.base import Pruner, prune_inputs
+from tprl_env.reducers.interfaces import Pruner, prune_inputs
 from tprl_env.scoring import local_scorer
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
@@ -198,7 +198,7 @@ def measure_references(
         path: JSON file with the result; read instead where it is there already.
 
     Returns:
-        ``{"full_accuracy", "questions", "pruners": {name: {"kind", "budgets": [row, ...]}}}``
+        ``{"full_accuracy", "questions", "pruners": {name: {"knowledge", "budgets": [row, ...]}}}``
     """
     if path.is_file():
         return dict(json.loads(path.read_text("utf-8")))
@@ -206,7 +206,7 @@ def measure_references(
     scorer = local_scorer(load_lvlm(lvlm), test)
     found: dict[str, Any] = {}
     for row in evaluate(test, scorer, usable_pruners(test), budgets)[1:]:
-        entry = found.setdefault(row.name, {"kind": row.kind, "budgets": []})
+        entry = found.setdefault(row.name, {"knowledge": row.knowledge, "budgets": []})
         entry["budgets"].append(row.as_dict())
     content = {
         "full_accuracy": float(np.asarray(test.full_scores("exact")).mean()),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
 from tprl_env.files import write_atomically
-from tprl_env.reducers.base import Pruner, prune_inputs
+from tprl_env.reducers.interfaces import Pruner, prune_inputs
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
@@ -39,7 +39,7 @@ class MethodResult:
 
     Attributes:
         name: Method, as in the table.
-        kind: ``policy``, ``heuristic``, ``oracle``, ``random``, or ``none`` for all tokens.
+        knowledge: ``policy``, ``heuristic``, ``oracle``, ``random``, or ``none`` for all tokens.
         budget: Number of tokens asked for.
         mean_tokens: Mean number of tokens kept.
         std_tokens: Standard deviation of that number over the questions.
@@ -52,7 +52,7 @@ class MethodResult:
     """
 
     name: str
-    kind: str
+    knowledge: str
     budget: int
     mean_tokens: float
     std_tokens: float
@@ -67,41 +67,43 @@ class MethodResult:
         """The row of ``results.json``; per-question arrays are left to the Parquet file."""
         return {
             "name": self.name,
-            "kind": self.kind,
+            "knowledge": self.knowledge,
             "budget": self.budget,
             "mean_tokens": round(self.mean_tokens, 3),
             "std_tokens": round(self.std_tokens, 3),
             "accuracy": round(self.accuracy, 5),
             "ci95": [round(self.ci95[0], 5), round(self.ci95[1], 5)],
-            "by_type": {kind: round(value, 5) for kind, value in self.by_type.items()},
+            "by_type": {name: round(value, 5) for name, value in self.by_type.items()},
             "seconds": round(self.seconds, 2),
         }
 
 
-def by_type(kinds: npt.NDArray[np.str_], scores: FloatArray) -> dict[str, float]:
+def by_type(question_types: npt.NDArray[np.str_], scores: FloatArray) -> dict[str, float]:
     """Mean score per question type, in alphabetical order."""
-    return {str(kind): float(scores[kinds == kind].mean()) for kind in np.unique(kinds)}
+    return {
+        str(one): float(scores[question_types == one].mean()) for one in np.unique(question_types)
+    }
 
 
 def summarise(
     name: str,
-    kind: str,
+    knowledge: str,
     budget: int,
     scores: FloatArray,
     kept: npt.NDArray[np.int64],
-    kinds: npt.NDArray[np.str_],
+    question_types: npt.NDArray[np.str_],
     seconds: float,
 ) -> MethodResult:
     """Turn per-question scores into one row of the comparison."""
     return MethodResult(
         name=name,
-        kind=kind,
+        knowledge=knowledge,
         budget=budget,
         mean_tokens=float(kept.mean()),
         std_tokens=float(kept.std()),
         accuracy=float(scores.mean()),
         ci95=mean_interval(scores),
-        by_type=by_type(kinds, scores),
+        by_type=by_type(question_types, scores),
         seconds=seconds,
         scores=scores,
         kept=kept,
@@ -170,17 +172,17 @@ def evaluate_method(
         keep = keep_masks(pruner, store, samples[part], budget)
         scores[part] = scorer(samples[part], keep)
         kept[part] = keep.sum(1)
-    kinds = np.array([store.kind(int(sample)) for sample in samples])
+    question_types = np.array([store.question_type(int(sample)) for sample in samples])
     seconds = time.perf_counter() - start
-    return summarise(name, pruner.kind, budget, scores, kept, kinds, seconds)
+    return summarise(name, pruner.knowledge, budget, scores, kept, question_types, seconds)
 
 
 def evaluate_full(store: FeatureStore, samples: npt.NDArray[np.int64]) -> MethodResult:
     """The unpruned LVLM, from the exact scores that encoding stored."""
     scores = np.asarray(store.full_scores("exact"))[samples]
     kept = store.exists(samples).sum(1).astype(np.int64)
-    kinds = np.array([store.kind(int(sample)) for sample in samples])
-    return summarise("all tokens", "none", int(kept.max()), scores, kept, kinds, 0.0)
+    question_types = np.array([store.question_type(int(sample)) for sample in samples])
+    return summarise("all tokens", "none", int(kept.max()), scores, kept, question_types, 0.0)
 
 
 def evaluate(
@@ -207,15 +209,15 @@ def evaluate(
         The unpruned LVLM first, then one row per method and budget.
 
     Raises:
-        ValueError: No samples, a budget out of range, or a scorer of another metric.
+        ValueError: No samples, a budget out of range, or a scorer of another score_kind.
     """
     chosen = np.arange(len(store), dtype=np.int64) if samples is None else samples
     if not len(chosen):
         raise ValueError("there is nothing to evaluate: got 0 samples, expected at least 1")
     check_budgets(budgets, store.max_tokens)
-    metric = getattr(scorer, "metric", "exact")
-    if metric != "exact":
-        raise ValueError(f"evaluation needs a scorer of metric 'exact', got {metric!r}")
+    score_kind = getattr(scorer, "score_kind", "exact")
+    if score_kind != "exact":
+        raise ValueError(f"evaluation needs a scorer of score_kind 'exact', got {score_kind!r}")
     results = [evaluate_full(store, chosen)]
     if on_result is not None:
         on_result(results[0])
@@ -229,11 +231,12 @@ def evaluate(
 
 
 def write_per_question(
-    results: Sequence[MethodResult], ids: Sequence[str], kinds: Sequence[str], path: Path
+    results: Sequence[MethodResult], ids: Sequence[str], question_types: Sequence[str], path: Path
 ) -> None:
     """Write every single score as Parquet, so that others can compute their own statistics.
 
-    Columns: ``method``, ``kind``, ``budget``, ``sample``, ``question_type``, ``kept``, ``score``.
+    Columns: ``method``, ``knowledge``, ``budget``, ``sample``, ``question_type``, ``kept``,
+    ``score``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -242,10 +245,10 @@ def write_per_question(
         pa.table(
             {
                 "method": [result.name] * len(ids),
-                "kind": [result.kind] * len(ids),
+                "knowledge": [result.knowledge] * len(ids),
                 "budget": pa.array([result.budget] * len(ids), pa.int32()),
                 "sample": list(ids),
-                "question_type": list(kinds),
+                "question_type": list(question_types),
                 "kept": pa.array(result.kept, pa.int32()),
                 "score": pa.array(result.scores, pa.float32()),
             }

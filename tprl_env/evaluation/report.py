@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One colour per kind family; heuristics share a quiet palette so that policies stand out.
+# One colour per family; heuristics share a quiet palette so that policies stand out.
 POLICY_COLORS = ("#c8102e", "#e8743b", "#8e44ad", "#d4a017")
 OTHER_COLORS = ("#1f77b4", "#2ca02c", "#17becf", "#7f7f7f", "#9467bd", "#8c564b", "#bcbd22")
 STYLE = """
@@ -69,7 +69,7 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
     )
     counts = {"policy": 0, "other": 0}
     for name, rows in by_method(results).items():
-        policy = rows[0]["kind"] == "policy"
+        policy = rows[0]["knowledge"] == "policy"
         group, palette = ("policy", POLICY_COLORS) if policy else ("other", OTHER_COLORS)
         color = palette[counts[group] % len(palette)]
         counts[group] += 1
@@ -81,7 +81,7 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
             color=color,
             marker="o" if policy else ".",
             linewidth=2.4 if policy else 1.3,
-            linestyle=":" if rows[0]["kind"] == "oracle" else "-",
+            linestyle=":" if rows[0]["knowledge"] == "oracle" else "-",
             zorder=3 if policy else 2,
         )
         low, high = zip(*(row["ci95"] for row in rows), strict=True)
@@ -131,7 +131,7 @@ def results_table(results: Mapping[str, Any]) -> str:
     """The comparison as an HTML table, methods down, budgets across."""
     budgets = sorted({row["budget"] for row in results["methods"]}, reverse=True)
     head = "".join(f"<th>{budget} tokens</th>" for budget in budgets)
-    lines = [f"<tr><th>method</th><th>kind</th>{head}</tr>"]
+    lines = [f"<tr><th>method</th><th>knowledge</th>{head}</tr>"]
     for name, rows in by_method(results).items():
         cells = {row["budget"]: row for row in rows}
         columns = ""
@@ -143,8 +143,10 @@ def results_table(results: Mapping[str, Any]) -> str:
                 else f"<td>{row['accuracy']:.3f}<br><span class=ci>"
                 f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]</span></td>"
             )
-        kind = html.escape(rows[0]["kind"])
-        lines.append(f"<tr class={kind}><td>{html.escape(name)}</td><td>{kind}</td>{columns}</tr>")
+        knowledge = html.escape(rows[0]["knowledge"])
+        lines.append(
+            f"<tr class={knowledge}><td>{html.escape(name)}</td><td>{knowledge}</td>{columns}</tr>"
+        )
     return "<table>" + "\n".join(lines) + "</table>"
 
 
@@ -183,7 +185,7 @@ def write_report(
         path: HTML file to write.
     """
     full = results["full"]
-    types = ", ".join(f"{kind} {value:.3f}" for kind, value in full["by_type"].items())
+    types = ", ".join(f"{name} {value:.3f}" for name, value in full["by_type"].items())
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     body = [
         f"<h1>{html.escape(results['task'])}: which visual tokens can the model do without?</h1>",

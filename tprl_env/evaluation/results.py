@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-KINDS = ("policy", "heuristic", "oracle", "random")
+KNOWLEDGE = ("policy", "heuristic", "oracle", "random")
 TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
     "algorithm": str,
     "preset": str,
@@ -21,7 +21,7 @@ TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 METHOD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str,
-    "kind": str,
+    "knowledge": str,
     "budget": int,
     "mean_tokens": (int, float),
     "accuracy": (int, float),
@@ -32,17 +32,17 @@ METHOD_FIELDS: dict[str, type | tuple[type, ...]] = {
 def _check_fields(
     row: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str
 ) -> None:
-    for name, kind in fields.items():
+    for name, wanted in fields.items():
         if name not in row:
             raise ValueError(f"{where} has no {name!r}; write the file with this version")
-        if not isinstance(row[name], kind) or isinstance(row[name], bool):
-            raise ValueError(f"{where}: {name!r} must be {kind}, got {row[name]!r}")
+        if not isinstance(row[name], wanted) or isinstance(row[name], bool):
+            raise ValueError(f"{where}: {name!r} must be {wanted}, got {row[name]!r}")
 
 
 def _check_method(row: Mapping[str, Any], where: str) -> None:
     _check_fields(row, METHOD_FIELDS, where)
-    if row["kind"] not in KINDS:
-        raise ValueError(f"{where}: kind must be one of {KINDS}, got {row['kind']!r}")
+    if row["knowledge"] not in KNOWLEDGE:
+        raise ValueError(f"{where}: knowledge must be one of {KNOWLEDGE}, got {row['knowledge']!r}")
     if len(row["ci95"]) != 2 or not 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1:
         raise ValueError(
             f"{where}: expected 0 <= ci95[0] <= accuracy <= ci95[1] <= 1, got {row['ci95']} "
@@ -54,7 +54,7 @@ def check_training(training: Mapping[str, Any], where: str = "results: 'training
     """Refuse an incomplete record of a training; an empty one says that nothing was trained.
 
     Raises:
-        ValueError: A field is missing or of the wrong kind.
+        ValueError: A field is missing or of the wrong type.
     """
     if training:
         _check_fields(training, TRAINING_FIELDS, where)
@@ -71,9 +71,9 @@ def check_results(results: Mapping[str, Any], budgets: Sequence[int] = (48, 29, 
         budgets: Budgets that every method must have been measured at.
 
     Raises:
-        ValueError: Something is missing or of the wrong kind; the sentence says what.
+        ValueError: Something is missing or of the wrong type; the sentence says what.
     """
-    for name, kind in {
+    for name, wanted in {
         "task": str,
         "visual_tokens": int,
         "full": dict,
@@ -81,8 +81,8 @@ def check_results(results: Mapping[str, Any], budgets: Sequence[int] = (48, 29, 
         "training": dict,
         "versions": dict,
     }.items():
-        if not isinstance(results.get(name), kind):
-            raise ValueError(f"results: {name!r} must be a {kind.__name__}")
+        if not isinstance(results.get(name), wanted):
+            raise ValueError(f"results: {name!r} must be a {wanted.__name__}")
     _check_fields(
         results["full"],
         {"accuracy": (int, float), "questions": int, "by_type": dict},

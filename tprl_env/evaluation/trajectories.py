@@ -15,31 +15,31 @@ from tprl_env.env.render import TrajectoryStep, draw_trajectory
 from tprl_env.env.scorer import Scorer
 from tprl_env.files import write_atomically
 from tprl_env.policy.pruner import PolicyPruner
-from tprl_env.reducers.base import prune_inputs
+from tprl_env.reducers.interfaces import prune_inputs
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 
 def choose_examples(
     store: FeatureStore, samples: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.int64]:
     """``count`` samples spread over the question types, of different images while there are any."""
-    by_kind: dict[str, list[int]] = {}
+    by_type_of_question: dict[str, list[int]] = {}
     for sample in map(int, samples):
-        by_kind.setdefault(store.kind(sample), []).append(sample)
+        by_type_of_question.setdefault(store.question_type(sample), []).append(sample)
     order: list[int] = []
     seen: set[int] = set()
     fresh = True
-    while len(order) < count and any(by_kind.values()):
+    while len(order) < count and any(by_type_of_question.values()):
         before = len(order)
-        for kind in sorted(by_kind):
-            for place, sample in enumerate(by_kind[kind]):
+        for question_type in sorted(by_type_of_question):
+            for place, sample in enumerate(by_type_of_question[question_type]):
                 image = store.image_number(sample)
                 if len(order) < count and not (fresh and image in seen):
                     seen.add(image)
-                    order.append(by_kind[kind].pop(place))
+                    order.append(by_type_of_question[question_type].pop(place))
                     break
         fresh = fresh and len(order) > before  # else ask more about the same images
     return np.array(order, dtype=np.int64)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "llava": ("tprl_env.lvlm.families.llava", "LlavaLVLM"),
@@ -22,7 +22,7 @@ _BUILTIN = "builtin:"
 
 
 def load_lvlm(
-    spec: str | Path,
+    checkpoint: str | Path,
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -31,7 +31,7 @@ def load_lvlm(
     """Load a frozen LVLM.
 
     Args:
-        spec: ``"builtin:crowded"`` or ``"builtin:sparse"`` (shipped with the package), a local
+        checkpoint: ``"builtin:crowded"`` or ``"builtin:sparse"`` (shipped with the package), a
             checkpoint folder, or a hub id such as ``"llava-hf/llava-1.5-7b-hf"``.
         device: Default: the GPU if there is one, else the CPU.
         dtype: Default: bfloat16 on a GPU, float32 on the CPU.
@@ -42,7 +42,7 @@ def load_lvlm(
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """
-    source, kind = find_lvlm(spec, revision)
+    source, kind = find_lvlm(checkpoint, revision)
     module, name = FAMILIES[kind]
     with _naming_the_extra():
         family = getattr(import_module(module), name)
@@ -50,11 +50,11 @@ def load_lvlm(
     return lvlm
 
 
-def find_lvlm(spec: str | Path, revision: str | None = None) -> tuple[str, str]:
+def find_lvlm(checkpoint: str | Path, revision: str | None = None) -> tuple[str, str]:
     """Find a checkpoint that :func:`load_lvlm` could load, without loading any weight.
 
     Args:
-        spec: As for :func:`load_lvlm`.
+        checkpoint: As for :func:`load_lvlm`.
         revision: Branch, tag or commit of a hub repository.
 
     Returns:
@@ -65,7 +65,7 @@ def find_lvlm(spec: str | Path, revision: str | None = None) -> tuple[str, str]:
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """
-    source = str(spec)
+    source = str(checkpoint)
     with _naming_the_extra():
         from tprl_env.lvlm.loading.checkpoint import read_config
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tprl_env.policy.network import DEAD_LOGIT, PolicyOutput
 
-__all__ = ["forward_packed", "groups_by_length"]
+__all__ = ["forward_alive_only", "groups_by_length"]
 
 Forward = Callable[[Mapping[str, Tensor]], PolicyOutput]
 
@@ -24,7 +24,7 @@ SHORTER = 0.6
 LEAST_SAVED = 16
 
 
-def forward_packed(policy: Forward, obs: Mapping[str, Tensor]) -> PolicyOutput:
+def forward_alive_only(policy: Forward, obs: Mapping[str, Tensor]) -> PolicyOutput:
     """What ``policy(obs)`` gives, up to rounding, without computing dead tokens.
 
     Args:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from tprl_env.files import write_atomically
-from tprl_env.reducers.base import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.vispruner import VisPruner
 
 Nest = Literal["restrict", "intersect"]
@@ -199,7 +199,7 @@ def saliency_demonstrator(
     table = np.full((len(chosen), source.max_tokens), -np.inf, np.float32)
     if isinstance(saliency, str) and not source.has_channel(saliency):
         raise ValueError(
-            f"the store {source.spec!r} has no channel {saliency!r}; compute it with "
+            f"the store {source.location!r} has no channel {saliency!r}; compute it with "
             "`tprl encode`, or demonstrate with a ranking pruner"
         )
     for row, sample in enumerate(chosen):

@@ -40,7 +40,7 @@ class DemonstrationSource(Protocol):
 
 
 @dataclass(frozen=True)
-class LfdReport:
+class ImitationReport:
     """What pre-training did.
 
     Attributes:
@@ -111,7 +111,7 @@ def pretrain(
     pos_weight: PosWeight = "sqrt",
     max_grad_norm: float = 1.0,
     progress: Progress | None = None,
-) -> LfdReport:
+) -> ImitationReport:
     """Imitate a demonstrator; the critic is left as it is.
 
     AdamW without weight decay, learning rate decaying linearly to 1e-5. The same seed and policy
@@ -165,7 +165,7 @@ def pretrain(
     policy.eval()
     points = [float(np.mean(losses[i : i + _REPORTED])) for i in range(0, steps, _REPORTED)]
     agreement = imitation_agreement(policy, source, demonstrations.draw(generator, 256))
-    return LfdReport(steps, steps * batch_size, tuple(points), points[-1], agreement, seconds)
+    return ImitationReport(steps, steps * batch_size, tuple(points), points[-1], agreement, seconds)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from tprl_env.data.features.source import TokenSource
 from tprl_env.policy.network import PolicyConfig
 
 if TYPE_CHECKING:
-    from tprl_env.reducers.base import PruneInputs
+    from tprl_env.reducers.interfaces import PruneInputs
 
 
 def observe(

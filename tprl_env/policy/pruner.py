@@ -19,7 +19,7 @@ from tprl_env.data.features.source import TokenSource
 from tprl_env.env.rewards import step_budgets
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.observations import observe, observe_inputs, with_progress
-from tprl_env.reducers.base import Kind, PruneInputs, Pruner
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner
 from tprl_env.reducers.selection import top_k_mask
 
 Mode = Literal["topk", "threshold", "multistep"]
@@ -79,7 +79,7 @@ class PolicyPruner(Pruner):
     """
 
     name: ClassVar[str] = "policy"
-    kind: ClassVar[Kind] = "policy"
+    knowledge: ClassVar[Knowledge] = "policy"
     needs: ClassVar[tuple[str, ...]] = ("codes",)
 
     policy: PruningPolicy

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from tprl_env.checks import did_you_mean
-from tprl_env.reducers.base import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.cls_attention import ClsAttentionPruner
 from tprl_env.reducers.prune.divprune import DivPrune
 from tprl_env.reducers.prune.oracle import OraclePruner

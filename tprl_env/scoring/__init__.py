@@ -12,7 +12,7 @@ from tprl_env.scoring.cache import CachedScorer
 
 if TYPE_CHECKING:
     from tprl_env.data.features import FeatureStore
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 __all__ = ["CachedScorer", "Scorer", "ScorerStats", "ScoringError", "local_scorer"]
 
@@ -21,4 +21,4 @@ def local_scorer(lvlm: LVLM, store: FeatureStore) -> Scorer:
     """Exact-match scorer of a store in this process, with its cache."""
     from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
-    return CachedScorer(LVLMScorer(lvlm, store, metric="exact"), store, "exact")
+    return CachedScorer(LVLMScorer(lvlm, store, score_kind="exact"), store, "exact")

@@ -32,7 +32,7 @@ class CachedScorer:
     """Answers what is known already and passes the rest to ``inner`` in one call.
 
     In this order: a row that keeps every existing token is answered from
-    ``source.full_scores(metric)``; equal rows of one request are computed once; masks scored by
+    ``source.full_scores(score_kind)``; equal rows of one request are computed once; masks scored by
     earlier requests come from an LRU cache keyed by (sample, packed mask bits). Entries of
     ``keep`` beyond a sample's own tokens are ignored.
 
@@ -41,14 +41,14 @@ class CachedScorer:
     """
 
     def __init__(
-        self, inner: Scorer, source: ScoredSource, metric: str, cache_size: int = 200_000
+        self, inner: Scorer, source: ScoredSource, score_kind: str, cache_size: int = 200_000
     ) -> None:
         """Wrap ``inner``.
 
         Args:
             inner: Computes scores; may be any callable with the ``Scorer`` signature.
             source: Where sample numbers point.
-            metric: ``"exact"`` or ``"likelihood"``, the metric that ``inner`` computes.
+            score_kind: ``"exact"`` or ``"likelihood"``, the score_kind that ``inner`` computes.
             cache_size: Masks remembered (about 150 bytes each at 144 tokens); 0 switches it off.
 
         Raises:
@@ -58,7 +58,7 @@ class CachedScorer:
             raise ValueError(f"cache_size must be 0 (off) or positive, got {cache_size}")
         self.inner = inner
         self.source = source
-        self.metric = metric
+        self.score_kind = score_kind
         self._name = getattr(inner, "__name__", type(inner).__name__)
         self._cache_size = cache_size
         self._cache: OrderedDict[tuple[int, bytes], float] = OrderedDict()
@@ -67,7 +67,7 @@ class CachedScorer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles start with an empty cache: a lock cannot be copied."""
-        return CachedScorer, (self.inner, self.source, self.metric, self._cache_size)
+        return CachedScorer, (self.inner, self.source, self.score_kind, self._cache_size)
 
     @property
     def stats(self) -> ScorerStats:
@@ -92,9 +92,9 @@ class CachedScorer:
         scores = np.zeros(len(numbers), np.float32)
         full = (masks == exists).all(1)
         if full.any():
-            stored = self.source.full_scores(self.metric)[numbers[full]]
+            stored = self.source.full_scores(self.score_kind)[numbers[full]]
             scores[full] = check_scores(
-                stored, numbers[full], self.source, scorer=f"full_scores({self.metric!r})"
+                stored, numbers[full], self.source, scorer=f"full_scores({self.score_kind!r})"
             )
         counted.full_hits = int(full.sum())
 

@@ -30,9 +30,9 @@ from tprl_env.env.scorer import (
     check_request,
     check_scores,
 )
-from tprl_env.lvlm.base import LVLM, Positions, Prompt
+from tprl_env.lvlm.protocol import LVLM, Positions, Prompt
 
-METRICS = ("exact", "likelihood")
+SCORE_KINDS = ("exact", "likelihood")
 
 
 class ScorableStore(ScoredSource, Protocol):
@@ -72,7 +72,7 @@ class LVLMScorer:
         self,
         lvlm: LVLM,
         store: ScorableStore,
-        metric: str = "exact",
+        score_kind: str = "exact",
         batch_size: int = 128,
         *,
         batch_tokens: int | None = None,
@@ -85,7 +85,7 @@ class LVLMScorer:
         Args:
             lvlm: The LVLM that encoded the store.
             store: Visual tokens, prompts and answers by sample number.
-            metric: ``"exact"`` (greedy answer is right, 0 or 1) or ``"likelihood"``.
+            score_kind: ``"exact"`` (greedy answer is right, 0 or 1) or ``"likelihood"``.
             batch_size: Most rows of one forward pass.
             batch_tokens: Most padded places of one forward pass. Default by measurement: 1024 on
                 a CPU in float32 (activations then stay in its cache), 2048 in bfloat16, 65536 on
@@ -102,8 +102,10 @@ class LVLMScorer:
                 f"the store was encoded by another LVLM ({store.manifest.lvlm_fingerprint}) than "
                 f"{lvlm.name} ({lvlm.fingerprint}); encode it again or load the LVLM it names"
             )
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if score_kind not in SCORE_KINDS:
+            raise ValueError(
+                f"score_kind must be one of {', '.join(SCORE_KINDS)}, got {score_kind!r}"
+            )
         if batch_size < 1 or not 0 <= max_padding <= 1:
             raise ValueError(
                 f"batch_size must be positive and max_padding in [0, 1], "
@@ -111,9 +113,9 @@ class LVLMScorer:
             )
         self.lvlm = lvlm
         self.store = store
-        self.metric = metric
+        self.score_kind = score_kind
         self.stats = ScorerStats()
-        self._name = f"LVLMScorer({lvlm.name}, {metric})"
+        self._name = f"LVLMScorer({lvlm.name}, {score_kind})"
         self._batch_size = batch_size
         self._batch_tokens = batch_tokens or _default_batch_tokens(lvlm)
         self._max_padding = max_padding
@@ -125,14 +127,14 @@ class LVLMScorer:
         self._lock = threading.Lock()
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
-        """Score a request with ``metric``; see :class:`~tprl_env.scoring.cache.Scorer`.
+        """Score a request with ``score_kind``; see :class:`~tprl_env.scoring.cache.Scorer`.
 
         Raises:
             ValueError: The request is malformed.
             ScoringError: The LVLM failed; the message names the samples.
         """
         exact, likelihood = self.score_both(samples, keep)
-        return exact if self.metric == "exact" else likelihood
+        return exact if self.score_kind == "exact" else likelihood
 
     def score_both(
         self, samples: IntArray, keep: BoolArray | None = None

@@ -6,8 +6,8 @@ all masks of one sample preferably on one actor. Own actors instead of Ray Serve
 ``ray.util.ActorPool``, because the first loses calls when a replica dies and the second shrinks.
 
 Faults: an exception of the scorer stops the caller with a `ScoringError`. When an actor dies, Ray
-restarts it and the pool sends the lost pieces again, each alone on its actor; a piece that kills
-its actor again is cut in four, until one row is left, and that row may kill ``poison_limit``
+restarts it and the pool sends the lost chunks again, each alone on its actor; a chunk that kills
+its actor again is cut in four, until one row is left, and that row may kill ``max_crashes_per_row``
 actors before the run stops with its name. Scoring is a pure function, so a retry changes nothing.
 """
 
@@ -59,7 +59,7 @@ class PendingScores:
                 alive; the message names samples and actor.
         """
         while not self.request.done:
-            self._pool.pump(_POLL_SECONDS)
+            self._pool.poll(_POLL_SECONDS)
         if self.request.error is not None:
             raise self.request.error
         return self._pool.cache.finish(self._plan, self.request.scores)
@@ -85,10 +85,10 @@ class ScorerPool:
     def __init__(self, address: PoolAddress, *, handles: Sequence[Any] = ()) -> None:
         self.address, self._handles = address, list(handles)
         self.spec = ScorerSpec(**address.spec)
-        self.metric = self.spec.metric
+        self.score_kind = self.spec.score_kind
         limits = Limits(**address.limits)
         source = open_source(self.spec.source)
-        self.cache = ScoreCache(source, self.metric, limits.cache_size)
+        self.cache = ScoreCache(source, self.score_kind, limits.cache_size)
         actors = [
             ActorState(name, ray.get_actor(name, namespace=address.namespace))
             for name in address.names
@@ -189,7 +189,7 @@ class ScorerPool:
         return self.submit(samples, keep).result()
 
     def submit(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> PendingScores:
-        """Send a request off and return at once; pieces beyond the caps wait in this process.
+        """Send a request off and return at once; chunks beyond the caps wait in this process.
 
         Raises:
             ValueError: if the request is malformed.
@@ -198,9 +198,9 @@ class ScorerPool:
         self._router.submit(pending.request)
         return pending
 
-    def pump(self, timeout: float = 0.0) -> None:
+    def poll(self, timeout: float = 0.0) -> None:
         """Take answers in and send what waits; call it now and then while doing other work."""
-        self._router.pump(timeout)
+        self._router.poll(timeout)
 
     def counters(self) -> dict[str, float]:
         """Numbers since the start of this client, for metrics.
@@ -208,7 +208,7 @@ class ScorerPool:
         Returns:
             The `ScorerStats` (requests, scores, computed, duplicates, cache_hits, full_hits,
             batches, batch_rows, padded_tokens, busy_seconds) and ``batch_fill`` (mean rows of a
-            pass over ``batch_size``), ``queue_depth`` and ``queue_peak`` (pieces), ``retries``,
+            pass over ``batch_size``), ``queue_depth`` and ``queue_peak`` (chunks), ``retries``,
             ``restarts`` (that this client has seen), ``actors``, ``busy_share`` (busy seconds over
             actors times wall seconds).
         """

@@ -45,15 +45,15 @@ class ScoreCache:
 
     Args:
         source: the samples; gives the scores with all tokens.
-        metric: ``"exact"`` or ``"likelihood"``.
+        score_kind: ``"exact"`` or ``"likelihood"``.
         size: masks remembered (about 150 bytes each at 576 tokens); 0 switches the memory off.
     """
 
-    def __init__(self, source: TokenSource, metric: str, size: int = 200_000) -> None:
+    def __init__(self, source: TokenSource, score_kind: str, size: int = 200_000) -> None:
         if size < 0:
             raise ValueError(f"cache_size must be at least 0, got {size}")
         self._source, self._size = source, size
-        self._full = np.asarray(source.full_scores(metric), np.float32)
+        self._full = np.asarray(source.full_scores(score_kind), np.float32)
         self._memory: OrderedDict[bytes, float] = OrderedDict()
         self.stats = ScorerStats()
 

@@ -1,6 +1,6 @@
 """Which actor scores what: routing, back-pressure, and what happens when an actor dies.
 
-One `Router` belongs to one client of the pool. A request is cut into pieces; a piece travels to one
+One `Router` belongs to one client of the pool. A request is cut into chunks; a chunk travels to one
 actor. See `tprl_env.scoring.pool` for the rules in words.
 """
 
@@ -34,20 +34,20 @@ class Limits:
     """Bounds of one client.
 
     Attributes:
-        max_outstanding: pieces per actor under way at once; the rest waits in the client.
-        poison_limit: actor processes that a single row may kill.
+        max_outstanding: chunks per actor under way at once; the rest waits in the client.
+        max_crashes_per_row: actor processes that a single row may kill.
         restart_timeout: seconds without any usable actor after which waiting ends.
         cache_size: masks that the client remembers.
     """
 
     max_outstanding: int = 4
-    poison_limit: int = 3
+    max_crashes_per_row: int = 3
     restart_timeout: float = 300.0
     cache_size: int = 200_000
 
     def __post_init__(self) -> None:
         """Refuse bounds that would stop everything."""
-        for name in ("max_outstanding", "poison_limit"):
+        for name in ("max_outstanding", "max_crashes_per_row"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.restart_timeout <= 0:
@@ -76,12 +76,12 @@ class Request:
 
 
 @dataclass(eq=False)
-class _Piece:
+class _Chunk:
     """Rows of one request that travel together to one actor."""
 
     request: Request
     places: NDArray[np.int64]
-    home: int
+    preferred: int
     alone: bool = False
     kills: int = 0
 
@@ -102,7 +102,7 @@ class ActorState:
 
     name: str
     handle: Any
-    outstanding: dict[Any, _Piece] = field(default_factory=dict)
+    outstanding: dict[Any, _Chunk] = field(default_factory=dict)
     work: int = 0
     ping: Any = None  # reference of a health check while the actor is down
     down_since: float = 0.0
@@ -111,17 +111,17 @@ class ActorState:
 
     @property
     def usable(self) -> bool:
-        """Whether pieces may be sent to it."""
+        """Whether chunks may be sent to it."""
         return self.ping is None and not self.lost
 
 
 class Router:
-    """Sends pieces to actors and takes the answers in; one client, one thread.
+    """Sends chunks to actors and takes the answers in; one client, one thread.
 
     Args:
         actors: the pool's actors.
         source: names the samples in errors.
-        batch_size: most rows of a piece.
+        batch_size: most rows of a chunk.
         stats: counters of the passes are added here.
         limits: bounds.
     """
@@ -136,18 +136,18 @@ class Router:
     ) -> None:
         self.actors, self.stats = actors, stats
         self._source, self._batch_size, self._limits = source, batch_size, limits
-        self._waiting: deque[_Piece] = deque()
+        self._waiting: deque[_Chunk] = deque()
         self.retries = 0
         self._image: Callable[[int], int] = getattr(source, "image_number", int)  # toys have none
         self.queue_peak = 0
 
     def submit(self, request: Request) -> None:
-        """Send a request off and return at once; pieces beyond the caps wait here."""
+        """Send a request off and return at once; chunks beyond the caps wait here."""
         self._waiting.extend(self._cut(request))
-        self.pump(0.0)
+        self.poll(0.0)
 
-    def _cut(self, request: Request) -> list[_Piece]:
-        """Share a request out: an image's rows to its home actor, equal work, pieces by length.
+    def _cut(self, request: Request) -> list[_Chunk]:
+        """Share a request out: an image's rows to its preferred actor, equal work, by length.
 
         All draws of a group, and all questions about one image, meet where its tokens are in memory
         already, unless that actor would get more than its share.
@@ -158,7 +158,7 @@ class Router:
         load = np.array([float(actor.work) for actor in self.actors])
         load[[bool(actor.lost) for actor in self.actors]] = np.inf
         if not np.isfinite(load).any():
-            load[:] = 0.0  # nobody is left; `pump` says so
+            load[:] = 0.0  # nobody is left; `poll` says so
         usable = np.isfinite(load)
         share = (load[usable].sum() + work.sum()) / usable.sum()
         distinct, inverse = np.unique(samples, return_inverse=True)
@@ -167,20 +167,22 @@ class Router:
         group_work = np.bincount(inverse, work)
         target = np.empty(len(groups), np.int64)
         for group in np.argsort(-group_work, kind="stable"):
-            home = int(groups[group]) % len(load)
-            if load[home] + group_work[group] > share * 1.05:
-                home = int(np.argmin(load))
-            target[group] = home
-            load[home] += group_work[group]
-        pieces = []
-        for home in np.unique(target):
-            rows = np.flatnonzero(target[inverse] == home)
+            preferred = int(groups[group]) % len(load)
+            if load[preferred] + group_work[group] > share * 1.05:
+                preferred = int(np.argmin(load))
+            target[group] = preferred
+            load[preferred] += group_work[group]
+        chunks = []
+        for preferred in np.unique(target):
+            rows = np.flatnonzero(target[inverse] == preferred)
             rows = rows[np.argsort(work[rows], kind="stable")]
             count = -(-len(rows) // self._batch_size)
-            pieces += [_Piece(request, part, int(home)) for part in np.array_split(rows, count)]
-        return pieces
+            chunks += [
+                _Chunk(request, part, int(preferred)) for part in np.array_split(rows, count)
+            ]
+        return chunks
 
-    def pump(self, timeout: float = 0.0) -> None:
+    def poll(self, timeout: float = 0.0) -> None:
         """Take in answers, restart what died, send what waits.
 
         Args:
@@ -200,39 +202,39 @@ class Router:
         self._check_alive()
 
     def _dispatch(self) -> None:
-        """Send waiting pieces, home actor first, then the least loaded one below its cap."""
-        held: list[_Piece] = []
+        """Send waiting chunks, preferred actor first, then the least loaded one below its cap."""
+        deferred: list[_Chunk] = []
         while self._waiting:
-            piece = self._waiting.popleft()
-            if piece.request.error is not None:
+            chunk = self._waiting.popleft()
+            if chunk.request.error is not None:
                 continue
-            actor = self._choose(piece)
+            actor = self._choose(chunk)
             if actor is None:
-                held.append(piece)
-                if not piece.alone:
+                deferred.append(chunk)
+                if not chunk.alone:
                     break  # every actor is full
                 continue
-            packed = np.packbits(piece.request.keep[piece.places], axis=1)
+            packed = np.packbits(chunk.request.keep[chunk.places], axis=1)
             # No retry by Ray: it would hide how often a request has killed its actor.
             ref = actor.handle.score.options(max_task_retries=0).remote(
-                piece.samples, packed, piece.alone
+                chunk.samples, packed, chunk.alone
             )
-            actor.outstanding[ref] = piece
-            actor.work += piece.work
-        self._waiting.extendleft(reversed(held))
+            actor.outstanding[ref] = chunk
+            actor.work += chunk.work
+        self._waiting.extendleft(reversed(deferred))
         self.queue_peak = max(self.queue_peak, self.queue_depth)
 
-    def _choose(self, piece: _Piece) -> ActorState | None:
-        """The home actor, else the least loaded one, that takes the piece now."""
-        home = self.actors[piece.home]
-        if self._takes(home, piece):  # nearly always, so the others are not looked at
-            return home
-        free = [actor for actor in self.actors if self._takes(actor, piece)]
+    def _choose(self, chunk: _Chunk) -> ActorState | None:
+        """The preferred actor, else the least loaded one, that takes the chunk now."""
+        preferred = self.actors[chunk.preferred]
+        if self._takes(preferred, chunk):  # nearly always, so the others are not looked at
+            return preferred
+        free = [actor for actor in self.actors if self._takes(actor, chunk)]
         return min(free, key=lambda actor: actor.work, default=None)
 
-    def _takes(self, actor: ActorState, piece: _Piece) -> bool:
-        """Whether an actor is below its cap; near a crash a piece shares it with no other."""
-        most = 1 if piece.alone else self._limits.max_outstanding
+    def _takes(self, actor: ActorState, chunk: _Chunk) -> bool:
+        """Whether an actor is below its cap; near a crash a chunk shares it with no other."""
+        most = 1 if chunk.alone else self._limits.max_outstanding
         under_way = actor.outstanding.values()
         if not actor.usable or len(under_way) >= most:
             return False
@@ -250,62 +252,62 @@ class Router:
                 actor.restarts += 1
             actor.ping = None
             return
-        piece = actor.outstanding.pop(ref)
-        actor.work -= piece.work
+        chunk = actor.outstanding.pop(ref)
+        actor.work -= chunk.work
         try:
             reply: ScoreReply = ray.get(ref)
         except ray.exceptions.RayTaskError as error:  # a fault of ScorerActor itself
-            self._fail(piece, actor, first_lines(error), piece.samples)
+            self._fail(chunk, actor, first_lines(error), chunk.samples)
         except ray.exceptions.RayError as error:
-            self._retry(piece, actor, error)
+            self._retry(chunk, actor, error)
         else:
-            self._accept(piece, actor, reply)
+            self._accept(chunk, actor, reply)
 
-    def _accept(self, piece: _Piece, actor: ActorState, reply: ScoreReply) -> None:
+    def _accept(self, chunk: _Chunk, actor: ActorState, reply: ScoreReply) -> None:
         stats = self.stats
         for name, value in reply.work.items():
             kind = type(getattr(stats, name))
             setattr(stats, name, getattr(stats, name) + kind(value))
         if reply.scores is None:
             guilty = np.asarray(reply.guilty, np.int64)
-            self._fail(piece, actor, reply.error, guilty, reply.pid, reply.trace)
+            self._fail(chunk, actor, reply.error, guilty, reply.pid, reply.trace)
             return
         try:
             scores = check_scores(
-                reply.scores, piece.samples, self._source, scorer=f"scorer actor {actor.name}"
+                reply.scores, chunk.samples, self._source, scorer=f"scorer actor {actor.name}"
             )
         except ScoringError as error:
-            self._fail(piece, actor, str(error), piece.samples, reply.pid)
+            self._fail(chunk, actor, str(error), chunk.samples, reply.pid)
             return
-        piece.request.scores[piece.places] = scores
-        piece.request.left -= len(piece.places)
+        chunk.request.scores[chunk.places] = scores
+        chunk.request.left -= len(chunk.places)
 
-    def _retry(self, piece: _Piece, actor: ActorState, error: ray.exceptions.RayError) -> None:
+    def _retry(self, chunk: _Chunk, actor: ActorState, error: ray.exceptions.RayError) -> None:
         """A request whose actor died: again, alone; smaller after a second death."""
         if actor.ping is None and not actor.lost:
             actor.ping, actor.down_since = actor.handle.ready.remote(), time.monotonic()
             logger.warning("scorer actor %s died: %s", actor.name, first_lines(error))
-        if piece.request.error is not None:
+        if chunk.request.error is not None:
             return
-        piece.kills += 1
+        chunk.kills += 1
         self.retries += 1
-        rows = len(piece.places)
-        if rows == 1 and piece.kills >= self._limits.poison_limit:
+        rows = len(chunk.places)
+        if rows == 1 and chunk.kills >= self._limits.max_crashes_per_row:
             reason = (
-                f"the request killed {piece.kills} scorer processes, the last time with: "
+                f"the request killed {chunk.kills} scorer processes, the last time with: "
                 f"{first_lines(error)}"
             )
-            self._fail(piece, actor, reason, piece.samples)
-        elif piece.alone and rows > 1:
-            for part in np.array_split(piece.places, min(_SPLIT, rows)):
-                self._waiting.appendleft(_Piece(piece.request, part, piece.home, True, 1))
+            self._fail(chunk, actor, reason, chunk.samples)
+        elif chunk.alone and rows > 1:
+            for part in np.array_split(chunk.places, min(_SPLIT, rows)):
+                self._waiting.appendleft(_Chunk(chunk.request, part, chunk.preferred, True, 1))
         else:
-            piece.alone = True
-            self._waiting.appendleft(piece)
+            chunk.alone = True
+            self._waiting.appendleft(chunk)
 
     def _fail(
         self,
-        piece: _Piece,
+        chunk: _Chunk,
         actor: ActorState,
         reason: str,
         samples: NDArray[np.int64],
@@ -320,13 +322,13 @@ class Router:
         error = ScoringError(message)
         if trace:
             error.add_note(f"in the scorer actor:\n{trace}")
-        piece.request.error = error
+        chunk.request.error = error
         alive = [other for other in self.actors if other.usable]
         if alive:
             ray.wait([alive[0].handle.report_failure.remote(message)], timeout=5)
 
     def _check_alive(self) -> None:
-        """Give up when pieces wait and no actor has been usable for too long."""
+        """Give up when chunks wait and no actor has been usable for too long."""
         if not self._waiting or any(actor.usable for actor in self.actors):
             return
         away = min(time.monotonic() - (actor.down_since or 0.0) for actor in self.actors)
@@ -335,8 +337,10 @@ class Router:
             return
         reason = self.actors[0].lost if lost else f"none came back within {away:.0f} s"
         while self._waiting:
-            piece = self._waiting.popleft()
-            self._fail(piece, self.actors[piece.home], f"no actor left: {reason}", piece.samples)
+            chunk = self._waiting.popleft()
+            self._fail(
+                chunk, self.actors[chunk.preferred], f"no actor left: {reason}", chunk.samples
+            )
 
     @property
     def queue_depth(self) -> int:

@@ -24,7 +24,7 @@ class ScorerSpec:
 
     Attributes:
         source: store path or ``"toy:..."``, opened by `tprl_env.data.features.store.open_source`.
-        metric: ``"exact"`` or ``"likelihood"``.
+        score_kind: ``"exact"`` or ``"likelihood"``.
         kind: ``"lvlm"`` (a frozen LVLM scores), ``"toy"`` (the toy source's rule), or
             ``"import"`` (``factory`` builds the scorer).
         lvlm: what `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
@@ -36,7 +36,7 @@ class ScorerSpec:
     """
 
     source: str
-    metric: str = "likelihood"
+    score_kind: str = "likelihood"
     kind: str = "lvlm"
     lvlm: str = ""
     batch_size: int = 128
@@ -77,7 +77,7 @@ class ScorerSpec:
         source = open_source(self.source)
         if not isinstance(source, ToyStore):
             raise ValueError(f"kind='toy' needs a source 'toy:...', got {self.source!r}")
-        return ToyScorer(source, self.metric)  # type: ignore[arg-type]
+        return ToyScorer(source, self.score_kind)  # type: ignore[arg-type]
 
     def _lvlm(self) -> Scorer:
         from tprl_env.data.features.store import FeatureStore
@@ -86,7 +86,7 @@ class ScorerSpec:
 
         lvlm = load_lvlm(self.lvlm, device=self.device, dtype=self.dtype)
         store = FeatureStore.open(self.source, lvlm_fingerprint=lvlm.fingerprint)
-        return LVLMScorer(lvlm, store, self.metric, batch_size=self.batch_size)
+        return LVLMScorer(lvlm, store, self.score_kind, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)

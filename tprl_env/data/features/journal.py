@@ -218,7 +218,8 @@ class DatasetHash:
     def add(self, sample: Sample, picture_digest: bytes) -> None:
         """Add one sample."""
         texts: Iterable[str] = (
-            sample.id, sample.image_id, sample.kind, sample.metric, sample.question, *sample.answers
+            *(sample.id, sample.image_id, sample.question_type, sample.grader),
+            *(sample.question, *sample.answers),
         )  # fmt: skip
         for text in texts:
             data = text.encode()

@@ -129,8 +129,9 @@ def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordB
         {
             "id": pa.array([s.id for s in samples], strings),
             "image": pa.array([row.image for row in rows], pa.int64()),
-            "kind": pa.array([s.kind for s in samples], strings),
-            "metric": pa.array([s.metric for s in samples], strings),
+            # the names of the first stores, so that those still open
+            "kind": pa.array([s.question_type for s in samples], strings),
+            "metric": pa.array([s.grader for s in samples], strings),
             "question": pa.array([s.question for s in samples], strings),
             "answers": pa.array([list(s.answers) for s in samples], pa.list_(strings)),
             "prompt_ids": list_column([np.asarray(r.prompt_ids) for r in rows], np.int32),

@@ -15,7 +15,7 @@ class TokenSource(Protocol):
     """What can be known about encoded samples without the LVLM.
 
     Attributes:
-        spec: What ``open_source`` needs to open it again in another process.
+        location: What ``open_source`` needs to open it again in another process.
         fingerprint: Changes when the content changes.
         max_tokens: Largest number of visual tokens N.
         token_width: Width D of the visual tokens.
@@ -24,7 +24,7 @@ class TokenSource(Protocol):
         max_question_tokens: Largest number of question tokens Q.
     """
 
-    spec: str
+    location: str
     fingerprint: str
     max_tokens: int
     token_width: int
@@ -58,7 +58,7 @@ class TokenSource(Protocol):
         """Return the question's token embeddings ``(B, Q, d_q)`` and which exist ``(B, Q)``."""
         ...
 
-    def full_scores(self, metric: str) -> npt.NDArray[np.float32]:
+    def full_scores(self, score_kind: str) -> npt.NDArray[np.float32]:
         """Return the score of each sample with all tokens kept, ``(S,)``."""
         ...
 
@@ -82,6 +82,6 @@ class TokenSource(Protocol):
         """Return the sample's id."""
         ...
 
-    def kind(self, sample: int) -> str:
+    def question_type(self, sample: int) -> str:
         """Return the question type."""
         ...

@@ -2,7 +2,7 @@
 
 ``TokenSource`` is the interface; ``FeatureStore`` is the memory-mapped folder that has it, and
 ``ToyStore`` the in-memory one. Features stay where they are: other processes open
-the same store by its ``spec`` and exchange sample numbers and masks only.
+the same store by its ``location`` and exchange sample numbers and masks only.
 
 Shapes: B batch, S samples, N ``max_tokens``, n tokens of one image, D token width, d code width,
 Dv tower width, Q question tokens, d_q query width. A *sample number* is a row of the store.
@@ -39,22 +39,22 @@ CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
 
 
-def open_source(spec: str | Path) -> TokenSource:
-    """Open a source by its spec: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
+def open_source(location: str | Path) -> TokenSource:
+    """Open a source by its location: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
 
     Raises:
-        ValueError: The toy spec cannot be read, or (``StoreError``) the store not be opened.
+        ValueError: The toy location cannot be read, or (``StoreError``) the store not be opened.
     """
-    text = str(spec)
+    text = str(location)
     if text == "toy" or text.startswith("toy:"):
-        return ToyStore.from_spec(text)
+        return ToyStore.from_location(text)
     return FeatureStore.open(text)
 
 
 @functools.lru_cache(maxsize=8)
-def shared_source(spec: str) -> TokenSource:
-    """`open_source`, but one opened source per process and spec."""
-    return open_source(spec)
+def shared_source(location: str) -> TokenSource:
+    """`open_source`, but one opened source per process and location."""
+    return open_source(location)
 
 
 class FeatureStore:
@@ -73,7 +73,7 @@ class FeatureStore:
     def __init__(self, path: Path, manifest: Manifest, verify: Verify) -> None:
         """Use :meth:`open` instead."""
         self.path = path
-        self.spec = str(path)
+        self.location = str(path)
         self.manifest = manifest
         self.num_images = manifest.images
         self.max_tokens = manifest.max_tokens
@@ -132,7 +132,7 @@ class FeatureStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path; the copy is opened where it is unpickled."""
-        return _reopen, (self.spec, self.fingerprint)
+        return _reopen, (self.location, self.fingerprint)
 
     def __len__(self) -> int:
         """Return the number of samples S."""
@@ -187,11 +187,11 @@ class FeatureStore:
         exist = np.arange(length) < self._question_counts[rows][:, None]
         return self._samples.padded("query_tokens", rows, length, self.query_width), exist
 
-    def full_scores(self, metric: str) -> npt.NDArray[np.float32]:
+    def full_scores(self, score_kind: str) -> npt.NDArray[np.float32]:
         """Return each sample's score with all tokens kept, ``(S,)``; ValueError if unknown."""
-        if metric not in self._full:
-            raise ValueError(f"metric must be 'exact' or 'likelihood', got {metric!r}")
-        return self._full[metric].copy()
+        if score_kind not in self._full:
+            raise ValueError(f"score_kind must be 'exact' or 'likelihood', got {score_kind!r}")
+        return self._full[score_kind].copy()
 
     # One sample ----------------------------------------------------------------------------
 
@@ -276,12 +276,12 @@ class FeatureStore:
         """Return the sample's id."""
         return str(self._samples.value("id", sample))
 
-    def kind(self, sample: int) -> str:
+    def question_type(self, sample: int) -> str:
         """Return the question type."""
         return str(self._samples.value("kind", sample))
 
-    def metric(self, sample: int) -> str:
-        """Return the name of the metric that grades free text."""
+    def grader(self, sample: int) -> str:
+        """Return the name of the grader of free text; the column keeps its first name."""
         return str(self._samples.value("metric", sample))
 
     # Channels ------------------------------------------------------------------------------
@@ -351,11 +351,11 @@ class FeatureStore:
         self.fingerprint = self._fingerprint()
 
 
-def _reopen(spec: str, fingerprint: str) -> FeatureStore:
-    store = FeatureStore.open(spec)
+def _reopen(location: str, fingerprint: str) -> FeatureStore:
+    store = FeatureStore.open(location)
     if store.fingerprint != fingerprint:
         raise StoreError(
-            f"the feature store {spec} changed since it was sent to this process "
+            f"the feature store {location} changed since it was sent to this process "
             f"(fingerprint {store.fingerprint}, expected {fingerprint}); start the run again"
         )
     return store

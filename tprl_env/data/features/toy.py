@@ -59,10 +59,10 @@ class ToyStore:
         ):
             if value < least:
                 raise ValueError(f"toy {name} must be at least {least}, got {value}")
-        self.spec = f"toy:samples={samples},tokens={tokens},width={width},seed={seed}"
+        self.location = f"toy:samples={samples},tokens={tokens},width={width},seed={seed}"
         if vary:
-            self.spec += ",vary=1"
-        self.fingerprint = hashlib.sha256(self.spec.encode()).hexdigest()[:16]
+            self.location += ",vary=1"
+        self.fingerprint = hashlib.sha256(self.location.encode()).hexdigest()[:16]
         self.max_tokens = tokens
         self.token_width = self.code_width = self.query_width = width
         self.max_question_tokens = _TEMPLATE_TOKENS + 1
@@ -98,29 +98,29 @@ class ToyStore:
         return len(self._counts)
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
-        """Pickle by spec: a few bytes, rebuilt identically elsewhere."""
-        return ToyStore.from_spec, (self.spec,)
+        """Pickle by location: a few bytes, rebuilt identically elsewhere."""
+        return ToyStore.from_location, (self.location,)
 
     @classmethod
-    def from_spec(cls, spec: str) -> ToyStore:
+    def from_location(cls, location: str) -> ToyStore:
         """Build from ``"toy"`` or ``"toy:samples=64,tokens=16,width=8,seed=0,vary=0"``.
 
         Raises:
             ValueError: A field is unknown or not an integer.
         """
-        head, _, body = spec.partition(":")
+        head, _, body = location.partition(":")
         known = ("samples", "tokens", "width", "seed", "vary")
         values: dict[str, int] = {}
         for part in filter(None, body.split(",")):
             name, _, text = part.partition("=")
             if name not in known or not text.isdecimal():
                 raise ValueError(
-                    f"toy source {spec!r}: cannot read {part!r}; "
+                    f"toy source {location!r}: cannot read {part!r}; "
                     f"write fields as name=number with names {', '.join(known)}"
                 )
             values[name] = int(text)
         if head != "toy":
-            raise ValueError(f"toy source {spec!r} must start with 'toy'")
+            raise ValueError(f"toy source {location!r} must start with 'toy'")
         vary = bool(values.pop("vary", 0))
         return cls(**values, vary=vary)
 
@@ -143,13 +143,13 @@ class ToyStore:
         tokens = self._query_tokens[np.asarray(samples, dtype=np.int64)]
         return tokens, np.ones(tokens.shape[:2], dtype=np.bool_)
 
-    def full_scores(self, metric: str) -> npt.NDArray[np.float32]:
+    def full_scores(self, score_kind: str) -> npt.NDArray[np.float32]:
         """Return the score of each sample with all tokens kept, ``(S,)``: always 1.
 
         Raises:
-            ValueError: ``metric`` is neither ``"exact"`` nor ``"likelihood"``.
+            ValueError: ``score_kind`` is neither ``"exact"`` nor ``"likelihood"``.
         """
-        _check_metric(metric)
+        _check_score_kind(score_kind)
         return np.ones(len(self), dtype=np.float32)
 
     def relevant(self, samples: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -178,7 +178,7 @@ class ToyStore:
         """Return the sample's id."""
         return f"toy-{int(sample)}"
 
-    def kind(self, sample: int) -> str:
+    def question_type(self, sample: int) -> str:
         """Return the question type: the asked category."""
         return CATEGORIES[self._asked[sample]]
 
@@ -213,15 +213,15 @@ class ToyScorer:
 
     Args:
         source: The store that knows the rule.
-        metric: ``"exact"`` or ``"likelihood"``; both mean the same fraction.
+        score_kind: ``"exact"`` or ``"likelihood"``; both mean the same fraction.
     """
 
     def __init__(
-        self, source: ToyStore, metric: Literal["exact", "likelihood"] = "likelihood"
+        self, source: ToyStore, score_kind: Literal["exact", "likelihood"] = "likelihood"
     ) -> None:
-        _check_metric(metric)
+        _check_score_kind(score_kind)
         self.source = source
-        self.metric = metric
+        self.score_kind = score_kind
 
     def __call__(
         self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
@@ -246,6 +246,6 @@ class ToyScorer:
         return (kept / relevant.sum(axis=1)).astype(np.float32)
 
 
-def _check_metric(metric: str) -> None:
-    if metric not in ("exact", "likelihood"):
-        raise ValueError(f"metric must be 'exact' or 'likelihood', got {metric!r}")
+def _check_score_kind(score_kind: str) -> None:
+    if score_kind not in ("exact", "likelihood"):
+        raise ValueError(f"score_kind must be 'exact' or 'likelihood', got {score_kind!r}")

@@ -36,7 +36,7 @@ from tprl_env.lvlm.encoding.units import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 logger = logging.getLogger(__name__)
 

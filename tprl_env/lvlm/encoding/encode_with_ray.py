@@ -42,7 +42,7 @@ from tprl_env.lvlm.encoding.units import (
 from tprl_env.ray_session import make_private
 
 if TYPE_CHECKING:
-    from tprl_env.lvlm.base import LVLM
+    from tprl_env.lvlm.protocol import LVLM
 
 logger = logging.getLogger(__name__)
 

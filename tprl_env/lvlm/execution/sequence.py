@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from tprl_env.lvlm.base import Positions, Prompt
+from tprl_env.lvlm.protocol import Positions, Prompt
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from tprl_env.lvlm.base import LVLMScores, Positions, Prompt, Visual
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, QuestionProbe, probing
 from tprl_env.lvlm.execution.decoder import greedy, run_layers, states_at
 from tprl_env.lvlm.execution.sequence import Layout, check_rows, embed, layout, on_device
@@ -26,6 +25,7 @@ from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, i
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import check_parts, end_ids, pick_device, pick_dtype
 from tprl_env.lvlm.loading.vision import VisionEncoder
+from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
 
 _ATTENTION_ELEMENTS = 1 << 26
 _LOGIT_ELEMENTS = 1 << 26
@@ -77,7 +77,7 @@ class LlavaLVLM:
     @classmethod
     def from_pretrained(
         cls,
-        spec: str | Path,
+        checkpoint: str | Path,
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -86,7 +86,7 @@ class LlavaLVLM:
         """Load a checkpoint from a local folder or the hub; safetensors only, no remote code.
 
         Args:
-            spec: Folder, or hub id ``owner/name``.
+            checkpoint: Folder, or hub id ``owner/name``.
             device: Default: the GPU if there is one, else the CPU.
             dtype: Default: bfloat16 on a GPU, float32 on the CPU. A name like ``"bfloat16"`` will
                 do; on CPUs with bfloat16 instructions it scores up to twice as fast.
@@ -96,31 +96,31 @@ class LlavaLVLM:
             FileNotFoundError: No such folder or repository.
             ValueError: Not a LLaVA, parts that cannot be run, pickle weights, or no such dtype.
         """
-        spec = str(spec)
-        kind = read_config(spec, revision).get("model_type")
+        checkpoint = str(checkpoint)
+        kind = read_config(checkpoint, revision).get("model_type")
         if kind != "llava":
             raise ValueError(
-                f"{spec!r} has model_type {kind!r}, but LlavaLVLM loads 'llava'; "
+                f"{checkpoint!r} has model_type {kind!r}, but LlavaLVLM loads 'llava'; "
                 f"use load_lvlm(), which picks the class"
             )
         device = pick_device(device)
-        local = check_folder(spec) if is_local(spec) else None
-        source = str(local or spec)
+        local = check_folder(checkpoint) if is_local(checkpoint) else None
+        source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        check_parts(LlavaConfig.from_pretrained(source, **options), spec)
+        check_parts(LlavaConfig.from_pretrained(source, **options), checkpoint)
         try:
             model = LlavaForConditionalGeneration.from_pretrained(
                 source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options
             )
         except SafetensorError as error:
             raise ValueError(
-                f"the weights of {spec!r} are damaged ({error}); save or fetch them again"
+                f"the weights of {checkpoint!r} are damaged ({error}); save or fetch them again"
             ) from error
         model.to(device)  # type: ignore[arg-type]
         processor = LlavaProcessor.from_pretrained(source, **options)
         commit = getattr(model.config, "_commit_hash", None)
-        name = local.resolve().name if local else spec
-        return cls(model, processor, name, local or f"{spec}@{commit or revision}")
+        name = local.resolve().name if local else checkpoint
+        return cls(model, processor, name, local or f"{checkpoint}@{commit or revision}")
 
     @cached_property
     def fingerprint(self) -> str:

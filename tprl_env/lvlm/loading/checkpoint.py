@@ -12,73 +12,77 @@ _FINGERPRINTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
 _CHUNK = 1 << 22
 
 
-def is_local(spec: str) -> bool:
-    """Whether ``spec`` means a folder on this machine rather than ``owner/name`` on the hub."""
-    path = Path(spec).expanduser()
+def is_local(checkpoint: str) -> bool:
+    """Whether ``checkpoint`` means a folder here rather than ``owner/name`` on the hub."""
+    path = Path(checkpoint).expanduser()
     return (
         path.exists()
         or path.is_absolute()
-        or spec.startswith((".", "~"))
-        or spec.count("/") != 1
-        or "\\" in spec
+        or checkpoint.startswith((".", "~"))
+        or checkpoint.count("/") != 1
+        or "\\" in checkpoint
     )
 
 
-def check_folder(spec: str) -> Path:
+def check_folder(checkpoint: str) -> Path:
     """Return the folder of a local checkpoint, or say why it cannot be one.
 
     Raises:
         FileNotFoundError: No such folder, or no ``config.json`` in it.
         ValueError: It holds no safetensors weights.
     """
-    folder = Path(spec).expanduser()
+    folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"LVLM folder {spec!r} does not exist; give a checkpoint folder, a hub id "
+            f"LVLM folder {checkpoint!r} does not exist; give a checkpoint folder, a hub id "
             f"'owner/name', or 'builtin:crowded'"
         )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"LVLM folder {spec!r} has no config.json; it must be what save_pretrained() writes"
+            f"LVLM folder {checkpoint!r} has no config.json; it must be what "
+            "save_pretrained() writes"
         )
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "no weights"
         raise ValueError(
-            f"LVLM folder {spec!r} holds {found}, but weights are read from safetensors alone; "
+            f"LVLM folder {checkpoint!r} holds {found}, but weights are read from safetensors "
+            f"alone; "
             f"convert them with model.save_pretrained(folder)"
         )
     return folder
 
 
-def read_config(spec: str, revision: str | None = None) -> dict[str, Any]:
+def read_config(checkpoint: str, revision: str | None = None) -> dict[str, Any]:
     """Read ``config.json`` of a local folder or hub repository as plain data.
 
     Raises:
         FileNotFoundError: The folder is missing or the hub has no such repository within reach.
         ValueError: The file is not JSON, or a local folder holds no safetensors weights.
     """
-    if is_local(spec):
-        path = check_folder(spec) / "config.json"
+    if is_local(checkpoint):
+        path = check_folder(checkpoint) / "config.json"
     else:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            path = Path(hf_hub_download(spec, "config.json", revision=revision))
+            path = Path(hf_hub_download(checkpoint, "config.json", revision=revision))
         except (OSError, HfHubHTTPError) as error:
             raise FileNotFoundError(
-                f"{spec!r} is neither an existing folder nor a reachable hub repository "
+                f"{checkpoint!r} is neither an existing folder nor a reachable hub repository "
                 f"({type(error).__name__}); check the name, the revision and the network"
             ) from error
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{spec!r}: config.json is no valid JSON ({error}); fetch it again"
+            f"{checkpoint!r}: config.json is no valid JSON ({error}); fetch it again"
         ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"{spec!r}: config.json must hold an object, got {type(config).__name__}")
+        raise ValueError(
+            f"{checkpoint!r}: config.json must hold an object, got {type(config).__name__}"
+        )
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tprl_env.lvlm.base import Prompt
+from tprl_env.lvlm.protocol import Prompt
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 """LLaVA-1.5's conversation without its system text, for checkpoints that carry no template."""

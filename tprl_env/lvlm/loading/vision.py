@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tprl_env.lvlm.base import Visual
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, ClsProbe, probing
 from tprl_env.lvlm.loading.supported import CLS_TOWERS
+from tprl_env.lvlm.protocol import Visual
 
 _IMAGES_PER_PASS = 16
 DEFAULT_CLS_LAYER = -2

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from tprl_env.data.sample import Sample
-from tprl_env.data.scenes import KINDS, TOKENS, Question, load_scenes
+from tprl_env.data.scenes import QUESTION_TYPES, TOKENS, Question, load_scenes
 from tprl_env.lvlm.tiny.language import encode_quiz, grade, read_quiz
 from tprl_env.lvlm.tiny.model import (
     HEAD_WIDTH,
@@ -50,10 +50,10 @@ class Exam:
         images = {sample.image_id: sample.image for sample in samples}
         self.model, self.samples = model, samples
         self.image = torch.tensor([names.index(sample.image_id) for sample in samples])
-        self.kinds = np.array([sample.kind for sample in samples])
+        self.question_types = np.array([sample.question_type for sample in samples])
         vocabulary = build_tokenizer().get_vocab()
         self.user = vocabulary["USER:"]
-        asked = [[Question(s.kind, s.question, s.answers[0], ())] for s in samples]
+        asked = [[Question(s.question_type, s.question, s.answers[0], ())] for s in samples]
         self.quiz = encode_quiz(asked, vocabulary)
         self.relevance = torch.from_numpy(np.stack([_relevance(s) for s in samples]))
         self.noise = torch.rand(len(samples), TOKENS, generator=torch.Generator().manual_seed(seed))
@@ -80,10 +80,16 @@ class Exam:
         return np.concatenate(found)
 
     def accuracy(self, keep: Tensor | None = None) -> dict[str, float]:
-        """Accuracy over all samples (``"all"``) and per question kind."""
+        """Accuracy over all samples (``"all"``) and per question question_type."""
         right = self.right(keep)
-        parts = {kind: right[self.kinds == kind] for kind in KINDS if kind in self.kinds}
-        means = {kind: round(float(part.mean()), 4) for kind, part in parts.items()}
+        parts = {
+            question_type: right[self.question_types == question_type]
+            for question_type in QUESTION_TYPES
+            if question_type in self.question_types
+        }
+        means = {
+            question_type: round(float(part.mean()), 4) for question_type, part in parts.items()
+        }
         return {"all": round(float(right.mean()), 4), **means}
 
     def oracle(self, budget: int) -> Tensor:
@@ -167,8 +173,8 @@ def evaluate_folder(
         pruners: Names of `Exam` methods.
 
     Returns:
-        ``split``, ``questions``, ``full`` (accuracy per kind) and, per pruner and budget, the
-        accuracy per kind.
+        ``split``, ``questions``, ``full`` (accuracy per question type) and, per pruner and budget,
+        the accuracy per question type.
 
     Raises:
         ValueError: Unknown pruner, task or split.

@@ -21,8 +21,8 @@ from tprl_env.data.scenes import (
     COLOR_NAMES,
     COLUMNS,
     GRID,
-    KINDS,
     NO_COLOR,
+    QUESTION_TYPES,
     ROWS,
     TOKENS,
     Question,
@@ -48,7 +48,14 @@ LONGEST = 11  # words of the longest question with "ASSISTANT:" and its answer
 FIRST = 2 + TOKENS  # position of a question's first word: after "<s> USER: <image>"
 IGNORE = -100
 SCENES, QUESTIONS = 16, 10
-EARLY = (0.40, 0.20, 0.12, 0.10, 0.16, 0.02)  # shares of KINDS in the first 12 %: addresses first
+EARLY = (
+    0.40,
+    0.20,
+    0.12,
+    0.10,
+    0.16,
+    0.02,
+)  # shares of QUESTION_TYPES in the first 12 %: addresses first
 LATE = (0.15, 0.08, 0.20, 0.17, 0.15, 0.25)
 FRAGMENT_KINDS = (0.0, 0.2, 0.0, 0.8, 0.0, 0.0)  # for prefixes of loose tokens
 FRAGMENT_SHARE = 0.4  # of the pruned prefixes of an unsmeared tower
@@ -62,19 +69,19 @@ class Quiz:
     Attributes:
         ids: ``(B, Q, LONGEST)`` words of question and answer, padded on the right.
         labels: ``(B, Q, LONGEST)`` next words from "ASSISTANT:" on, elsewhere `IGNORE`.
-        kinds: ``(B, Q)`` index into `KINDS`.
+        question_types: ``(B, Q)`` index into `QUESTION_TYPES`.
     """
 
     ids: Tensor
     labels: Tensor
-    kinds: npt.NDArray[np.int64]
+    question_types: npt.NDArray[np.int64]
 
 
 def encode_quiz(questions: Sequence[Sequence[Question]], vocabulary: dict[str, int]) -> Quiz:
     """Turn ``B`` lists of ``Q`` questions into tensors."""
     shape = (len(questions), len(questions[0]), LONGEST)
     ids, labels = np.full(shape, PAD), np.full(shape, IGNORE)
-    kinds = np.zeros(shape[:2], np.int64)
+    question_types = np.zeros(shape[:2], np.int64)
     for i, about_scene in enumerate(questions):
         for j, question in enumerate(about_scene):
             prompt = [vocabulary[word] for word in (*question.text.split(), "ASSISTANT:")]
@@ -82,8 +89,8 @@ def encode_quiz(questions: Sequence[Sequence[Question]], vocabulary: dict[str, i
             end = len(prompt) + len(answer)
             ids[i, j, :end] = prompt + answer
             labels[i, j, len(prompt) - 1 : end] = [*answer, EOS]
-            kinds[i, j] = KINDS.index(question.kind)
-    return Quiz(torch.from_numpy(ids), torch.from_numpy(labels), kinds)
+            question_types[i, j] = QUESTION_TYPES.index(question.question_type)
+    return Quiz(torch.from_numpy(ids), torch.from_numpy(labels), question_types)
 
 
 def block_mask(prefix: int, questions: int) -> Tensor:
@@ -315,9 +322,11 @@ def train_language(
             colors = np.where(mask, colors, NO_COLOR)
         questions = []
         for scene in range(SCENES):
-            drawn = world.rng.choice(len(KINDS), QUESTIONS, p=shares)
-            kinds = [KINDS[k] for k in drawn]
-            questions.append(ask(classes[scene], colors[scene], QUESTIONS, world.rng, kinds))
+            drawn = world.rng.choice(len(QUESTION_TYPES), QUESTIONS, p=shares)
+            question_types = [QUESTION_TYPES[k] for k in drawn]
+            questions.append(
+                ask(classes[scene], colors[scene], QUESTIONS, world.rng, question_types)
+            )
         quiz = encode_quiz(questions, vocabulary)
         with torch.no_grad():
             seen = tower_features(model, to_pixels(images), recipe.attend)[:, 1:]
@@ -330,8 +339,10 @@ def train_language(
         optimizer.step()
         history.append(
             [
-                right[quiz.kinds == k].mean() if (quiz.kinds == k).any() else np.nan
-                for k in range(len(KINDS))
+                right[quiz.question_types == k].mean()
+                if (quiz.question_types == k).any()
+                else np.nan
+                for k in range(len(QUESTION_TYPES))
             ]
         )
         if (step + 1) % 100 == 0:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner, given
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner, given
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ClsAttentionPruner(RankingPruner):
     """
 
     name: ClassVar[str] = "cls_attention"
-    kind: ClassVar[Kind] = "heuristic"
+    knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
 
     def saliency(self, inputs: PruneInputs) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.reducers.base import Kind, PruneInputs, Pruner, given
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner, given
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DivPrune(Pruner):
     """
 
     name: ClassVar[str] = "divprune"
-    kind: ClassVar[Kind] = "heuristic"
+    knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def prune(self, inputs: PruneInputs, budget: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner, given
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner, given
 from tprl_env.reducers.prune.random import seeded_noise
 
 
@@ -23,7 +23,7 @@ class OraclePruner(RankingPruner):
     """
 
     name: ClassVar[str] = "oracle"
-    kind: ClassVar[Kind] = "oracle"
+    knowledge: ClassVar[Knowledge] = "oracle"
     needs: ClassVar[tuple[str, ...]] = ("relevance",)
     seed: int = 0
 

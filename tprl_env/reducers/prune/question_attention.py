@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner, given
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner, given
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class QuestionAttentionPruner(RankingPruner):
     """
 
     name: ClassVar[str] = "question_attention"
-    kind: ClassVar[Kind] = "heuristic"
+    knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("question_attention",)
 
     def saliency(self, inputs: PruneInputs) -> Tensor:

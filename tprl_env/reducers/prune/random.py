@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tprl_env.reducers.base import Kind, PruneInputs, RankingPruner
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RandomPruner(RankingPruner):
     """
 
     name: ClassVar[str] = "random"
-    kind: ClassVar[Kind] = "random"
+    knowledge: ClassVar[Knowledge] = "random"
     seed: int = 0
 
     def saliency(self, inputs: PruneInputs) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tprl_env.reducers.base import Kind, PruneInputs, Pruner
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class UniformPruner(Pruner):
     """
 
     name: ClassVar[str] = "uniform"
-    kind: ClassVar[Kind] = "heuristic"
+    knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("grid",)
 
     def prune(self, inputs: PruneInputs, budget: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.reducers.base import Kind, PruneInputs, Pruner, given
+from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner, given
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class VisPruner(Pruner):
     """
 
     name: ClassVar[str] = "vispruner"
-    kind: ClassVar[Kind] = "heuristic"
+    knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tower", "cls_attention")
     important_ratio: float = 0.5
     drop_per_round: int = 8

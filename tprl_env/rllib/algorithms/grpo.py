@@ -22,16 +22,16 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from tprl_env.rllib.algorithms.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.algorithms.losses import (
     Actions,
     SurrogateParts,
     SurrogateSettings,
     divisor,
-    k3,
+    kl_k3,
     row_mean,
     surrogate_loss,
 )
+from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.connector import REFERENCE_LOGP
 from tprl_env.rllib.rollout.distributions import BernoulliActions
@@ -78,9 +78,9 @@ def grpo_loss(
     parts = surrogate_loss(batch, distribution, settings, entropy_coefficient)
     actions = batch[Columns.ACTIONS]
     if settings.ratio == "token" and isinstance(distribution, BernoulliActions):
-        estimate = k3(batch[REFERENCE_LOGP] - distribution.token_logp(actions)).sum(1)
+        estimate = kl_k3(batch[REFERENCE_LOGP] - distribution.token_logp(actions)).sum(1)
     else:
-        estimate = k3(batch[REFERENCE_LOGP] - distribution.logp(actions))
+        estimate = kl_k3(batch[REFERENCE_LOGP] - distribution.logp(actions))
     penalty = row_mean(batch, estimate / divisor(distribution, settings))
     parts.total = parts.total + settings.kl_coefficient * penalty
     return GrpoParts(**vars(parts), reference_kl=row_mean(batch, estimate))

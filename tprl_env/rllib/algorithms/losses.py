@@ -21,7 +21,7 @@ __all__ = [
     "SurrogateParts",
     "SurrogateSettings",
     "divisor",
-    "k3",
+    "kl_k3",
     "row_mean",
     "surrogate_loss",
 ]
@@ -80,7 +80,7 @@ def divisor(distribution: Actions, settings: SurrogateSettings) -> Tensor:
     return tokens if settings.per_token else torch.ones_like(tokens)
 
 
-def k3(log_ratio: Tensor) -> Tensor:
+def kl_k3(log_ratio: Tensor) -> Tensor:
     """exp(x) - x - 1 with x = log q / p: its mean over draws of p is KL(p || q).
 
     Never negative and without bias (Schulman 2020, "Approximating KL divergence").
@@ -118,7 +118,7 @@ def surrogate_loss(
         count = row_mean(batch, _count_error(distribution, settings))
     total = policy - entropy_coefficient * entropy
     total = total + settings.logit_l2 * l2 + settings.count_loss * count
-    kl, clipped = row_mean(batch, k3(log_ratio)), row_mean(batch, outside)
+    kl, clipped = row_mean(batch, kl_k3(log_ratio)), row_mean(batch, outside)
     return SurrogateParts(total, policy, entropy, l2, count, kl, clipped)
 
 

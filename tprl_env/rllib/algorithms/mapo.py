@@ -31,7 +31,6 @@ from ray.rllib.utils.metrics import (
 from torch import Tensor
 
 from tprl_env.data.features import shared_source
-from tprl_env.rllib.algorithms.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.algorithms.losses import (
     ROW_WEIGHT,
     Actions,
@@ -41,6 +40,7 @@ from tprl_env.rllib.algorithms.losses import (
 )
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory
 from tprl_env.rllib.algorithms.mapo_mixture import mix
+from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.episodes import EpisodeColumns
 from tprl_env.scoring.spec import PoolAddress
@@ -93,7 +93,7 @@ def new_memory(config: TrainConfig) -> EpisodeMemory:
     """An empty memory that knows whose episodes it will hold."""
     identity = {
         name: getattr(config, name)
-        for name in ("metric", "max_steps", "score_steps", "alpha", "beta", "gamma")
+        for name in ("score_kind", "max_steps", "score_steps", "alpha", "beta", "gamma")
     }
     identity["samples"] = shared_source(config.source).fingerprint
     return EpisodeMemory(identity, config.memory_size, config.memory_limit)

@@ -116,7 +116,7 @@ def mixture_weights(
 
 
 def mix(
-    stores: list[EpisodeColumns],
+    batches: list[EpisodeColumns],
     memory: EpisodeMemory,
     judge: Judge,
     least: float,
@@ -129,7 +129,7 @@ def mix(
     before the batch, otherwise being good would decide whether a draw counts as drawn.
 
     Args:
-        stores: whole groups as the runners return them.
+        batches: whole groups as the runners return them.
         memory: is added to.
         judge: the policy that made the draws.
         least: w_min.
@@ -138,7 +138,7 @@ def mix(
     Returns:
         Stores with advantages and row weights of mean 1, and a report.
     """
-    parts = [_Part(store, memory, judge, least) for store in stores]
+    parts = [_Part(batch, memory, judge, least) for batch in batches]
     rows = [part.rows for part in parts]
     weights = np.concatenate([columns[ROW_WEIGHT] for columns in rows])
     gains = np.concatenate([columns[Postprocessing.ADVANTAGES] for columns in rows])
@@ -172,9 +172,9 @@ class _Part:
     """One rollout and what is remembered of its samples."""
 
     def __init__(
-        self, store: EpisodeColumns, memory: EpisodeMemory, judge: Judge, least: float
+        self, batch: EpisodeColumns, memory: EpisodeMemory, judge: Judge, least: float
     ) -> None:
-        columns = store.columns
+        columns = batch.columns
         obs, episode = columns[Columns.OBS], columns[EPISODE]
         number = int(episode.max()) + 1  # every episode takes the first step: B rows of step 0
         self.group, self.returns = columns[GROUP][:number], columns[RETURN][:number]

@@ -21,7 +21,6 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 from ray.rllib.utils.torch_utils import explained_variance
 from torch import Tensor
 
-from tprl_env.rllib.algorithms.base import MaskLearner, base_config, settings_of
 from tprl_env.rllib.algorithms.losses import (
     Actions,
     SurrogateParts,
@@ -29,10 +28,11 @@ from tprl_env.rllib.algorithms.losses import (
     row_mean,
     surrogate_loss,
 )
+from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.scoring.spec import PoolAddress
 
-__all__ = ["LossParts", "LossSettings", "TokenPruningLearner", "ppo_config", "ppo_loss"]
+__all__ = ["LossParts", "LossSettings", "PpoLearner", "ppo_config", "ppo_loss"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def ppo_loss(
     return LossParts(**vars(parts), value=value, value_unclipped=row_mean(batch, error))
 
 
-class TokenPruningLearner(MaskLearner):
+class PpoLearner(MaskLearner):
     """PPO's learner with `ppo_loss`; settings come from ``config.learner_config_dict``."""
 
     def compute_loss_for_module(
@@ -119,7 +119,7 @@ def ppo_config(
         config,
         pool=pool,
         init_policy=init_policy,
-        learner=TokenPruningLearner,
+        learner=PpoLearner,
         loss=asdict(loss_settings(config)),
         normalize=config.normalize_advantages,
     )

@@ -33,7 +33,7 @@ class TrainConfig:
         lvlm: what `tprl_env.lvlm.load_lvlm` opens, for ``scorer="lvlm"``.
         scorer: ``"lvlm"``, ``"toy"`` or ``"import"`` (then ``scorer_factory``).
         scorer_factory: ``"module:function"`` that builds a scorer from a `ScorerSpec`.
-        metric: ``"exact"`` (0 or 1) or ``"likelihood"`` of the reference answer.
+        score_kind: ``"exact"`` (0 or 1) or ``"likelihood"`` of the reference answer.
         seed: of policy, draws and demonstrations.
 
         max_steps: T, steps per episode.
@@ -44,7 +44,7 @@ class TrainConfig:
         reward_batch_size: this many consecutive episodes share the mean of their rewards.
         min_tokens: an episode ends with at most so many tokens.
         budget: wanted count, or (low, high) to draw it log-uniformly per sample; None without.
-        one_budget: draw one count per round instead of one per sample.
+        shared_budget: draw one count per round instead of one per sample.
 
         distribution: ``"bernoulli"`` (TPRL eq. 14, 15) or ``"exact"`` (conditional Bernoulli).
         discount: lambda_disc of eq. 14, for ``"bernoulli"``.
@@ -71,8 +71,8 @@ class TrainConfig:
         rounds: parts an iteration's rollout is cut into; one part is scored while the next is
             rolled out.
         group_baseline: subtract the group's mean advantage per step.
-        regress_count: subtract from the advantage what log K explains inside groups (for
-            Bernoulli actions, where one more token always helps).
+        count_regression_baseline: subtract from the advantage what log K explains inside groups
+            (for Bernoulli actions, where one more token always helps).
         fixed_budgets: a sample has one budget in the whole run, drawn from its number. MAPO's
             memory holds masks of one count, so it only helps where a count comes again.
         runner: ``"fast"`` rolls out whole episodes without gymnasium, ``"default"`` is RLlib's
@@ -107,10 +107,10 @@ class TrainConfig:
             ``"divprune"``, at budgets as drawn, or nested at keep-rates .75 and .5 where there is
             no budget (TPRL eq. 7, 8); or the name of a per-sample channel such as
             ``"question_attention"``.
-        lfd_steps: gradient steps of imitation.
-        lfd_batch_size: transitions per step.
-        lfd_lr: learning rate of imitation.
-        lfd_weights: weight of kept tokens, see `tprl_env.policy.imitation.demonstration_loss`.
+        imitation_steps: gradient steps of imitation.
+        imitation_batch_size: transitions per step.
+        imitation_lr: learning rate of imitation.
+        imitation_class_weights: weight of kept tokens, see `demonstration_loss`.
 
         num_env_runners: remote runners; 0 runs in the driver.
         num_learners: remote learners; 0 learns in the driver.
@@ -124,7 +124,7 @@ class TrainConfig:
         scorer_dtype: torch dtype of the LVLM.
         scorer_options: JSON values for ``scorer_factory``.
         max_outstanding: requests under way per client and actor.
-        poison_limit: scorer processes that one row may kill.
+        max_crashes_per_row: scorer processes that one row may kill.
         cache_size: masks remembered per client.
         start_timeout: seconds for the scorers to load.
         sample_timeout: seconds for one iteration's rollouts on remote runners.
@@ -142,7 +142,7 @@ class TrainConfig:
     lvlm: str = ""
     scorer: str = "lvlm"
     scorer_factory: str = ""
-    metric: str = "likelihood"
+    score_kind: str = "likelihood"
     seed: int = 0
 
     max_steps: int = 1
@@ -152,7 +152,7 @@ class TrainConfig:
     reward_batch_size: int = 1
     min_tokens: int = 0
     budget: Budget = (3, 48)
-    one_budget: bool = False
+    shared_budget: bool = False
 
     distribution: str = "exact"
     discount: float = 1.0
@@ -178,7 +178,7 @@ class TrainConfig:
     draws: int = 8
     rounds: int = 1
     group_baseline: bool = False
-    regress_count: bool = False
+    count_regression_baseline: bool = False
     fixed_budgets: bool = False
     runner: str = "fast"
 
@@ -205,10 +205,10 @@ class TrainConfig:
     normalize_advantages: bool = True
 
     demonstrator: str = "none"
-    lfd_steps: int = 900
-    lfd_batch_size: int = 48
-    lfd_lr: float = 3e-3
-    lfd_weights: str = "sqrt"
+    imitation_steps: int = 900
+    imitation_batch_size: int = 48
+    imitation_lr: float = 3e-3
+    imitation_class_weights: str = "sqrt"
 
     num_env_runners: int = 0
     num_learners: int = 0
@@ -222,7 +222,7 @@ class TrainConfig:
     scorer_dtype: str | None = None
     scorer_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     max_outstanding: int = 4
-    poison_limit: int = 3
+    max_crashes_per_row: int = 3
     cache_size: int = 200_000
     start_timeout: float = 600.0
     sample_timeout: float = 1800.0

@@ -19,7 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "ratio": ("joint", "token"),
     "runner": ("fast", "default"),
     "algorithm": ("ppo", "grpo", "mapo"),
-    "lfd_weights": ("none", "sqrt", "balanced"),
+    "imitation_class_weights": ("none", "sqrt", "balanced"),
 }
 _AT_LEAST: dict[str, float] = {
     "samples": 1,
@@ -35,8 +35,8 @@ _AT_LEAST: dict[str, float] = {
     "scorer_gpus": 0,
     "scorer_batch_size": 1,
     "cache_size": 0,
-    "lfd_steps": 1,
-    "lfd_batch_size": 1,
+    "imitation_steps": 1,
+    "imitation_batch_size": 1,
     "entropy": 0,
     "logit_l2": 0,
     "count_loss": 0,
@@ -50,7 +50,15 @@ _AT_LEAST: dict[str, float] = {
     "torch_threads": 1,
     "seed": 0,
 }
-_POSITIVE = ("lr", "lfd_lr", "clip", "value_clip", "grad_clip", "sample_timeout", "start_timeout")
+_POSITIVE = (
+    "lr",
+    "imitation_lr",
+    "clip",
+    "value_clip",
+    "grad_clip",
+    "sample_timeout",
+    "start_timeout",
+)
 _FRACTIONS = ("discount", "gamma", "gae_lambda", "initial_keep")
 
 
@@ -118,7 +126,7 @@ def _problems(config: TrainConfig) -> dict[str, bool]:
         "discount applies to distribution='bernoulli' only": exact and config.discount != 1.0,
         "min_tokens must be below the smallest budget": config.budget is not None
         and config.min_tokens >= _smallest(config.budget),
-        "one_budget and fixed_budgets exclude each other": config.one_budget
+        "shared_budget and fixed_budgets exclude each other": config.shared_budget
         and config.fixed_budgets,
         f"rounds={config.rounds} must divide samples={config.samples}": bool(
             config.samples % config.rounds
@@ -145,13 +153,14 @@ def _group_problems(config: TrainConfig) -> dict[str, bool]:
     name, relative = config.algorithm, config.algorithm != "ppo"
     default = config.runner == "default"
     return {
-        "group_baseline and regress_count need draws of at least 2": config.draws < 2
-        and (config.group_baseline or config.regress_count),
-        "group_baseline, regress_count, one_budget and fixed_budgets need runner='fast'": default
+        "group_baseline and count_regression_baseline need draws of at least 2": config.draws < 2
+        and (config.group_baseline or config.count_regression_baseline),
+        "group_baseline, count_regression_baseline, shared_budget and fixed_budgets need "
+        "runner='fast'": default
         and (
             config.group_baseline
-            or config.regress_count
-            or config.one_budget
+            or config.count_regression_baseline
+            or config.shared_budget
             or config.fixed_budgets
         ),
         f"algorithm={name!r} compares the draws of a sample; draws must be at least 2": relative
@@ -161,8 +170,8 @@ def _group_problems(config: TrainConfig) -> dict[str, bool]:
         "inside a group": relative and config.reward_batch_size > 1,
         f"group_baseline has no meaning for algorithm={name!r}, which has a baseline per group; "
         "set it to false": relative and config.group_baseline,
-        "regress_count is not defined for algorithm='mapo', whose memory holds plain returns; set "
-        "it to false": name == "mapo" and config.regress_count,
+        "count_regression_baseline is not defined for algorithm='mapo', whose memory holds plain "
+        "returns; set it to false": name == "mapo" and config.count_regression_baseline,
         f"memory_limit={config.memory_limit} must be at least memory_size={config.memory_size}": (
             config.memory_limit < config.memory_size
         ),

@@ -17,7 +17,7 @@ __all__ = ["policy_config", "policy_fields", "rules", "scorer_spec"]
 
 def rules(config: TrainConfig) -> EpisodeRules:
     """The MDP's settings as the environments take them."""
-    names = "max_steps alpha beta score_steps reward_batch_size min_tokens budget metric query"
+    names = "max_steps alpha beta score_steps reward_batch_size min_tokens budget score_kind query"
     table: dict[str, Any] = {name: getattr(config, name) for name in names.split()}
     return EpisodeRules(**table)
 
@@ -60,7 +60,7 @@ def scorer_spec(config: TrainConfig) -> ScorerSpec:
         )
     return ScorerSpec(
         source=config.source,
-        metric=config.metric,
+        score_kind=config.score_kind,
         kind=config.scorer,
         lvlm=config.lvlm,
         batch_size=config.scorer_batch_size,

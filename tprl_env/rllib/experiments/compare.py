@@ -30,7 +30,7 @@ from tprl_env.files import write_json
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.experiments.definition import Experiment, Trial
-from tprl_env.rllib.experiments.places import Place, TaskData, experiment_data
+from tprl_env.rllib.experiments.places import ExperimentPaths, TaskData, experiment_data
 from tprl_env.rllib.experiments.trial import run_imitation, run_trial
 from tprl_env.rllib.run.placement import actor_cpus
 
@@ -69,8 +69,8 @@ def compare(
     definition = experiment.as_dict()
     begin_folder(definition, folder)
     data = experiment_data(experiment, common / "data", stores)
-    prints = {name: stores_.fingerprints() for name, stores_ in data.items()}
-    place = Place(str(common), data, prints, experiment.budgets)
+    fingerprints = {name: stores_.fingerprints() for name, stores_ in data.items()}
+    place = ExperimentPaths(str(common), data, fingerprints, experiment.budgets)
     trials = experiment.trials()
     places = {
         "runs": {trial.name: os.path.relpath(place.run(trial), folder) for trial in trials},
@@ -86,7 +86,7 @@ def compare(
             imitate_all(place, missing)
             run_trials(place, experiment.name, missing, folder / "tune", concurrent, callbacks)
     for task in experiment.tasks:
-        own = place.any_width(task)
+        own = place.any_task_data(task)
         measure_references(own.lvlm, own.test, experiment.budgets, place.references(task))
     return write_tables(folder)
 
@@ -110,7 +110,7 @@ def begin_folder(definition: Mapping[str, Any], folder: Path) -> None:
     write_json(path, definition)
 
 
-def imitate_all(place: Place, trials: Sequence[Trial]) -> None:
+def imitate_all(place: ExperimentPaths, trials: Sequence[Trial]) -> None:
     """Every imitation that trials start from, once, as Ray tasks side by side."""
     wanted = {}
     for trial in trials:
@@ -135,7 +135,7 @@ def trial_resources(config: TrainConfig) -> tune.PlacementGroupFactory:
 
 
 def run_trials(
-    place: Place,
+    place: ExperimentPaths,
     name: str,
     trials: Sequence[Trial],
     storage: Path,
@@ -178,6 +178,8 @@ def run_trials(
             )
 
 
-def _tune_trial(tuned: Mapping[str, Any], place: Place, trials: Mapping[str, Trial]) -> None:
+def _tune_trial(
+    tuned: Mapping[str, Any], place: ExperimentPaths, trials: Mapping[str, Trial]
+) -> None:
     """What Ray Tune runs: one trial, reporting each point of its learning curve."""
     run_trial(place, trials[tuned["trial"]])

@@ -33,8 +33,8 @@ __all__ = [
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # What imitation depends on besides the policy's shape and the samples.
 _IMITATION_FIELDS = (
-    "seed", "budget", "count_target", "demonstrator", "distribution", "lfd_steps",
-    "lfd_batch_size", "lfd_lr", "lfd_weights",
+    "seed", "budget", "count_target", "demonstrator", "distribution", "imitation_steps",
+    "imitation_batch_size", "imitation_lr", "imitation_class_weights",
 )  # fmt: skip
 
 

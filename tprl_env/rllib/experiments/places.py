@@ -25,7 +25,7 @@ from tprl_env.rllib.experiments.definition import (
     run_key,
 )
 
-__all__ = ["Place", "TaskData", "builtin_data", "experiment_data"]
+__all__ = ["ExperimentPaths", "TaskData", "builtin_data", "experiment_data"]
 
 SPLITS = ("train", "calibration", "test")
 
@@ -52,19 +52,19 @@ class TaskData:
 
 
 @dataclass(frozen=True)
-class Place:
+class ExperimentPaths:
     """Where trials find their data, and where they write.
 
     Attributes:
         shared: Folder of imitations and runs, absolute.
         data: ``"task/width"`` to stores.
-        prints: The same to the stores' and the LVLM's fingerprints.
+        fingerprints: The same to the stores' and the LVLM's fingerprints.
         budgets: Token counts to evaluate at.
     """
 
     shared: str
     data: Mapping[str, TaskData]
-    prints: Mapping[str, Mapping[str, str]]
+    fingerprints: Mapping[str, Mapping[str, str]]
     budgets: tuple[int, ...]
 
     def task(self, trial: Trial) -> TaskData:
@@ -78,7 +78,7 @@ class Place:
 
     def key(self, trial: Trial) -> str:
         """Name of the trial's run."""
-        return run_key(trial, self.prints[f"{trial.task}/{trial.code_width}"], self.budgets)
+        return run_key(trial, self.fingerprints[f"{trial.task}/{trial.code_width}"], self.budgets)
 
     def run(self, trial: Trial) -> Path:
         """Folder of the trial's run."""
@@ -86,35 +86,35 @@ class Place:
 
     def imitation(self, trial: Trial) -> Path | None:
         """Folder of the imitation that the trial starts from, None without one."""
-        prints = self.prints[f"{trial.task}/{trial.code_width}"]
-        key = imitation_key(trial.config, prints)
+        fingerprints = self.fingerprints[f"{trial.task}/{trial.code_width}"]
+        key = imitation_key(trial.config, fingerprints)
         return None if key is None else Path(self.shared) / "imitation" / key
 
     def references(self, task: str) -> Path:
         """File with the untrained pruners of a task; they read no codes, so any width serves."""
-        store = FeatureStore.open(self.any_width(task).test)
+        store = FeatureStore.open(self.any_task_data(task).test)
         content = {"test": store.manifest.fingerprint, "budgets": list(self.budgets)}
         return Path(self.shared) / "references" / f"{content_key(content)}.json"
 
-    def any_width(self, task: str) -> TaskData:
+    def any_task_data(self, task: str) -> TaskData:
         """Stores of a task with codes of some width."""
         return next(value for name, value in self.data.items() if name.split("/")[0] == task)
 
 
 def builtin_data(
-    spec: Experiment | Search, task: str, code_width: int, root: Path, test_questions: int
+    experiment: Experiment | Search, task: str, code_width: int, root: Path, test_questions: int
 ) -> TaskData:
     """Stores of a built-in task, encoded where they are missing."""
     name = (
-        f"{task}-width{code_width}-{spec.train_questions}-{spec.calibration_questions}-"
-        f"{test_questions}-seed{spec.data_seed}"
+        f"{task}-width{code_width}-{experiment.train_questions}-{experiment.calibration_questions}-"
+        f"{test_questions}-seed{experiment.data_seed}"
     )
     settings = QuickstartSettings(
         task=task,
         out=root / name,
-        seed=spec.data_seed,
-        train_questions=spec.train_questions,
-        calibration_questions=spec.calibration_questions,
+        seed=experiment.data_seed,
+        train_questions=experiment.train_questions,
+        calibration_questions=experiment.calibration_questions,
         test_questions=test_questions,
         code_width=code_width,
     )

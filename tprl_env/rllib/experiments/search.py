@@ -27,7 +27,7 @@ __all__ = ["search"]
 
 
 def search(
-    spec: Search,
+    search_: Search,
     out: str | Path,
     *,
     shared: str | Path | None = None,
@@ -38,7 +38,7 @@ def search(
     """Draw settings, stop the worse ones early, and write all of them best first.
 
     Args:
-        spec: What to search.
+        search_: What to search.
         out: Folder of the search; where it holds an unfinished one, that goes on.
         shared: Folder of the built-in tasks' stores, by default ``out``.
         stores: Your own stores and LVLM instead.
@@ -57,28 +57,28 @@ def search(
     if table.is_file():
         raise ValueError(f"{folder} holds a finished search; choose another --out")
     root = (Path(shared).resolve() if shared else folder) / "data"
-    place = stores or builtin_data(spec, spec.task, 64, root, 12)
-    first = spec.config({}).replace(source=place.train, lvlm=place.lvlm)
+    place = stores or builtin_data(search_, search_.task, 64, root, 12)
+    first = search_.config({}).replace(source=place.train, lvlm=place.lvlm)
     with ray_session(actor_cpus(first)):
-        results = _tuner(spec, first, place.calibration, folder, concurrent, callbacks).fit()
+        results = _tuner(search_, first, place.calibration, folder, concurrent, callbacks).fit()
     if results.errors:
         raise RuntimeError(
             f"{len(results.errors)} of {len(results)} runs failed, the first with: "
             f"{str(results.errors[0]).strip().splitlines()[-1]}; the same command goes on"
         )
-    metric = f"accuracy_{spec.budget}"
+    metric = f"accuracy_{search_.budget}"
     tried = [
         {"settings": result.config, **{k: result.metrics[k] for k in ("scores", metric)}}
         for result in results
         if result.metrics and result.config is not None
     ]
     tried.sort(key=lambda row: (-row["scores"], -row[metric]))
-    write_json(table, {"name": spec.name, "question": spec.question, "tried": tried})
+    write_json(table, {"name": search_.name, "question": search_.question, "tried": tried})
     return table
 
 
 def _tuner(
-    spec: Search,
+    search_: Search,
     base: TrainConfig,
     calibration: str,
     folder: Path,
@@ -91,32 +91,32 @@ def _tuner(
         trial_resources(base),
     )
     storage = folder / "tune"
-    if tune.Tuner.can_restore(str(storage / spec.name)):
+    if tune.Tuner.can_restore(str(storage / search_.name)):
         return tune.Tuner.restore(
-            str(storage / spec.name),
+            str(storage / search_.name),
             trainable=trainable,
             restart_errored=True,
-            param_space=dict(spec.space),
+            param_space=dict(search_.space),
         )
     scheduler = ASHAScheduler(
         time_attr="scores",
-        metric=f"accuracy_{spec.budget}",
+        metric=f"accuracy_{search_.budget}",
         mode="max",
-        max_t=spec.max_scores,
-        grace_period=spec.grace_scores,
-        reduction_factor=spec.reduction,
+        max_t=search_.max_scores,
+        grace_period=search_.grace_scores,
+        reduction_factor=search_.reduction,
     )
     return tune.Tuner(
         trainable,
-        param_space=dict(spec.space),
+        param_space=dict(search_.space),
         tune_config=tune.TuneConfig(
             scheduler=scheduler,
-            num_samples=spec.trials,
+            num_samples=search_.trials,
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: f"draw_{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=spec.name,
+            name=search_.name,
             storage_path=str(storage),
             failure_config=tune.FailureConfig(max_failures=2),
             callbacks=list(callbacks) or None,

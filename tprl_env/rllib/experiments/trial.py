@@ -20,7 +20,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PolicyPruner
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.experiments.definition import Trial
-from tprl_env.rllib.experiments.places import Place
+from tprl_env.rllib.experiments.places import ExperimentPaths
 from tprl_env.rllib.run.imitate import imitate
 from tprl_env.rllib.run.train import train
 from tprl_env.scoring import local_scorer
@@ -31,7 +31,7 @@ CURVE_QUESTIONS = 200
 TUNING_QUESTIONS = 300
 
 
-def run_imitation(place: Place, trial: Trial, folder: Path) -> None:
+def run_imitation(place: ExperimentPaths, trial: Trial, folder: Path) -> None:
     """One imitation, marked by ``imitated.json``, and its accuracy, ``measured.json``."""
     config, done = place.config(trial), folder / "imitated.json"
     if not done.is_file():
@@ -43,7 +43,7 @@ def run_imitation(place: Place, trial: Trial, folder: Path) -> None:
     write_json(folder / "measured.json", {**measured, **json.loads(done.read_text("utf-8"))})
 
 
-def run_trial(place: Place, trial: Trial) -> None:
+def run_trial(place: ExperimentPaths, trial: Trial) -> None:
     """Train and measure one run; ``record.json`` is written last."""
     folder, start = place.run(trial), place.imitation(trial)
     if (folder / "record.json").is_file():
@@ -98,7 +98,7 @@ def reporting_hook(curve: LearningCurve, measure: Any) -> Any:
     return hook
 
 
-def _open(place: Place, trial: Trial, split: str) -> tuple[FeatureStore, Scorer]:
+def _open(place: ExperimentPaths, trial: Trial, split: str) -> tuple[FeatureStore, Scorer]:
     """A store of the trial's task and an exact-match scorer for it."""
     data, config = place.task(trial), trial.config
     store = FeatureStore.open(getattr(data, split))
@@ -106,7 +106,9 @@ def _open(place: Place, trial: Trial, split: str) -> tuple[FeatureStore, Scorer]
     return store, local_scorer(lvlm, store)
 
 
-def _measure(policy: PruningPolicy, place: Place, trial: Trial, steps: int) -> dict[str, Any]:
+def _measure(
+    policy: PruningPolicy, place: ExperimentPaths, trial: Trial, steps: int
+) -> dict[str, Any]:
     """Accuracy on the test split at every budget, penalty chosen on the calibration split."""
     held_out, held_out_scorer = _open(place, trial, "calibration")
     test, scorer = _open(place, trial, "test")

@@ -61,7 +61,7 @@ def advantages(
     gamma: float,
     gae_lambda: float,
     group_baseline: bool = False,
-    regress_count: bool = False,
+    count_regression_baseline: bool = False,
 ) -> Estimate:
     """Turn scores (T, B) of a rollout into what PPO learns from.
 
@@ -72,7 +72,7 @@ def advantages(
         gamma: discount.
         gae_lambda: lambda of generalised advantage estimation.
         group_baseline: subtract the mean advantage of the group at the same step.
-        regress_count: subtract what the log of the final count explains inside groups.
+        count_regression_baseline: subtract what the log of the final count explains inside groups.
     """
     live, rewards = rollout.taken(), _rewards(rollout, scores, rules)
     values = np.stack(rollout.values)
@@ -80,7 +80,7 @@ def advantages(
     targets = np.where(live, estimates + values, 0.0).astype(np.float32)
     if group_baseline:
         estimates = _minus_group_mean(estimates, rollout.group, live)
-    if regress_count:
+    if count_regression_baseline:
         estimates = _minus_count(estimates, rollout, live)
     columns = {Postprocessing.ADVANTAGES: estimates.astype(np.float32)}
     return Estimate(rewards, columns | {Postprocessing.VALUE_TARGETS: targets})
@@ -92,7 +92,7 @@ def group_advantages(
     rules: EpisodeRules,
     *,
     gamma: float,
-    regress_count: bool = False,
+    count_regression_baseline: bool = False,
 ) -> Estimate:
     """(return - group mean) / (group deviation + 1e-6), one value for a whole episode.
 
@@ -104,12 +104,12 @@ def group_advantages(
         scores: (T, B), NaN where not scored.
         rules: the MDP.
         gamma: discount of the returns.
-        regress_count: free the returns of what log K explains inside groups first.
+        count_regression_baseline: free the returns of what log K explains inside groups first.
     """
     live, rewards = rollout.taken(), _rewards(rollout, scores, rules)
     everything = np.ones((1, len(rollout.group)), bool)
     centred = _minus_group_mean(_returns(rewards, gamma), rollout.group, everything)
-    if regress_count:
+    if count_regression_baseline:
         centred = _minus_count(centred, rollout, everything)
     square = np.bincount(rollout.group, np.square(centred[0])) / np.bincount(rollout.group)
     gains = centred[0] / (np.sqrt(square)[rollout.group] + 1e-6)
@@ -204,13 +204,17 @@ def _ppo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRu
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         group_baseline=config.group_baseline,
-        regress_count=config.regress_count,
+        count_regression_baseline=config.count_regression_baseline,
     )
 
 
 def _grpo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules) -> Estimate:
     return group_advantages(
-        rollout, scores, rules, gamma=config.gamma, regress_count=config.regress_count
+        rollout,
+        scores,
+        rules,
+        gamma=config.gamma,
+        count_regression_baseline=config.count_regression_baseline,
     )
 
 

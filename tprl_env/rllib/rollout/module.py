@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tprl_env.data.features import shared_source
 from tprl_env.env.rewards import step_budgets
-from tprl_env.policy.alive_only import Forward, forward_packed
+from tprl_env.policy.alive_only import Forward, forward_alive_only
 from tprl_env.policy.network import PolicyConfig, PolicyOutput, PruningPolicy
 from tprl_env.rllib.rollout.distributions import (
     BernoulliActions,
@@ -55,7 +55,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         distribution: ``"bernoulli"`` or ``"exact"``.
         discount: lambda_disc, for ``"bernoulli"``.
         max_steps: T, for the counts of ``"exact"`` with several steps.
-        source: spec of the source for batches of sample numbers.
+        source: location of the source for batches of sample numbers.
         seed: of the initial weights.
         load: policy folder to start from, or None.
         critic: compute values; without it they are 0 and the critic's parameters are frozen.
@@ -177,7 +177,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
             full, output = obs, policy(obs)
         else:
             full = self._look_up(obs)
-            output = forward_packed(policy, full)
+            output = forward_alive_only(policy, full)
         alive = full["alive"].bool()
         if self.action_dist_cls is ExactActions:
             count = self._counts(alive, full["budget"], full["step"])

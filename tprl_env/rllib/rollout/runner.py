@@ -89,7 +89,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         self.rules = rules(self.train_config)
         self.source = shared_source(self.train_config.source)
         self.rules.check_source(self.source)
-        self.full_scores = np.asarray(self.source.full_scores(self.rules.metric), np.float32)
+        self.full_scores = np.asarray(self.source.full_scores(self.rules.score_kind), np.float32)
         self.scorer = open_scorer(self.train_config, settings.get("pool"))
         self._groups = self.train_config.samples // max(1, self.num_workers or 0)
         self._groups //= self.train_config.rounds
@@ -132,7 +132,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         explore = bool(self.config.explore if explore is None else explore)
         started = time.perf_counter()
         self.metrics.log_value(WEIGHTS_SEQ_NO, self._weights_seq_no, window=1)
-        stores: list[EpisodeColumns] = []
+        batches: list[EpisodeColumns] = []
         reports: list[dict[str, float]] = []
         with self.metrics.log_time(SAMPLE_TIMER):
             waiting: tuple[Rollout, list[Any]] | None = None
@@ -140,21 +140,21 @@ class TokenPruningRunner(SingleAgentEnvRunner):
             while self._more(rounds, steps, episodes, num_timesteps, num_episodes):
                 rollout, asked = self._roll_out(explore)
                 if waiting is not None:  # scored while this round was rolled out
-                    stores.append(self._finish(*waiting, reports))
+                    batches.append(self._finish(*waiting, reports))
                 waiting = (rollout, asked)
                 rounds += 1
                 episodes += len(rollout.samples)
                 steps += int(rollout.taken().sum())
             if waiting is not None:
-                stores.append(self._finish(*waiting, reports))
+                batches.append(self._finish(*waiting, reports))
         self._log(reports, steps, episodes, time.perf_counter() - started)
         make_callback(
             "on_sample_end",
             callbacks_objects=self._callbacks,
             callbacks_functions=self.config.callbacks_on_sample_end,
-            kwargs={"env_runner": self, "metrics_logger": self.metrics, "samples": stores},
+            kwargs={"env_runner": self, "metrics_logger": self.metrics, "samples": batches},
         )
-        return stores
+        return batches
 
     def _more(
         self, rounds: int, steps: int, episodes: int, want_steps: int | None, want: int | None
@@ -171,7 +171,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
             choose_episode(self.np_random, self.source, self.rules) for _ in range(self._groups)
         ]
         drawn, budgets = np.array(chosen, np.int64).T
-        if self.train_config.one_budget:
+        if self.train_config.shared_budget:
             budgets = np.full_like(budgets, budgets[0])
         if self.train_config.fixed_budgets:
             budgets = np.array([self._budget_of(int(sample)) for sample in drawn], np.int64)
@@ -206,7 +206,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 acted = self.module.act(
                     {k: v.to(device) for k, v in tensors.items()}, explore=explore
                 )
-            self.scorer.pump()
+            self.scorer.poll()
             with self.metrics.log_time(ENV_STEP_TIMER):
                 actions = acted.actions.cpu().numpy()
                 values = np.zeros(len(alive), np.float32)

@@ -24,7 +24,7 @@ class LocalScores:
     def __init__(self, config: TrainConfig) -> None:
         spec = scorer_spec(config)
         source = shared_source(config.source)
-        self._scorer = CachedScorer(spec.build(), source, config.metric, config.cache_size)
+        self._scorer = CachedScorer(spec.build(), source, config.score_kind, config.cache_size)
 
     class Ready(NamedTuple):
         """Scores that are there already."""
@@ -43,7 +43,7 @@ class LocalScores:
         """Score now."""
         return self.Ready(self._scorer(samples, keep))
 
-    def pump(self, timeout: float = 0.0) -> None:
+    def poll(self, timeout: float = 0.0) -> None:
         """Nothing is ever under way."""
 
     def counters(self) -> dict[str, float]:

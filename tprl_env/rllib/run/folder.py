@@ -5,7 +5,7 @@
     metrics.jsonl      one line per iteration
     tensorboard/       the same for TensorBoard
     checkpoints/       iteration_000020/{rllib, policy, progress.json}; a folder is whole or absent
-    lfd_policy/        the policy after imitation
+    imitated_policy/        the policy after imitation
     policy/            the newest policy, safetensors + config.json
 
 RLlib's checkpoints hold pickles: resume only runs you made yourself. ``policy/`` holds none.
@@ -42,7 +42,7 @@ _PREFIX = "iteration_"
 _FREE = (  # settings that a run may change between its starts without becoming another one
     *("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds"),
     *("report_every", "torch_threads", "num_scorers", "scorer_cpus", "scorer_gpus"),
-    *("scorer_resources", "scorer_device", "max_outstanding", "poison_limit", "cache_size"),
+    *("scorer_resources", "scorer_device", "max_outstanding", "max_crashes_per_row", "cache_size"),
     *("start_timeout", "sample_timeout", "gpus_per_learner"),
 )
 
@@ -79,7 +79,7 @@ class RunFolder:
         self.path = Path(path)
         self.where = str(path)
         self.policy = self.path / "policy"
-        self.lfd_policy = self.path / "lfd_policy"
+        self.imitated_policy = self.path / "imitated_policy"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self._checkpoints = self.path / "checkpoints"

@@ -10,7 +10,7 @@ import torch
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.policy.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
-from tprl_env.policy.imitation import LfdReport, pretrain
+from tprl_env.policy.imitation import ImitationReport, pretrain
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.reducers import DivPrune, Pruner, VisPruner
 from tprl_env.rllib.config import TrainConfig, policy_config
@@ -26,7 +26,7 @@ def imitate(
     source: TokenSource,
     folder: Path,
     progress: Callable[[int, float], None] | None = None,
-) -> LfdReport:
+) -> ImitationReport:
     """Train a fresh policy on demonstrations and save it.
 
     Args:
@@ -45,11 +45,11 @@ def imitate(
         policy,
         source,
         _demonstrator(config, source),
-        steps=config.lfd_steps,
-        batch_size=config.lfd_batch_size,
-        lr=config.lfd_lr,
+        steps=config.imitation_steps,
+        batch_size=config.imitation_batch_size,
+        lr=config.imitation_lr,
         seed=config.seed,
-        pos_weight=config.lfd_weights,  # type: ignore[arg-type]
+        pos_weight=config.imitation_class_weights,  # type: ignore[arg-type]
         progress=progress,
     )
     policy.save_pretrained(folder)

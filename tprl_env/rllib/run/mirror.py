@@ -69,8 +69,8 @@ class MirroredRunFolder(RunFolder):
             content = self.storage.read(name)
             if content is not None:
                 (self.path / name).write_bytes(content)
-        if self.lfd_policy.name in self.storage.folders(""):
-            self.storage.fetch_folder(self.lfd_policy.name, self.lfd_policy)
+        if self.imitated_policy.name in self.storage.folders(""):
+            self.storage.fetch_folder(self.imitated_policy.name, self.imitated_policy)
         self._checkpoints.mkdir()
         for name in reversed(self.storage.folders(_CHECKPOINTS)):
             local = self._checkpoints / name
@@ -103,8 +103,10 @@ class MirroredRunFolder(RunFolder):
         """
         final = super().save_checkpoint(progress, policy, save)
         self._check_owner()
-        if self.lfd_policy.is_dir() and self.lfd_policy.name not in self.storage.folders(""):
-            self.storage.push_folder(self.lfd_policy, self.lfd_policy.name)
+        if self.imitated_policy.is_dir() and self.imitated_policy.name not in self.storage.folders(
+            ""
+        ):
+            self.storage.push_folder(self.imitated_policy, self.imitated_policy.name)
         # The metrics go first: those of iterations after the checkpoint are cut off on resuming.
         boards = [f"{self.tensorboard.name}/{path.name}" for path in self.tensorboard.glob("*")]
         self._push_files((self.metrics.name, *boards))

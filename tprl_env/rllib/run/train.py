@@ -19,7 +19,7 @@ from ray.rllib.core import (
 )
 
 from tprl_env.data.features import shared_source
-from tprl_env.policy.imitation import LfdReport
+from tprl_env.policy.imitation import ImitationReport
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
@@ -59,7 +59,7 @@ class TrainResult:
         progress: iterations, steps and scores over all starts.
         metrics: row of the last iteration.
         stopped_by: ``"iterations"``, ``"max_scores"`` or ``"max_seconds"``.
-        lfd: report of the imitation, None if there was none in this call.
+        imitation: report of the imitation, None if there was none in this call.
     """
 
     out: Path
@@ -67,7 +67,7 @@ class TrainResult:
     progress: Progress
     metrics: dict[str, Any]
     stopped_by: str
-    lfd: LfdReport | None = None
+    imitation: ImitationReport | None = None
 
 
 def train(
@@ -112,7 +112,7 @@ def train(
     folder.begin(config, resume=resume)
     lines = ProgressLines(config.report_every if progress else 0)
     with _quiet(), _threads(config.torch_threads), ray_session(actor_cpus(config)):
-        start, lfd = _start_policy(config, folder, init_policy, lines)
+        start, imitation = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
             settings = algorithm_config(config, pool=pool, init_policy=start)
             check_room(settings, config.start_timeout)  # RLlib would wait for ever
@@ -122,7 +122,7 @@ def train(
                 stopped_by = loop.run()
             finally:
                 algorithm.stop()
-    return TrainResult(folder.path, folder.policy, loop.progress, loop.row, stopped_by, lfd)
+    return TrainResult(folder.path, folder.policy, loop.progress, loop.row, stopped_by, imitation)
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -183,7 +183,7 @@ def _check_lvlm(config: TrainConfig, source: Any) -> None:
 
 def _start_policy(
     config: TrainConfig, folder: RunFolder, init_policy: str | Path | None, lines: ProgressLines
-) -> tuple[str | None, LfdReport | None]:
+) -> tuple[str | None, ImitationReport | None]:
     """Folder of the policy to start from; None for random weights or a checkpoint."""
     if folder.newest() is not None:
         return None, None
@@ -193,14 +193,14 @@ def _start_policy(
     if config.demonstrator == "none":
         return None, None
     report = None
-    if not (folder.lfd_policy / "config.json").is_file():  # else a killed run had finished it
-        lines.say(f"imitating {config.demonstrator} for {config.lfd_steps} steps")
-        report = imitate(config, source, folder.lfd_policy)
+    if not (folder.imitated_policy / "config.json").is_file():  # else a killed run had finished it
+        lines.say(f"imitating {config.demonstrator} for {config.imitation_steps} steps")
+        report = imitate(config, source, folder.imitated_policy)
         lines.say(
             f"imitation took {report.seconds:.0f} s: loss {report.final_loss:.3f}, "
             f"{report.agreement:.0%} of the demonstrated tokens"
         )
-    return str(folder.lfd_policy.resolve()), report
+    return str(folder.imitated_policy.resolve()), report
 
 
 class _Loop:
@@ -313,7 +313,7 @@ def _scorers(config: TrainConfig, lines: ProgressLines) -> Iterator[PoolAddress 
         resources=config.scorer_resources,
         start_timeout=config.start_timeout,
         max_outstanding=config.max_outstanding,
-        poison_limit=config.poison_limit,
+        max_crashes_per_row=config.max_crashes_per_row,
         cache_size=config.cache_size,
     )
     with contextlib.closing(pool):

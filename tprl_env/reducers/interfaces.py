@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tprl_env.reducers.selection import top_k_mask
 
-Kind = Literal["policy", "heuristic", "oracle", "random"]
+Knowledge = Literal["policy", "heuristic", "oracle", "random"]
 
 
 @dataclass
@@ -121,13 +121,13 @@ class Pruner(ABC):
 
     Attributes:
         name: Key in ``PRUNERS``.
-        kind: What the method may know: "random" nothing, "heuristic" the published signals,
+        knowledge: What the method may know: "random" nothing, "heuristic" the published signals,
             "policy" what it learned, "oracle" what no method can know.
         needs: Fields of :class:`PruneInputs` that must not be None.
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Kind]
+    knowledge: ClassVar[Knowledge]
     needs: ClassVar[tuple[str, ...]] = ()
 
     @property
