@@ -1,4 +1,4 @@
-"""What each kind of fault costs: seconds until work goes on, steps lost, scores computed twice.
+"""Cost of each kind of fault: seconds to recovery, steps lost, scores computed twice.
 
     python -m benchmarks.reliability [KIND ...]
 

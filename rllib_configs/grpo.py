@@ -1,4 +1,4 @@
-"""GRPO on the task of ``ppo``: exact budgets, one step, likelihood score (spec section 3).
+"""GRPO on the task of ``ppo``: exact budgets, one step, likelihood score (Shao et al. 2024).
 
 The same task, policy, imitation and batches as ``ppo``. The advantage of a mask is its
 return in units of its group's deviation, there is no critic, and a penalty of .04 on the k3

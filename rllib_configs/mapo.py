@@ -1,10 +1,10 @@
-"""MAPO on the task of ``ppo``: exact budgets, one step, likelihood score (spec section 3).
+"""MAPO on the task of ``ppo``: exact budgets, one step, likelihood score (Liang et al. 2018).
 
-The same task, policy, imitation and batches as ``ppo``, without a critic. What is known of
-a sample is used again: its best masks stay in a memory and are learned from beside new draws, with
-the policy's own probability of them as weight, at least .1. Because a mask of exactly k tokens says
-nothing about another k, each sample has one budget for the whole run; over all samples budgets are
-log-uniform as in ``ppo``. The memory only helps once samples come a second time.
+The same task, policy, imitation and batches as ``ppo``, without a critic. The best masks of a
+sample stay in a memory and are learned from together with new draws; their weight is the policy's
+probability of them, at least .1. Because a mask of exactly k tokens says nothing about another k,
+each sample has one budget for the whole run; over all samples budgets are log-uniform as in
+``ppo``. The memory has an effect from the second visit of a sample on.
 """
 
 from ray.rllib.algorithms.ppo import PPOConfig

@@ -2,7 +2,8 @@
 
 Kept as written, not because it works well: lambda_disc .5 with T = 3 lets a token survive with a
 probability of at most 1/8, whatever the policy says, although the paper reports a third kept; and
-imitating VisPruner, which does not read the question, cannot teach the policy to. See spec.
+imitating VisPruner, which does not read the question, cannot teach the policy to
+(docs/method.md).
 """
 
 from ray.rllib.algorithms.ppo import PPOConfig

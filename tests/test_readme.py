@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.readme_results import readme_section, replace_section, results_section
 from tprl_env.cli.commands import main
 from tprl_env.data.scenes import load_scenes
 
@@ -22,9 +23,19 @@ def test_the_first_screen_holds_what_a_visitor_needs():
     text = "\n".join(screen)
     assert "make quickstart" in text
     assert "make test" in text
+    assert "pip install" in text
+    assert "https://arxiv.org/abs/" in text
     assert re.search(r"!\[.*\]\(docs/images/.*\.png\)", text)
     assert "<!-- results:begin -->" in text
     assert TEXT.index("<!-- results:begin -->") < TEXT.index("<!-- results:end -->")
+
+
+def test_the_results_are_those_of_the_records():
+    folder = README.parent
+    record = folder / "benchmarks/results/experiments"
+    for name, section in (("README.md", readme_section), ("docs/results.md", results_section)):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert text == replace_section(text, section(record)), "run benchmarks.readme_results"
 
 
 def test_what_the_readme_links_to_exists():

@@ -50,7 +50,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """Import an exported name from its module the first time it is asked for (PEP 562)."""
+    """Import an exported name from its module on first use (PEP 562)."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_EXPORTS[name]), name)

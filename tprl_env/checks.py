@@ -1,4 +1,4 @@
-"""Checks of what a user gives: messages say what was got, what is expected and what is near.
+"""Checks of user input: messages give the value, what was expected, and the nearest names.
 
 Numpy only, so that every room can use them.
 """

@@ -1,4 +1,4 @@
-"""`sparse` at very few tokens: can a pull to the imitation keep what reinforcement loses there?"""
+"""`sparse` at very few tokens: does a KL penalty to the imitation keep its accuracy?"""
 
 from tprl_env.rllib.experiments.definition import Arm, Experiment
 

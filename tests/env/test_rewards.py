@@ -107,7 +107,7 @@ def test_episode_rewards_survive_an_episode_that_kept_nothing():
         ({"full": FULL[:1]}, r"full must have shape \(2,\)"),
         ({"kept": KEPT[:3]}, r"kept must have shape \(4, 2\)"),
         ({"live": LIVE[:2]}, r"live must have shape \(3, 2\)"),
-        ({"live": LIVE[::-1]}, "episode 1 goes on"),
+        ({"live": LIVE[::-1]}, "episode 1 continues"),
     ],
 )
 def test_episode_rewards_refuse_parts_that_do_not_fit(changes, message):

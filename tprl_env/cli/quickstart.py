@@ -1,7 +1,7 @@
-"""The main job on the built-in LVLM: encode, learn what to keep, compare, report.
+"""``tprl quickstart``: encode, train, compare and report on the built-in LVLM.
 
 ``tprl quickstart`` runs :func:`run_quickstart`. Every stage leaves files in ``out`` and is skipped
-when a finished one of the same settings is there already, so an interrupted run goes on.
+if a finished one with the same settings exists, so the same command resumes an interrupted run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The token-pruning MDP for a batch of episodes: what the environment and its vector form share.
+"""The token-pruning MDP for a batch of episodes, used by the environment and its vector form.
 
 The single environment is a batch of one, so both forms give the same numbers by construction.
 
@@ -67,7 +67,7 @@ def choose_episode(
     sample: object = None,
     budget: object = None,
 ) -> tuple[int, int]:
-    """Sample number and wanted count of a new episode: what the user asked for, else drawn.
+    """Sample number and wanted count of a new episode: given by the user, else drawn.
 
     Args:
         generator: only draws what is not given; first the sample (uniform), then the budget.

@@ -88,7 +88,7 @@ def step_reward(
 def is_terminal(
     kept: ArrayLike, step: ArrayLike, max_steps: int = 3, min_tokens: int = 1
 ) -> NDArray[np.bool_]:
-    """Whether an episode has ended: after T_max steps or with K <= ``min_tokens`` (TPRL sec. 3.2).
+    """Whether an episode has ended: after T_max steps (TPRL sec. 4.1) or with K <= ``min_tokens``.
 
     Args:
         kept: (...), tokens kept now.
@@ -152,7 +152,7 @@ def episode_rewards(
         float32 (T, B), 0 where a step was not taken.
 
     Raises:
-        ValueError: on shapes that do not fit, an episode that goes on after its end, or an unknown
+        ValueError: on shapes that do not fit, an episode with a step after its end, or an unknown
             ``score_steps``.
     """
     scores, full = np.asarray(scores, np.float64), np.asarray(full, np.float64)
@@ -199,7 +199,7 @@ def _check_episodes(
             )
     if np.any(live[1:] & ~live[:-1]):
         column = int(np.argwhere(live[1:] & ~live[:-1])[0, 1])
-        raise ValueError(f"live must be a prefix of each episode, but episode {column} goes on")
+        raise ValueError(f"live must be a prefix of each episode, but episode {column} continues")
 
 
 def step_budgets(num_tokens: ArrayLike, budget: ArrayLike, steps: int) -> NDArray[np.int64]:

@@ -113,7 +113,7 @@ class EpisodeRules:
         return spaces.Dict(parts)
 
     def draw_budget(self, generator: np.random.Generator) -> int:
-        """One wanted count, log-uniform over the integers of the range (location sec. 5).
+        """One wanted count, log-uniform over the integers of the range (docs/method.md, "Budgets").
 
         P(k) = log((k + 1) / k) / log((high + 1) / low); a fixed budget draws nothing.
         """

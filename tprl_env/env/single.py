@@ -36,8 +36,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
     never returns. The LVLM answers from the tokens that remain; the reward is the change of its
     score plus a bonus for every share of tokens saved. This is the Markov decision process of
     TPRL. The environment only knows encoded samples (a *token source*) and a *scorer*, any
-    callable from sample numbers and masks to scores; whether an LVLM, a pool of remote actors or
-    a rule stands behind it makes no difference. Without arguments a small generated source with
+    callable from sample numbers and masks to scores; whether it is an LVLM, a pool of remote actors
+    or a rule makes no difference. Without arguments a small generated source with
     a rule that can be learned is used, in which the relevant tokens are those of the colour that
     the question asks for.
 

@@ -50,7 +50,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         reward_batch_size: this many consecutive sub-environments share the mean of their rewards,
             taken over those that made the step (the mini-batch mean of TPRL eq. 4). Must divide
             ``num_envs``.
-        min_tokens: an episode ends with at most so many tokens.
+        min_tokens: an episode terminates once at most this many tokens are kept.
         budget: None, a count or a range (low, high).
         score_kind: "exact" or "likelihood".
         query: "mean" or "tokens".

@@ -1,6 +1,6 @@
-"""One comparison from an encoded store to the files that people read.
+"""``tprl evaluate``: choose the methods, measure them, write the result files.
 
-Used by ``tprl evaluate`` and by the quickstart: builds the pruners that a store allows, evaluates
+Also used by the quickstart: builds the pruners that a store allows, evaluates
 them at matched budgets and writes ``results.json``, ``per_question.parquet``, the plots, drawn
 trajectories and ``report.html``.
 """
@@ -136,7 +136,7 @@ def evaluate_store(
         threshold: Evaluate the policy with this threshold too (TPRL eq. 16).
         pruners: Keys of ``PRUNERS``; by default all that the store allows.
         budgets: Token counts.
-        limit: Use the first so many questions.
+        limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is compared on a store: the untrained pruners it allows, and the trained policy."""
+"""The methods compared on a store: the untrained pruners it allows, and the trained policy."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def tune_penalty(
         calibration: Store of the calibration split, never the one that is reported on.
         scorer: Exact-match scorer of that store.
         budgets: Token counts.
-        questions: Use the first so many.
+        questions: Number of questions used, from the first.
         steps: That the policy was trained to take (see `PolicyPruner.as_trained`).
     """
     samples = np.arange(min(questions, len(calibration)), dtype=np.int64)

@@ -73,7 +73,7 @@ def read_records(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if unfinished:
         raise ValueError(
             f"{len(unfinished)} of {len(unfinished) + len(records)} runs of {folder} are not "
-            f"finished, {unfinished[0]} for one; go on with the same `tprl compare` command"
+            f"finished, {unfinished[0]} for one; resume with the same `tprl compare` command"
         )
     references = definition.get("references", {})
     untrained = {task: folder / path for task, path in references.items()}

@@ -40,7 +40,7 @@ class MethodResult:
     Attributes:
         name: Method, as in the table.
         knowledge: ``policy``, ``heuristic``, ``oracle``, ``random``, or ``none`` for all tokens.
-        budget: Number of tokens asked for.
+        budget: Wanted number of tokens.
         mean_tokens: Mean number of tokens kept.
         std_tokens: Standard deviation of that number over the questions.
         accuracy: Mean score in [0, 1].

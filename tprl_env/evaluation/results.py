@@ -1,4 +1,4 @@
-"""``results.json``: what a comparison leaves behind, written atomically and checked.
+"""``results.json``: the record of a comparison, written atomically and checked.
 
 The file is meant to be read by scripts; :func:`check_results` is the definition of its layout.
 """

@@ -63,7 +63,7 @@ def draw_examples(
         samples: Sample numbers, ``(B,)``.
         budgets: Tokens kept after each step, largest first.
         out: Folder for ``trajectory-NN.png``.
-        lvlm: Where given, its generated answer stands under every step.
+        lvlm: If given, its generated answer is printed under every step.
 
     Returns:
         Files and captions.

@@ -1,4 +1,4 @@
-"""What the rest of the package knows about a large vision-language model (LVLM).
+"""The interface of a large vision-language model (LVLM) to the rest of the package.
 
 Shapes: B rows, n visual tokens of one image, D token width, Dv tower width, Q question tokens,
 d_q query width (the width of the language model's input embeddings).

@@ -1,4 +1,4 @@
-"""The network that decides, its distributions, the codes that it reads, and imitation."""
+"""The pruning policy: network, action distributions, token codes, imitation, and its pruner."""
 
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.policy.network import PolicyConfig, PolicyOutput, PruningPolicy

@@ -1,7 +1,7 @@
 """The policy on alive tokens only: rows of similar length together, dead tokens not computed.
 
 After the first step of an episode most tokens are dead. The policy masks them out, so leaving them
-away gives the same numbers, up to rounding, for less work: attention costs tokens squared.
+out gives the same numbers, up to rounding, for less work: attention costs tokens squared.
 
 Shapes: B rows, N visual tokens, L tokens of the longest row of a group.
 """

@@ -89,7 +89,7 @@ def train_autoencoder(
 
     Raises:
         ValueError: A number is below one.
-        StoreError: The tower's features are asked for and the store has none.
+        StoreError: ``space="tower"`` and the store has no tower features.
         FloatingPointError: The loss stopped being finite.
     """
     for name, value in (("steps", steps), ("batch_tokens", batch_tokens)):

@@ -27,7 +27,7 @@ _ROUNDS = 6  # rounds of rejection before the sequential sampler takes over
 
 
 def log_elementary_symmetric(logits: Tensor, alive: Tensor, count: Tensor) -> Tensor:
-    """Compute log e_k(exp(logits)) over the alive tokens of each row: the normaliser of spec 5.
+    """Compute log e_k(exp(logits)) over the alive tokens of each row, the normaliser.
 
     Twice differentiable in ``logits``. Compute it once per unique row and reuse it where several
     masks of one row need a log-probability.
@@ -145,8 +145,9 @@ class MaskedBernoulli:
 class ConditionalBernoulli:
     """Independent coins with odds exp(logits), conditioned on keeping exactly ``count`` tokens.
 
-    log P(a) = sum of kept logits - log e_k(exp(logits)) (spec 5). Order-free and exact; adding a
-    constant to a row's logits changes nothing. Entropy and KL are exact, with exact gradients.
+    log P(a) = sum of kept logits - log e_k(exp(logits)), with e_k the elementary symmetric
+    polynomial (docs/method.md, "Exact budgets"). Order-free and exact; adding a constant to a row's
+    logits changes nothing. Entropy and KL are exact, with exact gradients.
 
     Args:
         logits: float (B, N).

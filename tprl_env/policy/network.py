@@ -1,4 +1,6 @@
-"""The pruning policy and its value function (TPRL eq. 9-18), with the options that measured better.
+"""The pruning policy and its value function (TPRL eq. 9-18), plus optional components.
+
+The options are off by default; docs/experiments.md measures them.
 
 Shapes: B batch, N visual tokens (padded), d code width, Q question tokens, d_q query width,
 w policy width, H question heads.
@@ -41,7 +43,7 @@ class PolicyOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What a :class:`PruningPolicy` is made of; the defaults are the paper's architecture.
+    """Architecture of a :class:`PruningPolicy`; the defaults are the paper's.
 
     Attributes:
         token_width: Width d of the codes.

@@ -1,4 +1,4 @@
-"""What every pruner is: visual tokens and a question in, a keep-mask out.
+"""The interface of a pruner: visual tokens and a question in, a keep-mask out.
 
 Shapes: n visual tokens of one image, D token width, Dv tower width, d code width, Q question
 tokens, d_q query width.
@@ -132,7 +132,7 @@ class Pruner(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether exactly ``budget`` tokens are kept; a threshold keeps so many on average."""
+        """Whether exactly ``budget`` tokens are kept; a threshold does so on average only."""
         return True
 
     @abstractmethod

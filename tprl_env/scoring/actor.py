@@ -114,7 +114,7 @@ class ScorerActor:
         return await reply
 
     async def _serve(self, queue: asyncio.Queue[_Request]) -> None:
-        """Merge what waits, score it, answer; for ever."""
+        """Serving loop: merge waiting requests, score them, answer."""
         held: _Request | None = None
         while True:
             first = held or await queue.get()

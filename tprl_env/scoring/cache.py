@@ -115,7 +115,7 @@ class CachedScorer:
         scores: FloatArray,
         counted: ScorerStats,
     ) -> list[tuple[int, bytes]]:
-        """Fill in remembered scores; returns the keys that nobody has scored yet."""
+        """Fill in remembered scores; returns the keys without a score."""
         missing = []
         with self._lock:
             for key, rows in wanted.items():

@@ -229,7 +229,7 @@ class ScorerPool:
         """The first failure that any client of this pool has met, empty if none.
 
         An actor that is being restarted is waited for, so one that refuses is gone for good; when
-        all have gone nobody is left to remember a failure, and that is the failure.
+        all are gone, that itself is the failure.
         """
         refs = {actor.handle.failure.remote(): actor for actor in self._router.actors}
         ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout)

@@ -1,8 +1,8 @@
-"""Client-side half of a scoring request: what has to be computed, and how to answer the rest.
+"""Client-side cache of a scoring request: plan what to compute, then join the results.
 
 The semantics are those of `tprl_env.scoring.CachedScorer` (a score is a pure function of sample and
 mask), cut in two because the pool computes the middle asynchronously: `ScoreCache.plan` leaves only
-masks that nobody knows yet, `ScoreCache.finish` joins their scores with the known ones.
+masks without a known score, `ScoreCache.finish` joins their scores with the known ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which actor scores what: routing, back-pressure, and what happens when an actor dies.
+"""Routing of requests to scorer actors, back-pressure, and retries after an actor dies.
 
 One `Router` belongs to one client of the pool. A request is cut into chunks; a chunk travels to one
 actor. See `tprl_env.scoring.pool` for the rules in words.
@@ -158,7 +158,7 @@ class Router:
         load = np.array([float(actor.work) for actor in self.actors])
         load[[bool(actor.lost) for actor in self.actors]] = np.inf
         if not np.isfinite(load).any():
-            load[:] = 0.0  # nobody is left; `poll` says so
+            load[:] = 0.0  # no actor is left; `poll` raises
         usable = np.isfinite(load)
         share = (load[usable].sum() + work.sum()) / usable.sum()
         distinct, inverse = np.unique(samples, return_inverse=True)

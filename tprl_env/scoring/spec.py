@@ -1,4 +1,4 @@
-"""What a scorer actor needs to know to build its scorer in another process.
+"""`ScorerSpec`: how a scorer actor builds its scorer in another process.
 
 Only names and paths travel, never weights or features: large constructor arguments live in Ray's
 object store and would break the restart of an actor.

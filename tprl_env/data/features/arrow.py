@@ -94,7 +94,7 @@ class ArrowRows:
         """
         if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
             raise IndexError(
-                f"rows {rows.min()} to {rows.max()} were asked for; there are {len(self)} rows"
+                f"rows {rows.min()} to {rows.max()} were requested; there are {len(self)} rows"
             )
         out = np.zeros((len(rows), length, width), dtype=np.float32)
         blocks = np.searchsorted(self._starts, rows, side="right") - 1

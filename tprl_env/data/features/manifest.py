@@ -1,4 +1,4 @@
-"""The small JSON files that make a feature store a store: what is in it and how to check it.
+"""The JSON files of a feature store: its contents, and sizes and checksums to verify them.
 
 A store is a folder. Its data files are written first, each under a temporary name and then
 renamed; ``manifest.json`` is written last, so a folder with a manifest is complete by

@@ -153,7 +153,7 @@ class FeatureStore:
             raise ValueError(f"samples must have shape (B,), got {numbers.shape}")
         if numbers.size and not (0 <= numbers.min() and numbers.max() < len(self)):
             raise IndexError(
-                f"sample numbers {numbers.min()} to {numbers.max()} were asked for; "
+                f"sample numbers {numbers.min()} to {numbers.max()} were requested; "
                 f"{self.path} holds {len(self)} samples"
             )
         return numbers

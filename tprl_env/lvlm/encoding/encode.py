@@ -212,7 +212,7 @@ def encode_dataset(
         out: Folder of the store: new, empty, or holding an encoding of the same samples.
         batch_size: Images, and questions, per call of the LVLM.
         tower: Store the vision-tower features too (some pruners need them).
-        shard_images: Images per file; one file's worth is lost when the process is killed.
+        shard_images: Images per file; at most one file is lost when the process is killed.
         resume: Continue what is in ``out``; ``False`` removes it and starts over.
         skip_bad: Leave out samples whose reading raises ``BadSampleError``, and count them.
         progress: Show a progress bar.

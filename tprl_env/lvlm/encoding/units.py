@@ -1,4 +1,4 @@
-"""What is to be encoded: samples are read, checked and cut into units of work."""
+"""Units of encoding work: samples are read, checked and cut into units."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
         shard_images: Largest number of new images in a unit.
 
     Raises:
-        StoreError: An id occurs twice, or an image id stands for two different pictures.
+        StoreError: An id occurs twice, or one image id has two different pictures.
     """
     numbers: dict[str, int] = {}
     digests: list[bytes] = []

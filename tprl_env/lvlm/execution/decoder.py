@@ -23,7 +23,7 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
 class _GivenKeys:
-    """Stands in for a cache: hands the last layer the keys and values of all places."""
+    """Replaces a cache: gives the last layer the keys and values of all places."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values = keys, values

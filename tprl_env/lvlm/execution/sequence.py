@@ -19,11 +19,11 @@ from tprl_env.lvlm.protocol import Positions, Prompt
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of a batch of sequences stands.
+    """Layout of a batch of sequences: ids, positions and the places of visual tokens.
 
     Attributes:
-        ids: (R, L) int64 text ids; 0 where padding or a visual token stands.
-        positions: (R, L) int64 rotary positions; 0 where padding stands.
+        ids: (R, L) int64 text ids; 0 at padding and visual tokens.
+        positions: (R, L) int64 rotary positions; 0 at padding.
         lengths: (R,) int64.
         kept: Per sequence, the indices of its kept visual tokens in the full image, ascending.
         visual_at: (K,) flat places in (R, L) of the kept tokens, sequence by sequence.
@@ -43,7 +43,7 @@ class Layout:
         return int(self.ids.size - self.lengths.sum())
 
     def valid(self) -> npt.NDArray[np.int64]:
-        """(R, L) 1 where something stands, the library's two-dimensional attention mask."""
+        """(R, L) 1 outside padding, the library's two-dimensional attention mask."""
         place = np.arange(self.ids.shape[1])
         if self.left:
             place = place[::-1]

@@ -1,4 +1,4 @@
-"""What a loaded LLaVA is made of: the parts that can be run, its end tokens, its number type."""
+"""Supported language models and vision towers; default device, dtype and end tokens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, else the GPU if there is one.
+    """The requested device, else the GPU if there is one.
 
     Raises:
         ValueError: torch knows no such device.
@@ -62,7 +62,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The type asked for, else bfloat16 on a GPU and float32 on the CPU.
+    """The requested dtype, else bfloat16 on a GPU and float32 on the CPU.
 
     Raises:
         ValueError: Not a floating-point type.

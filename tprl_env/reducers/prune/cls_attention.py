@@ -1,4 +1,4 @@
-"""Attention of the vision tower's [CLS] token."""
+"""FasterVLM: attention of the vision tower's [CLS] token."""
 
 from __future__ import annotations
 

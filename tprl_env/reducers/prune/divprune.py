@@ -1,4 +1,4 @@
-"""The most diverse subset."""
+"""DivPrune: greedy max-min diversity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pruner could do that knew where the answer is."""
+"""Question oracle: an upper reference from the labels of the built-in scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LVLM's own attention from the question's tokens."""
+"""The LVLM's own attention from the question's tokens to the visual tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner, 
 
 @dataclass(frozen=True)
 class QuestionAttentionPruner(RankingPruner):
-    """Keep what the LLM itself looks at: maximum over layers, heads and question tokens.
+    """Keep the tokens that the LLM attends to most: maximum over layers, heads and question tokens.
 
     COSTS A FULL PASS OF THE LLM OVER ALL TOKENS, so it saves nothing at inference; it is the
     recommended demonstrator and a reference. FastV (2403.06764) uses the last token's mean

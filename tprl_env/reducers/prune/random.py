@@ -1,4 +1,4 @@
-"""The random floor."""
+"""Random subsets: the floor of every comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens spread evenly over the image."""
+"""Uniform grid: tokens spread evenly over the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Important tokens by [CLS] attention, then diverse ones: TPRL's source of demonstrations."""
+"""VisPruner: important tokens by [CLS] attention, then diverse ones; TPRL's demonstrator."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""GRPO for keep-masks (Shao et al. 2024; spec section 3): no critic, a leash to the start policy.
+"""GRPO for keep-masks (Shao et al. 2024): no critic, a KL penalty towards the initial policy.
 
 An iteration draws ``draws`` masks for each sample. Where the group is whole, in the runner, an
 episode's return becomes (return - group mean) / (group deviation + 1e-6), the advantage of all its
 steps. Several learners share the rows out afterwards; they need no group.
 
-The k3 penalty refers to the policy the run started from: the imitated one, ``init_policy``, or,
-where a run has neither, the untrained policy, which the penalty then merely keeps random. Its value
-estimates KL(policy || start policy). Its expected gradient at ratio 1 is that of
-KL(start policy || policy): the policy is asked to cover what the start policy did.
-The learner keeps a frozen copy of the start policy, checkpoints hold it, and its log-probabilities
-are computed once per iteration. Values are not computed; the critic's parameters stay as they are.
+The k3 penalty refers to the policy that the run started from: the one after imitation, or
+``init_policy``. Without either the initial policy is untrained, and the penalty only keeps the
+policy near it. Its value estimates KL(policy || start policy). Its expected gradient at ratio 1 is
+that of KL(start policy || policy): the policy is asked to cover what the start policy did. The
+learner keeps a frozen copy of the start policy, checkpoints hold it, and its log-probabilities are
+computed once per iteration. Values are not computed; the critic's parameters stay as they are.
 """
 
 from __future__ import annotations

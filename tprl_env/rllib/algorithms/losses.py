@@ -1,4 +1,4 @@
-"""What the losses of all algorithms share: the clipped surrogate of masks, and the penalties.
+"""Clipped surrogate, entropy bonus and penalties: the terms that the losses have in common.
 
 Shapes: R rows of a batch, N visual tokens.
 """
@@ -94,7 +94,7 @@ def surrogate_loss(
     settings: SurrogateSettings,
     entropy_coefficient: float,
 ) -> SurrogateParts:
-    """Clipped surrogate, entropy bonus and penalties (TPRL eq. 19-21, 23; spec section 5).
+    """Clipped surrogate, entropy bonus and penalties (TPRL eq. 21, 23; docs/method.md).
 
     Args:
         batch: actions, old log-probabilities and advantages, all (R, ...); with ``ratio="token"``

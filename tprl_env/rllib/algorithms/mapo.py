@@ -1,4 +1,4 @@
-"""MAPO for keep-masks (Liang et al. 2018; spec section 3): no critic, a memory of good episodes.
+"""MAPO for keep-masks (Liang et al. 2018): no critic, a memory of good episodes.
 
 The driver keeps the memory, because there whole iterations and the current policy are at hand: it
 mixes what the runners drew with what is remembered of the same samples, which gives every row a

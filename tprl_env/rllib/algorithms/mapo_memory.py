@@ -28,7 +28,7 @@ class Remembered(NamedTuple):
 class EpisodeMemory:
     """The best episodes per key, each once, at most ``size`` per key and ``limit`` in total.
 
-    When the total is exceeded, the keys that were not asked for longest are forgotten.
+    When the total is exceeded, the least recently recalled keys are evicted.
 
     Args:
         identity: what the returns depend on: samples and reward. State of a memory with another

@@ -124,8 +124,8 @@ def mix(
 ) -> tuple[list[EpisodeColumns], MixtureReport]:
     """Mix rollouts with the memory, then remember the best new episodes.
 
-    An episode is worth remembering if its return exceeds the mean of its group: better than what
-    this policy usually gets from this sample. The memory that a batch is mixed with is the one
+    An episode is remembered if its return exceeds the mean of its group, that is, what this policy
+    gets from this sample on average. The memory that a batch is mixed with is the one
     before the batch, otherwise being good would decide whether a draw counts as drawn.
 
     Args:

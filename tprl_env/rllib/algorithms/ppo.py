@@ -58,7 +58,7 @@ def ppo_loss(
     settings: LossSettings,
     entropy_coefficient: float,
 ) -> LossParts:
-    """Clipped surrogate, value, entropy and penalties (TPRL eq. 19-24; spec section 5).
+    """Clipped surrogate, value, entropy and penalties (TPRL eq. 19-24; docs/method.md).
 
     Args:
         batch: actions, old log-probabilities, advantages, value targets, all (R, ...); with

@@ -1,4 +1,4 @@
-"""What the RLlib configurations and learners of all algorithms share.
+"""Base of the RLlib configurations and learners of all algorithms.
 
 All of them use PPO's training step: roll out, pass over the batch a few times, send the weights
 out. What differs is the estimate of the advantages, the loss, and what the module holds.

@@ -9,8 +9,8 @@
     results.parquet, curves.parquet, tables.md, *.png
 
 Keys are hashes of everything a run depends on, so experiments may share the middle four folders
-and no run is ever done twice. A run is finished when its ``record.json`` is there; an interrupted
-experiment goes on with the others, each from its newest whole checkpoint.
+and no run is done twice. A run is finished when its ``record.json`` is there; an interrupted
+experiment resumes the others, each from its newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def compare(
 
     Raises:
         ValueError: The folder holds another experiment, or its runs cannot be compared.
-        RuntimeError: A run failed; the same command goes on with it.
+        RuntimeError: A run failed; the same command resumes it.
     """
     folder = Path(out).resolve()
     common = Path(shared).resolve() if shared else folder
@@ -173,8 +173,8 @@ def run_trials(
         if results.errors:
             raise RuntimeError(
                 f"{len(results.errors)} of {len(names)} runs failed, the first with: "
-                f"{str(results.errors[0]).strip().splitlines()[-1]}; the same command goes on with "
-                "what is missing"
+                f"{str(results.errors[0]).strip().splitlines()[-1]}; the same command resumes "
+                "the missing runs"
             )
 
 

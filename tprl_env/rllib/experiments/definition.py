@@ -1,4 +1,4 @@
-"""What an experiment is: arms of one training config, seeds, and an equal number of LVLM scores.
+"""Experiments: arms of one training config, seeds, and an equal number of LVLM scores.
 
 Files of ``rllib_configs/experiments/`` define ``EXPERIMENT = Experiment(...)`` (run to the end, no
 early stopping, compared over seeds) or ``SEARCH = Search(...)`` (Ray Tune's ASHA).
@@ -183,7 +183,7 @@ class Search:
         trials: Settings to draw.
         max_scores: LVLM scores of a run that is never stopped.
         grace_scores: Scores before a run can be stopped.
-        reduction: One run in so many goes on at each rung.
+        reduction: ASHA's factor: the best 1/reduction of the runs continue at each rung.
         budget: Tokens at which the calibration accuracy ranks the runs.
         seed: Of the draws and of every run.
         train_questions: Size of the training split.

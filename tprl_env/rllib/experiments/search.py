@@ -39,7 +39,7 @@ def search(
 
     Args:
         search_: What to search.
-        out: Folder of the search; where it holds an unfinished one, that goes on.
+        out: Folder of the search; an unfinished one in it is resumed.
         shared: Folder of the built-in tasks' stores, by default ``out``.
         stores: Your own stores and LVLM instead.
         concurrent: Runs at the same time; by default as many as the cluster holds.
@@ -64,7 +64,7 @@ def search(
     if results.errors:
         raise RuntimeError(
             f"{len(results.errors)} of {len(results)} runs failed, the first with: "
-            f"{str(results.errors[0]).strip().splitlines()[-1]}; the same command goes on"
+            f"{str(results.errors[0]).strip().splitlines()[-1]}; the same command resumes it"
         )
     metric = f"accuracy_{search_.budget}"
     tried = [

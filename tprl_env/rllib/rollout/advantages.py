@@ -1,6 +1,6 @@
-"""What an episode's scores are worth: one estimate of the advantages per algorithm.
+"""From scores to rewards and advantages, one function per algorithm.
 
-All need whole groups (the draws of one sample) and run where these are whole: in the runner.
+The advantages need whole groups (all draws of one sample), so the runner computes them.
 
 Shapes: B episodes, T steps.
 """
@@ -182,9 +182,10 @@ def _minus_group_mean(
 
 
 def _minus_count(values: Floats, rollout: Rollout, live: NDArray[np.bool_]) -> NDArray[Any]:
-    """Residual of a regression on the group-centred log of the final count (spec section 5).
+    """Residual of a regression on the group-centred log of the final count.
 
-    Without it a Bernoulli policy learns "keep more" from every group, whatever it keeps.
+    Ours, see docs/method.md, "Bernoulli". Without it a Bernoulli policy learns to keep more tokens
+    from every group, whichever tokens these are.
     """
     everything = np.ones((1, len(rollout.group)), bool)
     log_count = np.log(rollout.counts[-1] + 1.0)[None].astype(np.float32)

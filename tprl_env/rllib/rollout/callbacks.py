@@ -17,8 +17,9 @@ __all__ = ["EnvironmentMetrics", "StopOnScoringFailure"]
 class StopOnScoringFailure(RLlibCallback):
     """Raises in the driver what a remote runner could not score.
 
-    RLlib restarts a remote runner that raises and goes on; with a faulty scorer it would do so for
-    ever. The scorer actors remember the first failure, and this asks them after each iteration.
+    RLlib restarts a remote runner that raises, and continues; with a faulty scorer it would do so
+    without end. The scorer actors remember the first failure, and this asks them after each
+    iteration.
     """
 
     def __init__(self) -> None:

@@ -124,7 +124,7 @@ class _BernoulliMode(BernoulliActions):
 
 
 class ExactActions(_MaskActions):
-    """Exactly ``count`` tokens are kept (spec section 5)."""
+    """Exactly ``count`` tokens are kept (docs/method.md, "Exact budgets")."""
 
     scalars = 3
 

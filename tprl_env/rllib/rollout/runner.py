@@ -48,7 +48,7 @@ __all__ = ["TokenPruningRunner"]
 
 
 class _Spaces:
-    """Stands in for the environment that this runner does not have: spaces and a size."""
+    """Replaces the environment that this runner does not have: spaces and a size."""
 
     def __init__(self, tokens: int, budget: bool, num_envs: int) -> None:
         box = gymnasium.spaces.Box
@@ -118,8 +118,8 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Roll out and score this runner's share of an iteration.
 
         Args:
-            num_timesteps: at least so many steps instead.
-            num_episodes: at least so many episodes instead.
+            num_timesteps: at least this many steps instead.
+            num_episodes: at least this many episodes instead.
             explore: draw masks; False takes the likeliest.
             random_actions: refused.
             force_reset: without meaning, every call starts new episodes.

@@ -1,4 +1,4 @@
-"""Scoring without actors: what a runner uses when a run has no pool."""
+"""Scorers of a runner: the pool's client, or a scorer in its own process."""
 
 from __future__ import annotations
 

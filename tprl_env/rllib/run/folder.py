@@ -1,4 +1,4 @@
-"""The folder of a run: what was run, what came out, and where to go on.
+"""The folder of a run: its config, its results, and the checkpoints to resume from.
 
     config.json        the resolved TrainConfig
     run.json           one entry per start: versions, git revision, seed
@@ -35,7 +35,7 @@ __all__ = ["Progress", "Resume", "RunFolder"]
 logger = logging.getLogger(__name__)
 
 Resume = bool | Literal["auto"]
-"""Whether a run has to be there already; "auto" goes on if there is one and starts if not."""
+"""Whether a run has to exist already; "auto" resumes an existing run and else starts one."""
 
 KEPT_CHECKPOINTS = 3
 _PREFIX = "iteration_"
@@ -49,13 +49,13 @@ _FREE = (  # settings that a run may change between its starts without becoming 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with each checkpoint.
+    """Progress of a run; saved with each checkpoint.
 
     Attributes:
         iteration: finished iterations.
         env_steps: steps of all episodes.
         episodes: episodes.
-        scores: scores asked for.
+        scores: requested scores.
         computed: scores that the LVLM computed (the others were equal, remembered or trivial).
         seconds: training time over all starts.
     """
@@ -85,12 +85,12 @@ class RunFolder:
         self._checkpoints = self.path / "checkpoints"
 
     def begin(self, config: TrainConfig, *, resume: Resume) -> None:
-        """Claim the folder for a run, or check that a run in it can go on.
+        """Claim the folder for a run, or check that the run in it can be resumed.
 
         Args:
             config: the run.
             resume: False wants an empty folder, True a run; ``"auto"`` takes either, so that the
-                same command started again goes on.
+                same command resumes the run.
 
         Raises:
             ValueError: if the folder holds a run already and ``resume`` is off, holds none and
@@ -128,7 +128,7 @@ class RunFolder:
         changed = [n for n in new_table if n not in _FREE and old_table[n] != new_table[n]]
         if changed:
             table = ", ".join(f"{n} {old_table[n]!r}, now {new_table[n]!r}" for n in changed)
-            logger.warning("the run in %s goes on with other settings: %s", self.where, table)
+            logger.warning("the run in %s resumes with other settings: %s", self.where, table)
 
     def publish(self) -> None:
         """Make what was written after training visible where the run lives; here it is already."""
@@ -144,7 +144,7 @@ class RunFolder:
         """Write a checkpoint beside its final place, rename it, drop the oldest.
 
         Args:
-            progress: where the run stands.
+            progress: of the run.
             policy: the policy.
             save: writes the algorithm's own state into the folder it is given.
         """

@@ -1,4 +1,4 @@
-"""Imitation before reinforcement (TPRL eq. 7, 8), as a run's config asks for it."""
+"""Imitation before reinforcement (TPRL eq. 7, 8), as configured by a `TrainConfig`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One iteration in twenty numbers, out of RLlib's several hundred; and as a line on the screen."""
+"""The metrics row of one training iteration, and the progress line printed from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class IterationRow:
         learn_seconds: gradient steps per iteration, smoothed by RLlib.
         env_steps: in total.
         episodes: in total.
-        scores: asked for in total.
+        scores: requested in total.
         computed: computed by the LVLM in total.
         mean_return: undiscounted return per episode.
         score: of the final masks.
@@ -44,7 +44,7 @@ class IterationRow:
         memory_weight: mean w of the groups with a memory (MAPO).
         memory_groups: share of groups with a memory (MAPO).
         memory_episodes: episodes remembered (MAPO).
-        scores_per_second: asked for in this iteration over its seconds.
+        scores_per_second: requested in this iteration over its seconds.
         busy_share: busy seconds of the scorers over their number times the iteration's seconds.
         batch_fill: mean rows of a pass over the batch size.
         duplicates: scores of this iteration copied inside a request.

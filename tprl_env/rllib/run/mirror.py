@@ -1,9 +1,9 @@
 """A run folder on this machine whose results live in shared storage.
 
-Every start begins with what the storage holds, so that a job may go on on another machine: the
-newest whole checkpoint is fetched, each checkpoint is uploaded after it was written, whole or not
-at all. Two starts at a time would overwrite each other: the last one to start owns the run, and the
-others stop at their next upload.
+Every start begins with the contents of the storage, so that a job can resume on another machine:
+the newest complete checkpoint is fetched, each checkpoint is uploaded after it was written,
+completely or not at all. Two starts at a time would overwrite each other: the last one to start
+owns the run, and the others stop at their next upload.
 """
 
 from __future__ import annotations

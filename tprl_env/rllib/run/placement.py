@@ -1,6 +1,6 @@
-"""Room for actors: what is asked for, what the cluster has, and an end to waiting for it.
+"""Checks that the cluster can hold a run's actors, with a timeout.
 
-Ray queues an actor that fits nowhere for ever and says so in its logs alone. Before RLlib starts
+Ray queues an actor that fits on no node without a timeout, and only logs it. Before RLlib starts
 its runners and learners, the same resources are reserved once, with a deadline; a pending
 reservation also makes an autoscaler add nodes.
 """
@@ -18,11 +18,11 @@ __all__ = ["PlacementError", "actor_bundles", "actor_cpus", "check_room"]
 
 
 class PlacementError(TimeoutError):
-    """The cluster has no room for the actors of a run."""
+    """The cluster lacks the resources for the actors of a run."""
 
 
 def actor_cpus(config: TrainConfig) -> float:
-    """CPUs that the actors of a run ask for together: scorers, env runners and learners."""
+    """CPUs that the actors of a run request together: scorers, env runners and learners."""
     return config.num_scorers * config.scorer_cpus + config.num_env_runners + config.num_learners
 
 
@@ -58,14 +58,14 @@ def actor_bundles(config: Any) -> dict[str, list[dict[str, float]]]:
 
 
 def check_room(config: Any, timeout: float) -> None:
-    """Wait until the cluster has room for the remote actors of an AlgorithmConfig.
+    """Wait until the cluster has the resources for the remote actors of an AlgorithmConfig.
 
     Args:
         config: AlgorithmConfig.
         timeout: seconds; with an autoscaler, the time that new nodes may take.
 
     Raises:
-        PlacementError: it has not; compares requested with available resources.
+        PlacementError: on a timeout; compares requested with available resources.
     """
     kinds = actor_bundles(config)
     bundles = [bundle for kind in kinds.values() for bundle in kind]

@@ -1,8 +1,8 @@
-"""Shared storage of runs behind a URI: folders that are whole or absent, on any file system.
+"""Shared storage of runs behind a URI: folders are complete or absent, on any file system.
 
 Object stores cannot rename a folder. So a folder is uploaded under its final name and counts only
-once its mark, ``NAME.whole.json`` with size and sha256 of every file, lies beside it; the mark is
-written last and removed first. A single file is written under another name and moved.
+once its mark, ``NAME.whole.json`` with size and sha256 of every file, exists next to it; the mark
+is written last and removed first. A single file is written under another name and moved.
 """
 
 from __future__ import annotations

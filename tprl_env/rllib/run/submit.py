@@ -2,7 +2,7 @@
 
 A thin layer over Ray's own client that adds what is easy to forget: the token comes from a private
 file and never travels in the request, a cluster without authentication is refused, secrets and
-results stay out of the upload, and the training may be sent again and goes on.
+results stay out of the upload, and submitting the training again resumes it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def training_command(
     working_dir: Path | None,
     python: str = "python",
 ) -> str:
-    """The job's command: ``tprl train`` that starts the run, or goes on with it.
+    """The job's command: ``tprl train`` that starts the run, or resumes it.
 
     Args:
         config: preset, or path of a config file below ``working_dir``.
@@ -209,7 +209,7 @@ def _check_guarded(address: str) -> None:
 
     Raises:
         PermissionError: it does.
-        ConnectionError: nobody answers, or not Ray.
+        ConnectionError: no answer, or not from Ray.
     """
     import requests
 
@@ -241,8 +241,8 @@ def follow(client: Any, job: str) -> int:
         asyncio.run(_print_logs(client, job))
     except KeyboardInterrupt:
         print(
-            f"\ntprl: job {job} goes on; `ray job logs -f {job}` shows it, `ray job stop {job}` "
-            "ends it",
+            f"\ntprl: job {job} keeps running; `ray job logs -f {job}` shows it, "
+            f"`ray job stop {job}` ends it",
             file=sys.stderr,
         )
         return _INTERRUPTED
@@ -276,8 +276,8 @@ async def _print_logs(client: Any, job: str) -> None:
             broken = now if broken is None else broken
             if now - broken > _PATIENCE:
                 raise ConnectionError(
-                    f"lost the cluster ({type(error).__name__}); job {job} may go on, ask with "
-                    f"`ray job status {job}`"
+                    f"lost the cluster ({type(error).__name__}); job {job} may still run, "
+                    f"check with `ray job status {job}`"
                 ) from error
         await asyncio.sleep(1.0)
 

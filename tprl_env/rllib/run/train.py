@@ -87,19 +87,19 @@ def train(
     Args:
         config: the run.
         out: folder or URI for everything that is written, see `tprl_env.rllib.run.folder`.
-        resume: go on from the newest whole checkpoint in ``out``; ``"auto"`` starts if there is
-            no run.
+        resume: from the newest complete checkpoint in ``out``; ``"auto"`` starts a run if there
+            is none.
         init_policy: policy folder to start from instead of imitation or random weights.
         progress: print a line every ``config.report_every`` iterations.
         iterations: overrides ``config.iterations``.
-        max_scores: overrides ``config.max_scores``; counts the scores asked for, over all starts.
+        max_scores: overrides ``config.max_scores``; counts requested scores over all starts.
         max_seconds: overrides ``config.max_seconds``; counts training time over all starts.
         on_iteration: called after each iteration with the row of metrics and the policy.
 
     Raises:
         ValueError: for a run without an end, a folder or a policy that does not fit.
         ScoringError: if the scorers cannot be started, or a mask cannot be scored.
-        PlacementError: if the cluster has no room for the env runners or learners.
+        PlacementError: if the cluster lacks resources for the env runners or learners.
         RuntimeError: if the remote runners deliver nothing.
     """
     given = {"iterations": iterations, "max_scores": max_scores, "max_seconds": max_seconds}
@@ -115,7 +115,7 @@ def train(
         start, imitation = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
             settings = algorithm_config(config, pool=pool, init_policy=start)
-            check_room(settings, config.start_timeout)  # RLlib would wait for ever
+            check_room(settings, config.start_timeout)  # RLlib waits without a timeout
             algorithm = settings.build_algo()
             try:
                 loop = _Loop(config, folder, algorithm, lines, on_iteration)
