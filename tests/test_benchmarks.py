@@ -87,3 +87,18 @@ def test_scoring(inputs: list[str]) -> None:
         assert set(figures["batching"]) == {"bucketed", "one_by_one", "padded_to_longest"}
         assert "2048" in figures["by_places"] and min(figures["by_places"].values()) > 0
         assert figures["cache"]["computed"] + figures["cache"]["duplicates"] <= 40
+
+
+def test_house() -> None:
+    pytest.importorskip("ray")
+    [found] = last_line("house", "--json").values()
+    package = ROOT / "tprl_env"
+    assert found["rooms and cli"] == len(list(package.glob("*/__init__.py")))
+    assert found["modules in the root"] == len(list(package.glob("*.py")))
+    assert found["modules"] == len(list(package.rglob("*.py")))
+    assert found["public names"] > found["rooms and cli"]
+    episode, sample = found["one episode"], found["one training sample"]
+    assert {"env/single.py", "env/episodes.py", "data/features/toy.py"} <= set(episode["files"])
+    assert {"rllib/rollout/runner.py", "policy/network.py"} <= set(sample["files"])
+    for count in (episode, sample):
+        assert len(count["files"]) <= count["functions"] and 0 < count["classes"]

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
-from tprl_env.rllib.run.placement import requested_and_available
+from tprl_env.ray_session import requested_and_available
 from tprl_env.scoring.actor import ScorerActor
 from tprl_env.scoring.pool_cache import Plan, ScoreCache
 from tprl_env.scoring.routing import ActorState, Limits, Request, Router, first_lines

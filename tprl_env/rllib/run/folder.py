@@ -164,6 +164,25 @@ class RunFolder:
         policy.save_pretrained(self.policy)
         return final
 
+    def load_checkpoint(self, path: Path, load: Callable[[str], Any]) -> None:
+        """Give the algorithm its own state back.
+
+        Args:
+            path: one of `checkpoints`.
+            load: reads the algorithm's state from the folder it is given.
+
+        Raises:
+            ValueError: the state names modules or classes that are not there any more.
+        """
+        try:
+            load(str((path / "rllib").resolve()))
+        except (ModuleNotFoundError, AttributeError) as error:  # from unpickling
+            raise ValueError(
+                f"the checkpoint {path} was written by a version of tprl-env or Ray with other "
+                f"module paths ({error}) and cannot be resumed; start a new run from its policy: "
+                f"tprl train CONFIG --init-policy {path}/policy --out NEW"
+            ) from error
+
     def newest(self) -> tuple[Path, Progress] | None:
         """The newest whole checkpoint, None if there is none."""
         found = self.checkpoints()

@@ -221,7 +221,7 @@ class _Loop:
         newest = folder.newest()
         if newest is not None:
             path, self.progress = newest
-            algorithm.restore_from_path(str((path / "rllib").resolve()))
+            folder.load_checkpoint(path, algorithm.restore_from_path)
             # Restoring leaves remote runners with the weights they were built with.
             algorithm.env_runner_group.sync_weights(
                 from_worker_or_learner_group=algorithm.learner_group, inference_only=True
