@@ -15,7 +15,7 @@ import torch
 
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.policy import PolicyPruner, PruningPolicy
-from tprl_env.reducers.base import prune_inputs
+from tprl_env.reducers.interfaces import prune_inputs
 
 OLD = Path(__file__).parent / "artifacts" / "before_rooms"
 KEPT = [36, 37, 124, 125, 136, 137]  # of six tokens, whatever the question: it hardly trained
