@@ -8,6 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TASK ?= crowded
 ARGS ?=
+# Test files run in so many processes; a file stays whole, because its tests share a cluster or a model.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Two cores: leave one thread to each process, ray and torch fight for them otherwise.
 export OMP_NUM_THREADS ?= 1
 
@@ -25,10 +28,10 @@ quickstart: install
 	$(BIN)/tprl quickstart --task $(TASK) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: install
-	$(BIN)/python -m pytest -m "not gpu and not netns" $(ARGS)
+	$(PYTEST) -m "not gpu and not netns" $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -50,7 +50,6 @@ def test_rows_come_back_as_they_were_encoded(made: Path):
         np.testing.assert_array_equal(store.picture(number), sample.image)
         assert store.grid(number) == visual.grid
         assert tuple(store.prompt_ids(number)) == prompt.ids
-        assert store.image_at(number) == 1
         assert store.question_span(number) == prompt.question_span
         ids = [tuple(a) for a in store.answer_ids(number)]
         assert ids == [lvlm.answer_ids(prompt, a) for a in sample.answers]

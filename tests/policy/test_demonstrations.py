@@ -1,18 +1,17 @@
-"""Demonstrations: nesting, budgets, files."""
+"""Demonstrations: nesting and budgets."""
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from tprl_env.data.features.toy import ToyStore
 from tprl_env.policy.demonstrations import (
     Demonstrations,
     SaliencyDemonstrator,
+    log_uniform,
     nested_masks,
     pruner_budgets,
     saliency_demonstrator,
-    sampled_budgets,
 )
 from tprl_env.reducers import DivPrune, OraclePruner, VisPruner, prune_inputs
 
@@ -102,11 +101,10 @@ def test_any_pruner_demonstrates_at_drawn_budgets(pruner):
 
 
 @pytest.mark.parametrize("saliency", ["question_attention", OraclePruner()])
-def test_sampled_budgets_are_top_k(saliency):
+def test_demonstrated_masks_are_the_top_k_of_the_saliency(saliency):
     store = Towers(samples=50, tokens=16, vary=True)
-    d = sampled_budgets(store, saliency, 2, 8, seed=1)
-    again = sampled_budgets(store, saliency, 2, 8, seed=1)
-    assert np.array_equal(d.keep, again.keep)
+    demonstrator = saliency_demonstrator(store, saliency, 2, 8)
+    d = demonstrator.at(np.arange(50), log_uniform(np.random.default_rng(1), (2, 8), 50))
     assert np.array_equal(d.alive, store.exists(range(50)))
     assert np.array_equal(d.keep.sum(1), d.budget) and not d.step.any()
     assert d.budget.min() == 2 and d.budget.max() == 8
@@ -139,24 +137,6 @@ def test_demonstrator_errors():
         SaliencyDemonstrator(np.arange(1), np.full((1, 3), np.nan, np.float32), 1, 2)
     with pytest.raises(ValueError, match="at least one"):
         saliency_demonstrator(store, OraclePruner(), 1, 4, samples=[])
-
-
-def test_files_come_back_and_torn_ones_do_not(tmp_path):
-    d = sampled_budgets(ToyStore(samples=5), OraclePruner(), 1, 4, seed=0)
-    path = tmp_path / "demonstrations" / "oracle.safetensors"
-    d.save(path)
-    again = Demonstrations.load(path)
-    for name in ("sample", "alive", "keep", "budget", "step"):
-        assert np.array_equal(getattr(d, name), getattr(again, name))
-    assert [p.name for p in path.parent.iterdir()] == ["oracle.safetensors"]
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="damaged"):
-        Demonstrations.load(path)
-    save_file({"sample": np.zeros(2)}, path)
-    with pytest.raises(ValueError, match="must hold sample, alive"):
-        Demonstrations.load(path)
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        Demonstrations.load(tmp_path / "none")
 
 
 def test_rows_that_do_not_belong_together_are_refused():

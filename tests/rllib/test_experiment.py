@@ -4,18 +4,19 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("ray")
 
 from tprl_env.evaluation.experiment_tables import (
-    COLUMNS,
+    RESULTS,
     check_experiment,
     markdown,
     read_records,
-    rows,
-    seed_interval,
+    results,
+    seed_intervals,
     write_tables,
 )
 from tprl_env.rllib.config import presets_folder
@@ -175,10 +176,10 @@ def finished(folder, *, scores=1000, skip=(), **fields):
 
 
 def test_student_intervals_by_hand():
-    mean, half = seed_interval([0.1, 0.2, 0.3])
+    ((mean, half),) = seed_intervals(pd.DataFrame({4: [0.1, 0.2, 0.3]})).to_numpy()
     assert mean == pytest.approx(0.2)
     assert half == pytest.approx(4.302652729911275 * 0.1 / math.sqrt(3))  # t(.975, 2) s / sqrt(n)
-    assert math.isnan(seed_interval([0.5])[1])
+    assert math.isnan(seed_intervals(pd.DataFrame({4: [0.5]})).loc[4, "half"])
 
 
 def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
@@ -189,7 +190,7 @@ def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
     assert "| b | 0.600 ± 0.248 (75.0%) | 0.200 ± 0.000 (25.0%) | 10 |" in text
     assert "| b - a | +0.200 ± 0.248 | +0.000 ± 0.000 |" in text
     assert "| a - its imitation | **+0.100 ± 0.000** | +0.000 ± 0.000 |" in text
-    assert len(list(rows(records))) == 2 * 3 * 2 * 2
+    assert len(results(definition, records)) == 2 * 3 * 2 * 2
     assert "random" not in text  # nothing was measured untrained
     row = {"budget": 4, "mean_tokens": 4.0, "accuracy": 0.2, "ci95": [0.1, 0.3], "seconds": 1.0}
     pruner = {"knowledge": "random", "budgets": [row, row | {"budget": 2, "accuracy": 0.1}]}
@@ -201,7 +202,7 @@ def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
 def test_files_are_tidy_and_complete(tmp_path):
     folder = write_tables(finished(tmp_path / "x"))
     table = pq.read_table(folder / "results.parquet")
-    assert tuple(table.column_names) == COLUMNS and len(COLUMNS) == 15
+    assert tuple(table.column_names) == RESULTS and len(RESULTS) == 15
     frame = table.to_pylist()
     assert {row["method"] for row in frame} == {"policy", "imitation"}
     chosen = [r for r in frame if (r["arm"], r["seed"], r["method"]) == ("b", 1, "policy")]

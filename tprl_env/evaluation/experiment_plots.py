@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from tprl_env.evaluation.report import OTHER_COLORS, POLICY_COLORS, new_figure, save_figure
 
 COLORS = (*POLICY_COLORS, *OTHER_COLORS)
 
 
-def plot_budgets(
-    table: Sequence[Mapping[str, Any]], arms: Sequence[str], path: Path, task: str
-) -> Path:
+def plot_budgets(table: pd.DataFrame, arms: Sequence[str], path: Path, task: str) -> Path:
     """Accuracy against tokens kept, mean over seeds with the range of the seeds.
 
     Args:
-        table: Rows of `tprl_env.evaluation.experiment_tables.rows`.
+        table: Rows of `tprl_env.evaluation.experiment_tables.results`.
         arms: In the order of the legend.
         path: PNG file to write.
         task: For the title.
@@ -27,21 +24,19 @@ def plot_budgets(
     figure, axes = new_figure()
     for color, arm in zip(COLORS, arms, strict=False):
         for method, style in (("policy", "-"), ("imitation", ":")):
-            own = [r for r in table if r["arm"] == arm and r["method"] == method]
-            budgets = sorted({row["budget"] for row in own})
-            if not budgets:
+            own = table[(table["arm"] == arm) & (table["method"] == method)]
+            if own.empty:
                 continue
-            groups = [[r["relative"] for r in own if r["budget"] == b] for b in budgets]
+            found = own.groupby("budget")["relative"].agg(["mean", "min", "max"])
             label = arm if method == "policy" else None
-            axes.plot(
-                budgets, [np.mean(g) for g in groups], style, color=color, marker=".", label=label
-            )
+            axes.plot(found.index, found["mean"], style, color=color, marker=".", label=label)
             if method == "policy":
-                low, high = [min(g) for g in groups], [max(g) for g in groups]
-                axes.fill_between(budgets, low, high, color=color, alpha=0.15, linewidth=0)
+                axes.fill_between(
+                    found.index, found["min"], found["max"], color=color, alpha=0.15, linewidth=0
+                )
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
     axes.set_xscale("log")
-    ticks = sorted({row["budget"] for row in table})
+    ticks = sorted(table["budget"].unique())
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("visual tokens kept (log scale)")
@@ -52,36 +47,27 @@ def plot_budgets(
     return save_figure(figure, path)
 
 
-def plot_scores(
-    table: Sequence[Mapping[str, Any]], arms: Sequence[str], path: Path, task: str
-) -> Path:
+def plot_scores(table: pd.DataFrame, arms: Sequence[str], path: Path, task: str) -> Path:
     """Accuracy on calibration questions against LVLM scores used, at the smallest budget.
 
     Args:
-        table: Rows of `tprl_env.evaluation.experiment_tables.curve_rows`.
+        table: Rows of `tprl_env.evaluation.experiment_tables.curves`.
         arms: In the order of the legend.
         path: PNG file to write.
         task: For the title.
     """
     figure, axes = new_figure()
-    budget = min(row["budget"] for row in table)
+    budget = table["budget"].min()
     for color, arm in zip(COLORS, arms, strict=False):
-        own = [row for row in table if row["arm"] == arm and row["budget"] == budget]
-        seeds: dict[int, dict[int, float]] = {}
-        for row in own:
-            seeds.setdefault(row["seed"], {})[row["lvlm_scores"]] = row["accuracy"]
-        for points in seeds.values():
-            used = sorted(points)
-            axes.plot(
-                [x / 1000 for x in used],
-                [points[x] for x in used],
-                color=color,
-                linewidth=0.8,
-                alpha=0.25,
-            )
-        shared = sorted(set.intersection(*(set(points) for points in seeds.values())))
-        mean = [float(np.mean([points[x] for points in seeds.values()])) for x in shared]
-        axes.plot([x / 1000 for x in shared], mean, marker=".", color=color, label=arm)
+        own = table[(table["arm"] == arm) & (table["budget"] == budget)]
+        # a resumed run measures the scores after its checkpoint again: the last one counts
+        points = own.pivot_table(
+            index="lvlm_scores", columns="seed", values="accuracy", aggfunc="last"
+        )
+        points.index /= 1000
+        for seed in points:
+            axes.plot(points[seed].dropna(), color=color, linewidth=0.8, alpha=0.25)
+        axes.plot(points.dropna().mean(axis=1), marker=".", color=color, label=arm)
     axes.set_xlabel("LVLM scores used (thousands)")
     axes.set_ylabel(f"accuracy at {budget} tokens")
     axes.set_title(f"{task}: calibration questions, no redundancy rule; mean of seeds, thin: each")

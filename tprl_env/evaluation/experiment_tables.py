@@ -8,22 +8,23 @@ seed, which share data, imitation and test questions.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from tprl_env.files import write_atomically, write_text
 
-__all__ = ["check_experiment", "curve_rows", "markdown", "read_records", "rows", "write_tables"]
+__all__ = ["check_experiment", "curves", "markdown", "read_records", "results", "write_tables"]
 
-COLUMNS = (
-    "experiment", "task", "arm", "seed", "algorithm", "method", "budget", "tokens", "accuracy",
-    "ci_low", "ci_high", "full_accuracy", "relative", "lvlm_scores", "seconds",
+RUN = ("experiment", "task", "arm", "seed", "algorithm")
+RESULTS = (
+    *RUN, "method", "budget", "tokens", "accuracy", "ci_low", "ci_high", "full_accuracy",
+    "relative", "lvlm_scores", "seconds",
 )  # fmt: skip
+CURVES = (*RUN, "lvlm_scores", "budget", "accuracy")
 
 
 def check_experiment(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -98,184 +99,156 @@ def _check_scores(records: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def rows(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row per run, method ("policy", "imitation") and budget, with `COLUMNS`."""
+def results(definition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per run, method ("policy", "imitation") and budget, with `RESULTS`.
+
+    The untrained pruners follow: their arm is the pruner's name, their method "untrained".
+    """
+    rows = []
+    for place, measured, full in _measured(definition, records):
+        for row in measured["budgets"]:
+            numbers = {
+                "tokens": row["mean_tokens"],
+                "ci_low": row["ci95"][0],
+                "ci_high": row["ci95"][1],
+                "full_accuracy": full,
+                "relative": row["accuracy"] / full,
+            }
+            rows.append(row | numbers | place)
+    return pd.DataFrame(rows, columns=RESULTS)
+
+
+def _measured(
+    definition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[dict[str, Any], Mapping[str, Any], float]]:
+    """Every measurement: what its rows share, its budgets, and the accuracy of all tokens."""
     for record in records:
+        place = {name: record[name] for name in RUN}
         for method in ("policy", "imitation"):
             measured = record[method]
-            if measured is None:
-                continue
-            full = measured["full_accuracy"]
-            for row in measured["budgets"]:
-                yield {
-                    **{name: record[name] for name in COLUMNS[:5]},
-                    "method": method,
-                    "budget": row["budget"],
-                    "tokens": row["mean_tokens"],
-                    "accuracy": row["accuracy"],
-                    "ci_low": row["ci95"][0],
-                    "ci_high": row["ci95"][1],
-                    "full_accuracy": full,
-                    "relative": row["accuracy"] / full,
-                    "lvlm_scores": record["lvlm_scores"] if method == "policy" else 0,
-                    "seconds": record["seconds"] if method == "policy" else measured["seconds"],
+            if measured is not None:
+                trained = method == "policy"
+                cost = {
+                    "lvlm_scores": record["lvlm_scores"] if trained else 0,
+                    "seconds": record["seconds"] if trained else measured["seconds"],
                 }
-
-
-def reference_rows(definition: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rows of the untrained pruners: the arm is the pruner's name, the method "untrained"."""
+                yield place | cost | {"method": method}, measured, measured["full_accuracy"]
     for task, untrained in definition["untrained"].items():
-        full = untrained["full_accuracy"]
-        for name, entry in untrained["pruners"].items():
-            for row in entry["budgets"]:
-                yield {
-                    "experiment": definition["name"],
-                    "task": task,
-                    "arm": name,
-                    "seed": 0,
-                    "algorithm": "none",
-                    "method": "untrained",
-                    "budget": row["budget"],
-                    "tokens": row["mean_tokens"],
-                    "accuracy": row["accuracy"],
-                    "ci_low": row["ci95"][0],
-                    "ci_high": row["ci95"][1],
-                    "full_accuracy": full,
-                    "relative": row["accuracy"] / full,
-                    "lvlm_scores": 0,
-                    "seconds": row["seconds"],
-                }
+        for name, measured in untrained["pruners"].items():
+            place = dict(zip(RUN, (definition["name"], task, name, 0, "none"), strict=True))
+            place |= {"method": "untrained", "lvlm_scores": 0}  # seconds are each row's own
+            yield place, measured, untrained["full_accuracy"]
 
 
-def curve_rows(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def curves(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per point of every learning curve (calibration questions) and budget."""
-    for record in records:
-        for point in record["curve"]:
-            for budget, accuracy in point["accuracy"].items():
-                yield {
-                    **{name: record[name] for name in COLUMNS[:5]},
-                    "lvlm_scores": point["lvlm_scores"],
-                    "budget": int(budget),
-                    "accuracy": accuracy,
-                }
+    rows = [
+        {name: record[name] for name in RUN}
+        | {"lvlm_scores": point["lvlm_scores"], "budget": int(budget), "accuracy": accuracy}
+        for record in records
+        for point in record["curve"]
+        for budget, accuracy in point["accuracy"].items()
+    ]
+    return pd.DataFrame(rows, columns=CURVES)
 
 
-def seed_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval over seeds (Student's t); NaN from one seed."""
+def seed_intervals(values: pd.DataFrame) -> pd.DataFrame:
+    """Per column, the mean over seeds (rows) and half of its 95 % interval (Student's t).
+
+    Args:
+        values: One row per seed.
+
+    Returns:
+        Columns ``mean`` and ``half``; ``half`` is NaN from one seed.
+    """
     from scipy.stats import t
 
-    array = np.asarray(values, np.float64)
-    if len(array) < 2:
-        return float(array.mean()), math.nan
-    half = float(t.ppf(0.975, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return float(array.mean()), half
-
-
-def accuracies(
-    table: Sequence[Mapping[str, Any]], task: str, arm: str, method: str
-) -> dict[int, dict[int, float]]:
-    """Budget -> seed -> accuracy of one arm."""
-    found: dict[int, dict[int, float]] = {}
-    for row in table:
-        if (row["task"], row["arm"], row["method"]) == (task, arm, method):
-            found.setdefault(row["budget"], {})[row["seed"]] = row["accuracy"]
-    return found
+    half = t.ppf(0.975, values.count() - 1) * values.sem()
+    return pd.DataFrame({"mean": values.mean(), "half": half})
 
 
 def markdown(definition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """The experiment as Markdown: accuracies with intervals, then paired differences."""
-    table = list(rows(records))
-    seeds, budgets = definition["seeds"], definition["budgets"]
-    scores = max(record["lvlm_scores"] for record in records)
+    table = results(definition, records)
+    seeds, scores = definition["seeds"], table["lvlm_scores"].max()
     lines = [definition["question"], ""]
     for task in definition["tasks"]:
-        own = [record for record in records if record["task"] == task]
-        full = own[0]["policy"]["full_accuracy"]
+        measured = next(record["policy"] for record in records if record["task"] == task)
+        own = table[table["task"] == task]
         lines += [
-            f"`{task}`, all tokens {full:.3f} on {own[0]['policy']['questions']} test questions, "
-            f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {scores} LVLM scores per run. "
-            "Accuracy: mean ± half of the 95 % interval over seeds (share of all tokens).",
+            f"`{task}`, all tokens {measured['full_accuracy']:.3f} on {measured['questions']} test "
+            f"questions, {len(seeds)} seeds ({', '.join(map(str, seeds))}), {scores} LVLM scores "
+            "per run. Accuracy: mean ± half of the 95 % interval over seeds (share of all tokens).",
             "",
-            "| arm | " + " | ".join(f"{budget} tokens" for budget in budgets) + " | seconds |",
-            "| --- |" + " --- |" * (len(budgets) + 1),
+            *_accuracy_lines(own, definition, measured["full_accuracy"]),
+            "",
+            *_difference_lines(own, definition),
         ]
-        lines += _reference_lines(definition.get("untrained", {}).get(task), budgets)
-        for arm in definition["arms"]:
-            lines += _arm_lines(table, task, arm, budgets, full)
-        lines += ["", *_difference_lines(table, definition, task)]
     return "\n".join(lines) + "\n"
 
 
-def _reference_lines(untrained: Mapping[str, Any] | None, budgets: Sequence[int]) -> list[str]:
-    """Untrained pruners, which have no seeds."""
-    if untrained is None:
-        return []
-    full, lines = untrained["full_accuracy"], []
-    for name, entry in untrained["pruners"].items():
-        found = {row["budget"]: row["accuracy"] for row in entry["budgets"]}
-        cells = " | ".join(f"{found[b]:.3f} ({found[b] / full:.1%})" for b in budgets)
-        lines.append(f"| *{name}* | {cells} | |")
-    return lines
-
-
-def _arm_lines(
-    table: Sequence[Mapping[str, Any]],
-    task: str,
-    arm: str,
-    budgets: Sequence[int],
-    full: float,
-) -> list[str]:
-    """Imitation, where the arm has one, and the policy."""
-    lines = []
-    for method in ("imitation", "policy"):
-        found = accuracies(table, task, arm, method)
-        if not found:
-            continue
-        cells = []
-        for budget in budgets:
-            mean, half = seed_interval(list(found[budget].values()))
-            spread = "" if math.isnan(half) else f" ± {half:.3f}"
-            cells.append(f"{mean:.3f}{spread} ({mean / full:.1%})")
-        seconds = [r["seconds"] for r in table if _is(r, task, arm, method)]
-        label = arm if method == "policy" else f"{arm}: imitation only"
-        lines.append(f"| {label} | {' | '.join(cells)} | {np.mean(seconds):.0f} |")
-    return lines
-
-
-def _is(row: Mapping[str, Any], task: str, arm: str, method: str) -> bool:
-    return (row["task"], row["arm"], row["method"]) == (task, arm, method)
-
-
-def _difference_lines(
-    table: Sequence[Mapping[str, Any]], definition: Mapping[str, Any], task: str
-) -> list[str]:
-    """Differences to the first arm, and of each policy to the imitation it started from."""
-    arms, budgets = list(definition["arms"]), definition["budgets"]
-    base = accuracies(table, task, arms[0], "policy")
-    pairs = [
-        (f"{arm} - {arms[0]}", accuracies(table, task, arm, "policy"), base) for arm in arms[1:]
+def _lines(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [
+        "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+        for cells in (head, ["---"] * len(head), *body)
     ]
-    for arm in arms:
-        start = accuracies(table, task, arm, "imitation")
-        if start:
-            pairs.append((f"{arm} - its imitation", accuracies(table, task, arm, "policy"), start))
+
+
+def _by_seed(own: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies of one task: a row per seed, columns (method, arm, budget)."""
+    table = own.pivot(index="seed", columns=["method", "arm", "budget"], values="accuracy")
+    return table.sort_index(axis=1)
+
+
+def _accuracy_lines(own: pd.DataFrame, definition: Mapping[str, Any], full: float) -> list[str]:
+    """Untrained pruners, then of each arm the imitation, where it has one, and the policy."""
+    by_seed, budgets = _by_seed(own), definition["budgets"]
+    seconds = own.groupby(["method", "arm"])["seconds"].mean()
+    labels = {
+        ("untrained", name): f"*{name}*" for name in own.query("method == 'untrained'").arm.unique()
+    }
+    for arm in definition["arms"]:
+        labels |= {("imitation", arm): f"{arm}: imitation only", ("policy", arm): arm}
+    body = []
+    for key, label in labels.items():
+        if key not in seconds:
+            continue
+        cells = [
+            f"{mean:.3f}{'' if pd.isna(half) else f' ± {half:.3f}'} ({mean / full:.1%})"
+            for mean, half in seed_intervals(by_seed[key]).loc[budgets].to_numpy()
+        ]
+        cost = "" if key[0] == "untrained" else f"{seconds[key]:.0f}"  # pruners have no seeds
+        body.append([label, *cells, cost])
+    return _lines(["arm", *(f"{budget} tokens" for budget in budgets), "seconds"], body)
+
+
+def _difference_lines(own: pd.DataFrame, definition: Mapping[str, Any]) -> list[str]:
+    """Differences to the first arm, and of each policy to the imitation it started from."""
+    by_seed, budgets = _by_seed(own[own["method"] != "untrained"]), definition["budgets"]
+    first, *others = definition["arms"]
+    pairs = [(f"{arm} - {first}", arm, ("policy", first)) for arm in others]
+    pairs += [
+        (f"{arm} - its imitation", arm, ("imitation", arm))
+        for arm in definition["arms"]
+        if ("imitation", arm) in by_seed
+    ]
     if not pairs or len(definition["seeds"]) < 2:
         return []
-    lines = [
-        "Differences paired by seed, with 95 % intervals; bold where the interval excludes 0.",
-        "",
-        "| difference | " + " | ".join(f"{budget} tokens" for budget in budgets) + " |",
-        "| --- |" + " --- |" * len(budgets),
-    ]
-    for name, first, second in pairs:
+    body = []
+    for label, arm, base in pairs:
+        difference = by_seed["policy", arm] - by_seed[base]
         cells = []
-        for budget in budgets:
-            seeds = sorted(first[budget])
-            mean, half = seed_interval([first[budget][s] - second[budget][s] for s in seeds])
+        for mean, half in seed_intervals(difference).loc[budgets].to_numpy():
             cell = f"{mean:+.3f} ± {half:.3f}"
             cells.append(f"**{cell}**" if abs(mean) > half else cell)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+        body.append([label, *cells])
+    return [
+        "Differences paired by seed, with 95 % intervals; bold where the interval excludes 0.",
+        "",
+        *_lines(["difference", *(f"{budget} tokens" for budget in budgets)], body),
+        "",
+    ]
 
 
 def write_tables(folder: Path) -> Path:
@@ -293,15 +266,16 @@ def write_tables(folder: Path) -> Path:
     from tprl_env.evaluation.experiment_plots import plot_budgets, plot_scores
 
     definition, records = read_records(folder)
-    results = [*rows(records), *reference_rows(definition)]
-    for name, table in (("results", results), ("curves", list(curve_rows(records)))):
-        save = partial(pq.write_table, pa.Table.from_pylist(table))
+    tables = {"results": results(definition, records), "curves": curves(records)}
+    for name, table in tables.items():
+        # from_pylist, because from_pandas would add pandas' own types and metadata
+        save = partial(pq.write_table, pa.Table.from_pylist(table.to_dict("records")))
         write_atomically(folder / f"{name}.parquet", save)
     write_text(folder / "tables.md", markdown(definition, records))
+    arms = list(definition["arms"])
     for task in definition["tasks"]:
-        own = [record for record in records if record["task"] == task]
-        plot_budgets(list(rows(own)), list(definition["arms"]), folder / f"{task}-tokens.png", task)
-        plot_scores(
-            list(curve_rows(own)), list(definition["arms"]), folder / f"{task}-scores.png", task
-        )
+        own = {name: table[table["task"] == task] for name, table in tables.items()}
+        trained = own["results"].query("method != 'untrained'")
+        plot_budgets(trained, arms, folder / f"{task}-tokens.png", task)
+        plot_scores(own["curves"], arms, folder / f"{task}-scores.png", task)
     return folder

@@ -9,16 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from tprl_env.files import write_atomically
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.vispruner import VisPruner
 
@@ -75,35 +71,6 @@ class Demonstrations:
     def rows(self, numbers: npt.NDArray[np.int64] | slice) -> Demonstrations:
         """Chosen transitions."""
         return Demonstrations(*(getattr(self, field.name)[numbers] for field in fields(self)))
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
-        arrays = {
-            field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)
-        }
-        write_atomically(Path(path), lambda stream: stream.write(save(arrays)))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Demonstrations:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when it is torn or holds something else.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path} is not a file; write it with Demonstrations.save")
-        try:
-            arrays = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); make the demonstrations again"
-            ) from error
-        if set(arrays) != set(_DTYPES):
-            raise ValueError(
-                f"{path} must hold {', '.join(_DTYPES)}, got {', '.join(sorted(arrays))}"
-            )
-        return cls(**arrays)
 
 
 class SaliencyDemonstrator:
@@ -211,20 +178,6 @@ def saliency_demonstrator(
             values = saliency.saliency(inputs).numpy()
         table[row, : len(values)] = values
     return SaliencyDemonstrator(chosen, table, low, high)
-
-
-def sampled_budgets(
-    source: Any,
-    saliency: str | RankingPruner,
-    low: int,
-    high: int,
-    seed: int,
-    samples: Sequence[int] | npt.NDArray[np.int64] | None = None,
-) -> Demonstrations:
-    """One demonstration per sample at a log-uniform budget; arguments as the demonstrator's."""
-    demonstrator = saliency_demonstrator(source, saliency, low, high, samples)
-    budgets = log_uniform(np.random.default_rng(seed), (low, high), len(demonstrator))
-    return demonstrator.at(np.arange(len(demonstrator)), budgets)
 
 
 def pruner_budgets(

@@ -26,38 +26,6 @@ _TRIES = 16  # tilted draws per row and round; acceptance is about 1 / sqrt(2 pi
 _ROUNDS = 6  # rounds of rejection before the sequential sampler takes over
 
 
-def log_elementary_symmetric(logits: Tensor, alive: Tensor, count: Tensor) -> Tensor:
-    """Compute log e_k(exp(logits)) over the alive tokens of each row, the normaliser.
-
-    Twice differentiable in ``logits``. Compute it once per unique row and reuse it where several
-    masks of one row need a log-probability.
-
-    Args:
-        logits: float (B, N).
-        alive: bool (B, N).
-        count: int64 (B,); clamped to the number of alive tokens.
-
-    Returns:
-        float (B,); 0 for a count of 0, the sum of alive logits where everything is kept.
-
-    Raises:
-        ValueError: on shapes that do not fit together or a negative count.
-    """
-    alive = _checked_alive(logits, alive)
-    return log_partition(logits, alive, _checked_count(alive, count))[0]
-
-
-def softmax_entropy(logits: Tensor, alive: Tensor) -> Tensor:
-    """Entropy of softmax(logits) over alive tokens, (B,): a cheap exploration bonus.
-
-    This is a surrogate, the entropy of drawing ONE token, not of drawing a mask; use
-    :meth:`ConditionalBernoulli.entropy` for the latter. 0 for a row without alive tokens.
-    """
-    alive = _checked_alive(logits, alive)
-    log_p = torch.where(alive, logits, -1e9).log_softmax(1)
-    return torch.where(alive, -log_p.exp() * log_p, 0.0).sum(1)
-
-
 class MaskedBernoulli:
     """a_i ~ Bernoulli(discount**power * sigmoid(logit_i)) over alive tokens (TPRL eq. 14, 15).
 

@@ -251,10 +251,6 @@ class FeatureStore:
         """Return the prompt's token ids with one image placeholder, ``(P,)``."""
         return self._samples.view("prompt_ids", sample).astype(np.int64)
 
-    def image_at(self, sample: int) -> int:
-        """Return the place of the image placeholder in the prompt."""
-        return int(self._samples.value("image_at", sample))
-
     def question_span(self, sample: int) -> tuple[int, int]:
         """Return where the question's text starts and stops in the prompt."""
         value = self._samples.value
