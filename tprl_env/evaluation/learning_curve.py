@@ -22,10 +22,24 @@ CURVE_BUDGETS = (48, 14, 7)
 
 
 class LearningCurve:
-    """Accuracy on calibration questions while the policy learns, one JSON line per point."""
+    """Accuracy on calibration questions while the policy learns, one JSON line per point.
+
+    Args:
+        path: File of the points.
+        store: Calibration store.
+        scorer: Exact-match scorer of it.
+        questions: Use the first so many.
+        steps: T of the run, in which every point acts, also that of the policy it starts from,
+            which may have been trained in one; None takes each policy's own.
+    """
 
     def __init__(
-        self, path: Path, store: FeatureStore, scorer: Scorer, questions: int, steps: int = 1
+        self,
+        path: Path,
+        store: FeatureStore,
+        scorer: Scorer,
+        questions: int,
+        steps: int | None = None,
     ) -> None:
         self.path = path
         self.steps = steps
