@@ -84,10 +84,9 @@ def reporting_hook(curve: LearningCurve, measure: Any) -> Any:
     """An ``on_iteration`` that reports each new point of a learning curve to Ray Tune."""
 
     def hook(row: Mapping[str, Any], policy: PruningPolicy) -> None:
-        before = len(curve.points())
         measure(row, policy)
         points = curve.points()
-        if len(points) > before:
+        if points and points[-1]["lvlm_scores"] == int(row["scores"]):
             names = ("scores", "mean_return", "score", "kept", "scores_per_second", "busy_share")
             accuracy = {f"accuracy_{k}": v for k, v in points[-1]["accuracy"].items()}
             tune.report({**{name: row[name] for name in names}, **accuracy})
