@@ -23,6 +23,7 @@ from benchmarks.faults_of_scorers import (
     local_ray,
     until,
 )
+from tprl_env.files import JsonLog
 
 EPISODES = 256  # of an iteration of the smoke preset; one score and one step each
 
@@ -41,7 +42,7 @@ def config(log: Path, **changes: Any) -> Any:
 
 
 def history(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return JsonLog(out / "metrics.jsonl").read()
 
 
 def env_runner(folder: Path) -> Row:

@@ -48,7 +48,7 @@ def measure_task(folder: Path, definition: dict[str, Any], task: str, args: Any)
         policy = PruningPolicy.from_pretrained(run / "train" / "policy")
         found[str(seed)] = {}
         for budget, penalty in records[seed]["policy"]["redundancy_penalty"].items():
-            pruner = PolicyPruner(policy, redundancy_penalty=penalty)
+            pruner = PolicyPruner.as_trained(policy, redundancy_penalty=penalty)
             row = evaluate_method("policy", pruner, store, scorer, int(budget), samples)
             found[str(seed)][budget] = round(row.accuracy, 5)
         print(task, seed, found[str(seed)], flush=True)

@@ -1,7 +1,8 @@
-"""Files that are whole or absent, and the versions that are written into them.
+"""Files that are whole or absent, logs that survive a crash, and the versions written into them.
 
 Every file that this package leaves behind goes through `write_atomically`: a draft beside the
 target, synced, then renamed, so that no reader sees half a file and a crash loses nothing old.
+Logs that grow while a run lasts go through `JsonLog`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["versions", "write_atomically", "write_json", "write_text"]
+__all__ = ["JsonLog", "versions", "write_atomically", "write_json", "write_text"]
 
 PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
 
@@ -60,6 +61,66 @@ def write_json(path: Path, content: Mapping[str, Any] | list[Any], *, sort: bool
     """
     text = json.dumps(content, indent=2, sort_keys=sort, allow_nan=False)
     return write_text(path, text + "\n")
+
+
+class JsonLog:
+    """One JSON object per line, appended while a run lasts.
+
+    A crash may tear the line that was being written, which is then the last: it is dropped, never
+    an error.
+
+    Args:
+        path: the file; there is none before the first `append`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole rows, oldest first; empty without a file.
+
+        Raises:
+            ValueError: a line before the last is damaged, which no crash of ours explains.
+        """
+        if not self.path.is_file():
+            return []
+        lines = self.path.read_bytes().decode("utf-8", "replace").split("\n")
+        while lines and not lines[-1]:
+            lines.pop()
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    break  # torn
+                raise ValueError(
+                    f"{self.path} line {number} is damaged ({error.msg}); remove that line"
+                ) from error
+        return rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row at the end."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+            torn = bool(end) and file.read(1) != b"\n"
+        if torn:  # the row would be joined to half a line, and lost with it
+            self.keep(lambda row: True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the rows that are not ``wanted``, and a torn last line.
+
+        A run that resumes drops what was written after the checkpoint that it resumes from: that
+        work is done again.
+        """
+        if self.path.is_file():
+            kept = [json.dumps(row) + "\n" for row in self.read() if wanted(row)]
+            write_text(self.path, "".join(kept))
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

@@ -87,9 +87,9 @@ class PrunedLVLM:
 
         Args:
             lvlm: ``builtin:<task>``, a folder or a hub id, as for ``load_lvlm``.
-            policy: Exported policy.
+            policy: Exported policy; it acts in as many steps as it was trained to take.
             autoencoder: Autoencoder of the store that the policy was trained on.
-            threshold: Keep p > threshold (TPRL eq. 16) instead of an exact budget.
+            threshold: Keep p > threshold (TPRL eq. 16) in one pass instead of an exact budget.
             redundancy_penalty: See ``PolicyPruner``; `tprl evaluate --calibration` finds one.
             **model: Passed on to ``load_lvlm`` (device, dtype, revision).
 
@@ -99,11 +99,11 @@ class PrunedLVLM:
         from tprl_env.lvlm import load_lvlm
         from tprl_env.policy.pruner import PolicyPruner
 
+        fixed: dict[str, Any] = (
+            {} if threshold is None else {"mode": "threshold", "threshold": threshold}
+        )
         pruner = PolicyPruner.from_pretrained(
-            policy,
-            mode="topk" if threshold is None else "threshold",
-            threshold=threshold,
-            redundancy_penalty=redundancy_penalty,
+            policy, redundancy_penalty=redundancy_penalty, **fixed
         )
         return cls(load_lvlm(lvlm, **model), pruner, TokenAutoencoder.from_pretrained(autoencoder))
 

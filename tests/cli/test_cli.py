@@ -201,6 +201,22 @@ def test_an_unreadable_image_is_named_or_skipped_and_counted(run, tmp_path, refu
     assert said.endswith("; 2 bad samples left out")
 
 
+def test_a_grader_that_is_not_computed_is_refused_or_skipped_and_counted(
+    run, tmp_path, refused, capsys
+):
+    write_dataset(tmp_path, images=1)
+    rows = [{**ROW, "grader": "exact"}, {**ROW, "id": "q1", "grader": "vqa"}]
+    data = write_jsonl(tmp_path / "graded.jsonl", rows)
+    words = encode_words(data, run.lvlm, tmp_path / "store")
+    sentence = refused(*words)
+    assert "sample 'q1' asks for the grader 'vqa'" in sentence
+    assert 'set "grader": "exact"' in sentence and "--skip-bad" in sentence
+    assert main([str(word) for word in [*words, "--skip-bad"]]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("1 questions about 1 images")
+    assert said.endswith("; 1 bad samples left out")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [("", "has no samples"), ("{", "is not JSON"), (None, "cannot read the dataset")],

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tprl_env.data import BadSampleError, load_dataset
+from tprl_env.data import BadSampleError, Sample, load_dataset
+from tprl_env.data.graders import GRADERS
 
 
 def write(folder: Path, rows: list[dict | str]) -> Path:
@@ -104,12 +105,26 @@ def test_nothing_but_bad_samples(tmp_path: Path):
         (["[1]"], "line 1 is not a JSON object"),
         ([row("1"), {"id": "2"}], r"line 2 lacks \['image', 'question', 'answers'\]"),
         ([row("1", extra=1)], r"unknown fields \['extra'\]"),
+        ([row("1"), row("2", metric="vqa")], "line 2: the field 'metric' is now 'grader'"),
+        ([row("1", kind="color")], "line 1: the field 'kind' is now 'question_type'"),
+        (
+            [row("1"), row("2", grader="vqq")],
+            "line 2: grader must be one of 'exact', 'vqa', got 'vqq'; did you mean 'vqa'",
+        ),
         ([row("1", answers="cat")], "answers must be a list of strings"),
     ],
 )
 def test_malformed_files_are_refused_at_once(tmp_path: Path, rows: list, message: str):
     with pytest.raises(ValueError, match=message):
         load_dataset(write(tmp_path, rows), skip_bad=True)
+
+
+def test_a_sample_names_a_known_grader():
+    fields = {"image": np.zeros((4, 6, 3), np.uint8), "question": "what?", "answers": ("cat",)}
+    for grader in GRADERS:
+        assert Sample(id="q1", image_id="a", grader=grader, **fields).grader == grader
+    with pytest.raises(ValueError, match=r"sample 'q1': grader must be one of .*, got 'bleu'"):
+        Sample(id="q1", image_id="a", grader="bleu", **fields)
 
 
 def test_missing_file_and_unknown_name(tmp_path: Path):

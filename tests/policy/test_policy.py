@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tprl_env.policy.network import DEAD_LOGIT, PolicyConfig, PruningPolicy
+from tprl_env.policy.weights import save_weights
 
 CONFIGS = {
     "paper": PolicyConfig(8, 6),
@@ -300,6 +301,20 @@ def test_saved_policies_come_back(name, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("name", "steps"), [("paper", 1), ("steps", 3)])
+def test_folders_from_before_trained_steps_still_open(name, steps, tmp_path):
+    config = {
+        "paper": PolicyConfig(token_width=8, query_width=5, budget=True),
+        "steps": PolicyConfig(token_width=8, query_width=5, step_input=True, max_steps=3),
+    }[name]
+    policy = PruningPolicy(config)
+    old = {k: v for k, v in dataclasses.asdict(config).items() if k != "trained_steps"}
+    save_weights(tmp_path, kind="pruning-policy", config=old, module=policy)
+    again = PruningPolicy.from_pretrained(tmp_path)
+    assert again.config == dataclasses.replace(config, trained_steps=steps)
+    assert torch.equal(again.critic.score.weight, policy.critic.score.weight)
+
+
 def _saved(tmp_path):
     PruningPolicy(CONFIGS["paper"]).save_pretrained(tmp_path)
     return tmp_path / "config.json", tmp_path / "model.safetensors"
@@ -308,7 +323,9 @@ def _saved(tmp_path):
 def test_other_weights_are_refused(tmp_path):
     _, weights = _saved(tmp_path)
     header = {"kind": "pruning-policy"}
-    header["config"] = json.dumps(dataclasses.asdict(CONFIGS["paper"]), sort_keys=True)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["kind"]
+    header["config"] = json.dumps(fields, sort_keys=True)
     good = load_file(weights)
 
     def rewrite(tensors, metadata=header):

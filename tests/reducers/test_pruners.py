@@ -406,6 +406,10 @@ def test_a_policy_of_several_steps_is_measured_in_as_many():
     assert PolicyPruner.as_trained(blind, 3).mode == "topk"  # knows no count to step down to
     stepwise = PolicyPruner.as_trained(seeing, 3)
     assert (stepwise.mode, stepwise.steps, stepwise.exact) == ("multistep", 3, True)
+    own = PolicyPruner.as_trained(policy(budget=True, trained_steps=3))
+    assert (own.mode, own.steps) == ("multistep", 3)
+    assert PolicyPruner.as_trained(own.policy, mode="threshold", threshold=0.5).mode == "threshold"
+    assert PolicyPruner.as_trained(own.policy, steps=1).mode == "topk"
     rows = [inputs(seed=seed) for seed in range(8)]
     spread = dataclasses.replace(stepwise, redundancy_penalty=50.0)
     masks, plain = spread.prune_batch(rows, 4), stepwise.prune_batch(rows, 4)

@@ -110,7 +110,7 @@ def test_the_paper_preset_is_the_papers():
     assert (config.value_coefficient, config.entropy, config.clip) == (0.5, 0.01, 0.2)
     assert (config.lr, config.epochs, config.demonstrator) == (1e-5, 4, "vispruner")
     policy = policy_config(config, open_source("toy"))
-    assert policy == PolicyConfig(token_width=8, query_width=8)
+    assert policy == PolicyConfig(token_width=8, query_width=8, trained_steps=3)
     assert rules(config).score_kind == "exact"
 
 
@@ -193,3 +193,16 @@ def test_a_policy_of_another_shape_is_refused(tmp_path: Path):
     PruningPolicy(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"another shape .* layers 1 instead of 2"):
         load_policy(str(tmp_path), dataclasses.replace(config, layers=2))
+    # an imitation, trained in one step, starts runs of any number of steps
+    assert load_policy(str(tmp_path), dataclasses.replace(config, trained_steps=3))
+
+
+def test_a_run_of_one_step_says_so(tmp_path: Path):
+    source = open_source("toy")
+    for steps in (1, 3):
+        config = load_config("smoke", {"max_steps": steps})
+        PruningPolicy(policy_config(config, source)).save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert saved["trained_steps"] == steps and "max_steps" not in saved
+    shown = policy_config(load_config("smoke", {"max_steps": 2, "step_input": True}), source)
+    assert (shown.max_steps, shown.trained_steps) == (2, 2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from tprl_env.rllib.experiments.definition import (
     load_experiment,
     run_key,
 )
+from tprl_env.rllib.experiments.trial import reporting_hook
 
 SHIPPED = sorted(
     path.stem for path in (presets_folder() / "experiments").glob("*.py") if path.stem != "__init__"
@@ -239,3 +241,20 @@ def test_definitions_survive_json():
     definition = experiment().as_dict()
     assert json.loads(json.dumps(definition)) == definition
     assert np.isclose(definition["configs"]["b"]["lr"], 1e-3)
+
+
+def test_each_new_point_is_reported_also_after_a_resume(monkeypatch):
+    reported = []
+    monkeypatch.setattr("tprl_env.rllib.experiments.trial.tune.report", reported.append)
+    points = [{"lvlm_scores": scores, "accuracy": {"4": 0.5}} for scores in (0, 100, 200)]
+
+    def measure(row, policy):
+        points[:] = [point for point in points if point["lvlm_scores"] < row["scores"]]
+        if row["scores"] % 100 == 0:
+            points.append({"lvlm_scores": row["scores"], "accuracy": {"4": 0.75}})
+
+    names = ("scores", "mean_return", "score", "kept", "scores_per_second", "busy_share")
+    hook = reporting_hook(SimpleNamespace(points=lambda: points), measure)
+    for scores in (50, 100, 150):  # resumed after the start: two points are undone
+        hook(dict.fromkeys(names, 0) | {"scores": scores}, None)
+    assert [(row["scores"], row["accuracy_4"]) for row in reported] == [(100, 0.75)]

@@ -73,6 +73,7 @@ def encode(args: argparse.Namespace) -> int:
     )
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
+        "skip_bad": args.skip_bad,
         "description": description,
         "progress": sys.stderr.isatty(),
     }
@@ -227,7 +228,7 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument("--dtype")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--batch-size", type=int, default=64)
-    sub.add_argument("--skip-bad", action="store_true", help="skip unreadable images, count them")
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, count them")
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )

@@ -107,6 +107,7 @@ def run_quickstart(
         stores["calibration"],
         held_out,
         settings.sized(CURVE_QUESTIONS),
+        config.max_steps,
     )
     with watch.stage("training", f"{config.algorithm.upper()} on RLlib, preset {settings.preset}"):
         result = train(

@@ -1,7 +1,7 @@
 """Graders of free-text answers: pure functions ``(answer, references) -> score in [0, 1]``.
 
-Scoring during training does not use them (the reference answer is teacher-forced); evaluation of
-generated text does.
+Scoring does not use them yet: encoding and training compare the teacher-forced reference answer,
+so encoding refuses samples that ask for anything but ``"exact"``.
 """
 
 from __future__ import annotations

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import check_choice
+from tprl_env.data.graders import GRADERS
 from tprl_env.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("id", "image", "question", "answers")
 _KNOWN = (*_REQUIRED, "question_type", "grader", "image_id")
+_RENAMED = {"metric": "grader", "kind": "question_type"}
 
 
 class BadSampleError(ValueError):
@@ -47,8 +50,8 @@ class JsonlDataset:
 
     Raises:
         ValueError: The file is missing or empty, or an id occurs twice.
-        BadSampleError: A line is not a JSON object with the known fields (never skipped: the
-            file itself is wrong then).
+        BadSampleError: A line is not a JSON object with the known fields, or names an unknown
+            grader (never skipped: the file itself is wrong then).
     """
 
     def __init__(
@@ -84,6 +87,10 @@ class JsonlDataset:
             ) from error
         if not isinstance(record, dict):
             raise BadSampleError(f"{where} is not a JSON object; write one object per line")
+        for old in _RENAMED.keys() & record:
+            raise BadSampleError(
+                f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
+            )
         missing = [name for name in _REQUIRED if name not in record]
         unknown = [name for name in record if name not in _KNOWN]
         if missing or unknown:
@@ -95,6 +102,10 @@ class JsonlDataset:
         texts = [value for name, value in record.items() if name != "answers"]
         if not (isinstance(answers, list) and all(isinstance(a, str) for a in [*answers, *texts])):
             raise BadSampleError(f"{where}: answers must be a list of strings, the rest strings")
+        try:
+            check_choice(f"{where}: grader", record.get("grader", "exact"), GRADERS)
+        except ValueError as error:
+            raise BadSampleError(str(error)) from error
         return record
 
     def __len__(self) -> int:

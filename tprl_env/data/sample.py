@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import check_choice
+from tprl_env.data.graders import GRADERS
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -40,12 +43,14 @@ class Sample:
         """Refuse samples that no LVLM can be asked.
 
         Raises:
-            ValueError: The question is empty, there is no answer, or the image is not RGB uint8.
+            ValueError: The question is empty, there is no answer, the grader is unknown, or the
+                image is not RGB uint8.
         """
         if not self.question.strip():
             raise ValueError(f"sample {self.id!r} has an empty question; remove it or fill it in")
         if not self.answers or not all(a.strip() for a in self.answers):
             raise ValueError(f"sample {self.id!r} has no answer; remove it or fill it in")
+        check_choice(f"sample {self.id!r}: grader", self.grader, GRADERS)
         if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
             raise ValueError(
                 f"sample {self.id!r}: image must be (height, width, 3) uint8, "

@@ -172,7 +172,7 @@ def evaluate_store(
     rows = compare(opened, scorer, entries, budgets, samples)
     drawn: list[tuple[Path, str]] = []
     if trained is not None and trajectories > 0:
-        best = PolicyPruner(trained) if tuned is None else tuned[min(tuned)]
+        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
         chosen = choose_examples(opened, samples, trajectories)
         steps = sorted(budgets, reverse=True)
         drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)

@@ -83,7 +83,9 @@ def policy_entries(
     tuned: Mapping[int, PolicyPruner] | None = None,
     label: str = "policy",
 ) -> dict[str, PrunerEntry]:
-    """The trained policy by exact budget and, where asked, by threshold.
+    """The trained policy by exact budget, as trained, and, where asked, by threshold.
+
+    A threshold decides in one pass, as in TPRL eq. 16.
 
     Args:
         policy: The policy.
@@ -97,10 +99,10 @@ def policy_entries(
         ValueError: ``threshold`` is out of range.
     """
     entries: dict[str, PrunerEntry] = {
-        label: PolicyPruner(policy) if tuned is None else tuned.__getitem__
+        label: PolicyPruner.as_trained(policy) if tuned is None else tuned.__getitem__
     }
     if tuned is not None and any(pruner.redundancy_penalty for pruner in tuned.values()):
-        entries[f"{label}, plain top-k"] = PolicyPruner(policy)
+        entries[f"{label}, plain top-k"] = PolicyPruner.as_trained(policy)
     if calibration is not None:
 
         def calibrated(budget: int) -> Pruner:
@@ -119,9 +121,8 @@ def tune_penalty(
     scorer: Scorer,
     budgets: Sequence[int],
     questions: int = 300,
-    steps: int = 1,
 ) -> dict[int, PolicyPruner]:
-    """For every budget the exact pruner whose redundancy penalty has the best accuracy.
+    """For every budget the redundancy penalty that scores best, with the policy acting as trained.
 
     Args:
         policy: The policy.
@@ -129,7 +130,6 @@ def tune_penalty(
         scorer: Exact-match scorer of that store.
         budgets: Token counts.
         questions: Number of questions used, from the first.
-        steps: That the policy was trained to take (see `PolicyPruner.as_trained`).
     """
     samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
 
@@ -138,7 +138,7 @@ def tune_penalty(
             row = evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
             return row.accuracy
 
-        return choose_penalty(PolicyPruner.as_trained(policy, steps), accuracy)
+        return choose_penalty(PolicyPruner.as_trained(policy), accuracy)
 
     return {budget: best(budget) for budget in budgets}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.measure import evaluate_method
+from tprl_env.files import JsonLog
 from tprl_env.policy.pruner import PolicyPruner
 
 if TYPE_CHECKING:
@@ -22,12 +22,26 @@ CURVE_BUDGETS = (48, 14, 7)
 
 
 class LearningCurve:
-    """Accuracy on calibration questions while the policy learns, one JSON line per point."""
+    """Accuracy on calibration questions while the policy learns, one JSON line per point.
+
+    Args:
+        path: File of the points.
+        store: Calibration store.
+        scorer: Exact-match scorer of it.
+        questions: Use the first so many.
+        steps: T of the run, in which every point acts, also that of the policy it starts from,
+            which may have been trained in one; None takes each policy's own.
+    """
 
     def __init__(
-        self, path: Path, store: FeatureStore, scorer: Scorer, questions: int, steps: int = 1
+        self,
+        path: Path,
+        store: FeatureStore,
+        scorer: Scorer,
+        questions: int,
+        steps: int | None = None,
     ) -> None:
-        self.path = path
+        self.log = JsonLog(path)
         self.steps = steps
         self.samples = np.arange(min(questions, len(store)), dtype=np.int64)
         self.store = store
@@ -48,16 +62,18 @@ class LearningCurve:
             )
             for budget in budgets
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"lvlm_scores": lvlm_scores, "accuracy": accuracy}) + "\n")
+        self.log.append({"lvlm_scores": lvlm_scores, "accuracy": accuracy})
         self.seconds += time.perf_counter() - begin
         return accuracy
 
     def points(self) -> list[dict[str, Any]]:
         """All points so far, oldest first."""
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text("utf-8").splitlines()]
+        return self.log.read()
+
+    def drop_from(self, lvlm_scores: int) -> None:
+        """Drop the points measured at so many scores or more."""
+        if any(point["lvlm_scores"] >= lvlm_scores for point in self.points()):
+            self.log.keep(lambda point: bool(point["lvlm_scores"] < lvlm_scores))
 
     def full(self) -> float:
         """Accuracy with all tokens on the same questions."""
@@ -65,12 +81,16 @@ class LearningCurve:
 
 
 def curve_hook(curve: LearningCurve, start: PruningPolicy | None, total: int) -> Any:
-    """Measure the policy that training starts from, and then about eight times."""
+    """Measure the policy that training starts from, and then about eight times.
+
+    Points of work that a crash has undone are dropped as it is done again.
+    """
     if not curve.points() and start is not None:
         curve.add(start, 0)
 
     def hook(metrics: Mapping[str, Any], policy: PruningPolicy) -> None:
         used = int(metrics["scores"])
+        curve.drop_from(used)
         points = curve.points()
         if not points or used - points[-1]["lvlm_scores"] >= total / 8:
             curve.add(policy, used)

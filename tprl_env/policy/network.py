@@ -61,7 +61,7 @@ class PolicyConfig:
         fusion: "gated" gives the policy head the product of token and mean query as well.
         budget: Condition on log(wanted count / alive tokens), in actor and critic.
         step_input: Condition on the step, one-hot of ``max_steps``.
-        max_steps: Steps of an episode; used with ``step_input`` only.
+        max_steps: Steps that ``step_input`` tells apart; stored with ``step_input`` only.
         token_norm: LayerNorm on the codes.
         query_norm: Normalisation of the query embeddings, whose size differs by orders of
             magnitude between LLMs; "rms" has no parameters.
@@ -72,6 +72,9 @@ class PolicyConfig:
         value_query: Let the critic see the mean query directly.
         value_input_detach: Stop the critic's gradient before the shared features.
         initial_keep: Keep-probability around which an untrained policy starts.
+        trained_steps: Steps per episode (T) that the policy was trained to take, 1 for imitation
+            and hand-made policies. No weight depends on it; whoever uses the policy acts in as
+            many steps (`PolicyPruner.as_trained`).
     """
 
     token_width: int
@@ -94,12 +97,14 @@ class PolicyConfig:
     value_query: bool = False
     value_input_detach: bool = False
     initial_keep: float = 0.5
+    trained_steps: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that no policy can be built from."""
         for name in ("token_width", "query_width", "layers", "heads", "question_heads"):
             _check_positive(name, getattr(self, name))
-        _check_positive("max_steps", self.max_steps)
+        for name in ("max_steps", "trained_steps"):
+            _check_positive(name, getattr(self, name))
         if self.position_slots < 0:
             raise ValueError(f"position_slots must be 0 or positive, got {self.position_slots}")
         for name in ("width", "hidden"):
@@ -312,11 +317,17 @@ class PruningPolicy(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, each atomically."""
-        save_weights(folder, kind="pruning-policy", config=asdict(self.config), module=self)
+        fields = asdict(self.config)
+        if not self.config.step_input:
+            del fields["max_steps"]  # means nothing then, and would read as the trained steps
+        save_weights(folder, kind="pruning-policy", config=fields, module=self)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
         """Load what :meth:`save_pretrained` wrote; anything missing, extra or torn is refused.
+
+        Folders from before ``trained_steps`` was recorded count as trained in ``max_steps`` steps
+        with ``step_input``, in one step without: that is how they have been evaluated.
 
         Raises:
             FileNotFoundError: when the folder or one of its two files is missing.
@@ -324,7 +335,8 @@ class PruningPolicy(nn.Module):
         """
         fields = read_config(folder, kind="pruning-policy")
         try:
-            config = PolicyConfig(**fields)
+            before = fields.get("max_steps", 1) if fields.get("step_input") else 1
+            config = PolicyConfig(**{"trained_steps": before, **fields})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}/config.json does not describe a policy: {error}") from error
         policy = cls(config)

@@ -53,6 +53,9 @@ class Calibration:
 class PolicyPruner(Pruner):
     """Prune by a :class:`~tprl_env.policy.PruningPolicy`.
 
+    Made by hand it acts as the fields say; :meth:`as_trained` and :meth:`from_pretrained` choose
+    mode and steps as the policy was trained.
+
     * ``"topk"`` keeps the ``budget`` largest log-odds: exact.
     * ``"threshold"`` keeps p > tau, the arg-max where nothing passes (TPRL eq. 16). The number
       differs between images; :meth:`calibrate` chooses tau for a wanted mean.
@@ -113,18 +116,25 @@ class PolicyPruner(Pruner):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **fields: Any) -> PolicyPruner:
-        """Load the policy of a folder; ``fields`` as in the class."""
-        return cls(PruningPolicy.from_pretrained(folder), **fields)
+        """Load the policy of a folder, acting as it was trained; see :meth:`as_trained`."""
+        return cls.as_trained(PruningPolicy.from_pretrained(folder), **fields)
 
     @classmethod
-    def as_trained(cls, policy: PruningPolicy, steps: int) -> PolicyPruner:
+    def as_trained(
+        cls, policy: PruningPolicy, steps: int | None = None, **fields: Any
+    ) -> PolicyPruner:
         """Exact pruner in as many steps as the policy was trained to take.
 
         A policy that does not see the budget cannot act in steps down to it: top-k in one pass.
+
+        Args:
+            policy: The policy.
+            steps: By default ``policy.config.trained_steps``.
+            **fields: Other fields of the class; a ``mode`` overrides the choice above.
         """
-        if steps == 1 or not policy.config.budget:
-            return cls(policy)
-        return cls(policy, mode="multistep", steps=steps)
+        steps = policy.config.trained_steps if steps is None else steps
+        mode: Mode = "multistep" if steps > 1 and policy.config.budget else "topk"
+        return cls(policy, **{"mode": mode, "steps": steps, **fields})
 
     @property
     def exact(self) -> bool:

@@ -214,7 +214,8 @@ def encode_dataset(
         tower: Store the vision-tower features too (some pruners need them).
         shard_images: Images per file; at most one file is lost when the process is killed.
         resume: Continue what is in ``out``; ``False`` removes it and starts over.
-        skip_bad: Leave out samples whose reading raises ``BadSampleError``, and count them.
+        skip_bad: Leave out samples whose reading raises ``BadSampleError`` or whose grader is
+            not computed, and count them.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
 
@@ -224,7 +225,8 @@ def encode_dataset(
     Raises:
         StoreError: ``out`` holds something else (another LVLM, dataset, settings), a value is
             not finite, there are no samples, or the disk is full; the state stays resumable.
-        BadSampleError: A sample cannot be read and ``skip_bad`` is off.
+        BadSampleError: A sample cannot be read, or asks for a grader that is not computed, and
+            ``skip_bad`` is off.
         ValueError: A size is below one.
     """
     check_sizes(batch_size, shard_images)

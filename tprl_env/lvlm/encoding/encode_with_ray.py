@@ -120,7 +120,7 @@ def encode_dataset_ray(
         tower: Store the vision-tower features too.
         shard_images: Images per unit of work and per file.
         resume: Continue what is in ``out``; ``False`` removes it and starts over.
-        skip_bad: Leave out samples whose reading raises ``BadSampleError``, and count them.
+        skip_bad: Leave out bad samples as ``encode_dataset`` does, and count them.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
         wave_bytes: Pictures handed to Ray at a time; workers load the LVLM once per wave.
@@ -130,7 +130,7 @@ def encode_dataset_ray(
 
     Raises:
         StoreError: As for ``encode_dataset``.
-        BadSampleError: A sample cannot be read and ``skip_bad`` is off.
+        BadSampleError: As for ``encode_dataset``.
         ValueError: A size is below one, or the cluster has too few resources for one worker.
     """
     check_sizes(batch_size, shard_images)

@@ -19,6 +19,7 @@ from tprl_env.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+COMPUTED_GRADER = "exact"  # teacher-forced exact match, the only score that encoding computes
 _SAMPLES_PER_IMAGE = 16  # a unit holds at most this many samples per image it may hold
 
 
@@ -93,7 +94,10 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
 
 
 class SkippingReader:
-    """Samples of an iterable, without those it raises ``BadSampleError`` for if wanted.
+    """Samples of an iterable; the bad ones raise ``BadSampleError``, or are left out if wanted.
+
+    Bad are those that the iterable raises ``BadSampleError`` for, and those that ask for a grader
+    that is not computed: they must not be scored by another one without a word.
 
     Attributes:
         skipped: Number of samples left out, those that the iterable itself skipped included.
@@ -125,10 +129,23 @@ class SkippingReader:
             except BadSampleError as error:
                 if not self._skip_bad or inspect.isgenerator(iterator):
                     raise
-                self._own += 1
-                logger.warning("left out: %s", error)
+                self._leave_out(error)
                 continue
-            yield sample
+            if sample.grader == COMPUTED_GRADER:
+                yield sample
+                continue
+            refused = BadSampleError(
+                f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
+                f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
+                f'"{COMPUTED_GRADER}", or pass skip_bad=True (--skip-bad)'
+            )
+            if not self._skip_bad:
+                raise refused
+            self._leave_out(refused)
+
+    def _leave_out(self, error: BadSampleError) -> None:
+        self._own += 1
+        logger.warning("left out: %s", error)
 
 
 def describe_dataset(description: str | Mapping[str, Any] | None, samples: object) -> str:

@@ -23,7 +23,10 @@ def rules(config: TrainConfig) -> EpisodeRules:
 
 
 def policy_fields(config: TrainConfig) -> dict[str, Any]:
-    """Fields of the `PolicyConfig` except the widths that the source decides.
+    """Fields of the `PolicyConfig` except the widths, which the source decides, and the steps.
+
+    What two runs must share to start from the same imitation: nothing here depends on T unless
+    the policy is shown the step.
 
     Raises:
         ValueError: if no policy can be built from them.
@@ -40,9 +43,10 @@ def policy_fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def policy_config(config: TrainConfig, source: TokenSource) -> PolicyConfig:
-    """The policy of a run on this source."""
+    """The policy of a run on this source, trained in the run's steps."""
     table = policy_fields(config) | {"position_slots": source.max_tokens if config.positions else 0}
-    return PolicyConfig(token_width=source.code_width, query_width=source.query_width, **table)
+    table |= {"token_width": source.code_width, "query_width": source.query_width}
+    return PolicyConfig(**table, trained_steps=config.max_steps)
 
 
 def scorer_spec(config: TrainConfig) -> ScorerSpec:

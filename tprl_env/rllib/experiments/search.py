@@ -132,7 +132,8 @@ def _tune_search(drawn: Mapping[str, Any], base: Mapping[str, Any], calibration:
     held_out = FeatureStore.open(calibration)
     lvlm = load_lvlm(config.lvlm, device=config.scorer_device, dtype=config.scorer_dtype)
     scorer = local_scorer(lvlm, held_out)
-    curve = LearningCurve(folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS)
+    path, steps = folder / "learning_curve.jsonl", config.max_steps
+    curve = LearningCurve(path, held_out, scorer, CURVE_QUESTIONS, steps)
     begun = (folder / "train" / "config.json").is_file()
     hook = reporting_hook(curve, curve_hook(curve, None, config.max_scores or 1))
     train(config, folder / "train", resume=begun, progress=False, on_iteration=hook)

@@ -17,7 +17,6 @@ from tprl_env.evaluation.learning_curve import LearningCurve, curve_hook
 from tprl_env.evaluation.measure import evaluate_method
 from tprl_env.files import versions, write_json
 from tprl_env.lvlm import load_lvlm
-from tprl_env.policy import PolicyPruner
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.experiments.definition import Trial
 from tprl_env.rllib.experiments.places import ExperimentPaths
@@ -38,8 +37,7 @@ def run_imitation(place: ExperimentPaths, trial: Trial, folder: Path) -> None:
         report = imitate(config, FeatureStore.open(config.source), folder)
         seconds, agreement = round(report.seconds, 1), round(report.agreement, 4)
         write_json(done, {"seconds": seconds, "agreement": agreement})
-    # demonstrations are masks of one step, whatever the steps of the runs that start from them
-    measured = _measure(PolicyPruner.from_pretrained(folder).policy, place, trial, steps=1)
+    measured = _measure(PruningPolicy.from_pretrained(folder), place, trial)
     write_json(folder / "measured.json", {**measured, **json.loads(done.read_text("utf-8"))})
 
 
@@ -54,7 +52,7 @@ def run_trial(place: ExperimentPaths, trial: Trial) -> None:
     curve = LearningCurve(
         folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS, config.max_steps
     )
-    before = None if start is None else PolicyPruner.from_pretrained(start).policy
+    before = None if start is None else PruningPolicy.from_pretrained(start)
     hook = reporting_hook(curve, curve_hook(curve, before, config.max_scores or 1))
     result = train(
         config,
@@ -64,8 +62,7 @@ def run_trial(place: ExperimentPaths, trial: Trial) -> None:
         progress=False,
         on_iteration=hook,
     )
-    learned = PolicyPruner.from_pretrained(result.policy_path).policy
-    measured = _measure(learned, place, trial, config.max_steps)
+    measured = _measure(PruningPolicy.from_pretrained(result.policy_path), place, trial)
     record = {
         "key": place.key(trial),
         "algorithm": config.algorithm,
@@ -87,10 +84,9 @@ def reporting_hook(curve: LearningCurve, measure: Any) -> Any:
     """An ``on_iteration`` that reports each new point of a learning curve to Ray Tune."""
 
     def hook(row: Mapping[str, Any], policy: PruningPolicy) -> None:
-        before = len(curve.points())
         measure(row, policy)
         points = curve.points()
-        if len(points) > before:
+        if points and points[-1]["lvlm_scores"] == int(row["scores"]):
             names = ("scores", "mean_return", "score", "kept", "scores_per_second", "busy_share")
             accuracy = {f"accuracy_{k}": v for k, v in points[-1]["accuracy"].items()}
             tune.report({**{name: row[name] for name in names}, **accuracy})
@@ -106,13 +102,11 @@ def _open(place: ExperimentPaths, trial: Trial, split: str) -> tuple[FeatureStor
     return store, local_scorer(lvlm, store)
 
 
-def _measure(
-    policy: PruningPolicy, place: ExperimentPaths, trial: Trial, steps: int
-) -> dict[str, Any]:
+def _measure(policy: PruningPolicy, place: ExperimentPaths, trial: Trial) -> dict[str, Any]:
     """Accuracy on the test split at every budget, penalty chosen on the calibration split."""
     held_out, held_out_scorer = _open(place, trial, "calibration")
     test, scorer = _open(place, trial, "test")
-    tuned = tune_penalty(policy, held_out, held_out_scorer, place.budgets, TUNING_QUESTIONS, steps)
+    tuned = tune_penalty(policy, held_out, held_out_scorer, place.budgets, TUNING_QUESTIONS)
     samples = np.arange(len(test), dtype=np.int64)
     rows = [
         evaluate_method("policy", pruner, test, scorer, budget, samples)

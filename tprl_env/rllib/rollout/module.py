@@ -241,7 +241,7 @@ def load_policy(folder: str, config: PolicyConfig) -> PruningPolicy:
     """
     policy = PruningPolicy.from_pretrained(folder)
     ours, theirs = asdict(config), asdict(policy.config)
-    ignored = {"initial_keep"}  # matters to untrained weights only
+    ignored = {"initial_keep", "trained_steps"}  # no trained weight depends on them
     different = [name for name in ours if name not in ignored and ours[name] != theirs[name]]
     if different:
         table = ", ".join(

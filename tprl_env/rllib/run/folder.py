@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tprl_env.files import versions, write_json, write_text
+from tprl_env.files import JsonLog, versions, write_json
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, policy_fields
 
@@ -199,17 +199,13 @@ class RunFolder:
         """
         from tensorboardX import SummaryWriter
 
-        if self.metrics.is_file():
-            lines = self.metrics.read_text().splitlines()
-            whole = [line for line in lines if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["iteration"] <= after]
-            write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        log = JsonLog(self.metrics)
+        log.keep(lambda row: row["iteration"] <= after)
         board = SummaryWriter(str(self.tensorboard), purge_step=after + 1)
-        with self.metrics.open("a", encoding="utf-8") as file, contextlib.closing(board):
+        with contextlib.closing(board):
 
             def write(row: dict[str, Any]) -> None:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+                log.append(row)
                 for name, value in row.items():
                     if isinstance(value, (int, float)) and name != "iteration":
                         board.add_scalar(name, value, row["iteration"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def imitate(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        policy = PruningPolicy(policy_config(config, source))
+        # a demonstration is a mask of one step, whatever T of the runs that start from it
+        shape = dataclasses.replace(policy_config(config, source), trained_steps=1)
+        policy = PruningPolicy(shape)
     report = pretrain(
         policy,
         source,
