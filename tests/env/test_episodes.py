@@ -1,5 +1,7 @@
 """The batch of episodes below both environments."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 
@@ -20,15 +22,49 @@ def begin(count=2, scorer=None, **rules):
 
 def test_episodes_that_are_not_live_are_left_untouched():
     episodes = begin()
-    rewards, ended = episodes.advance(np.zeros((2, 8), bool), np.array([True, False]))
-    assert ended.tolist() == [True, False] and rewards[1] == 0
-    assert episodes.alive.sum(1).tolist() == [0, 8] and episodes.step.tolist() == [1, 0]
-    assert episodes.live.tolist() == [False, True]
+    episodes.advance(np.arange(8) < np.array([[0], [5]]))  # the first one ends
+    rewards, ended = episodes.advance(np.arange(8) < np.array([[8], [0]]))
+    assert ended.tolist() == [False, True] and rewards[0] == 0
+    assert episodes.kept.tolist() == [0, 0] and episodes.step.tolist() == [1, 2]
+    assert episodes.live.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("score_steps", ["all", "final"])
+def test_a_transition_changes_nothing_before_it_is_taken_and_says_whom_to_score(score_steps):
+    def refuse(samples, keep):
+        raise AssertionError("a transition is not scored")
+
+    episodes = begin(scorer=refuse, score_steps=score_steps)
+    before = episodes.alive
+    taken = episodes.transition(np.arange(8) < np.array([[1], [3]]))
+    assert episodes.alive is before and before.all() and episodes.step.tolist() == [0, 0]
+    assert taken.kept.tolist() == [1, 3] and taken.ended.tolist() == [True, False]
+    assert taken.wanted.tolist() == [True, score_steps == "all"]
+    episodes.take(taken)
+    assert before.all() and np.isnan(episodes.score).all()
+    assert episodes.kept.tolist() == [1, 3] and episodes.live.tolist() == [False, True]
+    taken = episodes.transition(np.zeros((2, 8), bool))
+    assert taken.kept.tolist() == [1, 0] and taken.wanted.tolist() == [False, True]
+
+
+def test_who_only_needs_masks_does_not_pay_for_codes():
+    source = ToyStore(samples=8, tokens=8)
+    source.codes = Mock(wraps=source.codes)
+    episodes = Episodes(source, ToyScorer(source, "exact"), EpisodeRules(), 2)
+    episodes.start(np.arange(2), np.arange(2), np.zeros(2, int))
+    episodes.advance(np.arange(8) < np.array([[1], [3]]))
+    assert source.codes.call_count == 0
+    for _ in range(2):
+        episodes.observation()
+    assert source.codes.call_count == 1
+    episodes.start(np.array([0]), np.array([5]), np.zeros(1, int))
+    np.testing.assert_array_equal(episodes.observation()["tokens"], source._codes[[5, 1]])
+    assert source.codes.call_args.args[0].tolist() == [5]  # the other one is known already
 
 
 def test_starting_one_slot_leaves_the_others():
     episodes = begin()
-    episodes.advance(np.arange(16).reshape(2, 8) % 2 == 0, np.ones(2, bool))
+    episodes.advance(np.arange(16).reshape(2, 8) % 2 == 0)
     episodes.start(np.array([1]), np.array([5]), np.array([2]))
     assert episodes.samples.tolist() == [0, 5] and episodes.step.tolist() == [1, 0]
     assert episodes.alive.sum(1).tolist() == [4, 8]
@@ -36,7 +72,9 @@ def test_starting_one_slot_leaves_the_others():
 
 def test_unscored_steps_have_no_score():
     episodes = begin(score_steps="final")
-    episodes.advance(np.ones((2, 8), bool), np.array([True, False]))
+    episodes.advance(np.ones((2, 8), bool))
+    assert not episodes.info()["score"][1].any()
+    episodes.start(np.array([1]), np.array([1]), np.array([0]))
     values, known = episodes.info()["score"]
     assert known.tolist() == [False, True] and not np.isnan(values).any()
 
@@ -52,7 +90,7 @@ def test_stored_full_scores_are_checked_too():
 def test_a_scorer_of_the_wrong_length_is_refused():
     episodes = begin(scorer=lambda samples, keep: np.ones(3))
     with pytest.raises(ScoringError, match="for 2 samples"):
-        episodes.advance(np.ones((2, 8), bool), np.ones(2, bool))
+        episodes.advance(np.ones((2, 8), bool))
 
 
 def test_choices_are_drawn_in_a_fixed_order():

@@ -8,6 +8,7 @@ from tprl_env.env.rewards import (
     batch_mean_reward,
     episode_rewards,
     is_terminal,
+    needs_score,
     step_budgets,
     step_reward,
 )
@@ -147,3 +148,11 @@ def test_step_budgets_never_grow():
 def test_step_budgets_refuse(tokens, budget, steps):
     with pytest.raises(ValueError, match="must"):
         step_budgets(tokens, budget, steps)
+
+
+def test_needs_score():
+    live, ended = np.array([True, True, False]), np.array([True, False, False])
+    assert needs_score(live, ended, "all").tolist() == [True, True, False]
+    assert needs_score(live, ended, "final").tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="score_steps must be one of"):
+        needs_score(live, ended, "some")

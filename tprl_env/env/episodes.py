@@ -1,6 +1,8 @@
-"""The token-pruning MDP for a batch of episodes, used by the environment and its vector form.
+"""The token-pruning MDP for a batch of episodes: the one loop of the whole package.
 
-The single environment is a batch of one, so both forms give the same numbers by construction.
+The single environment is a batch of one, the vector environment a batch of B, and the fast runner
+of `tprl_env.rllib.rollout` a batch that is scored later, so all give the same numbers by
+construction.
 
 Legend: B episodes, N = ``max_tokens``, d code width, Q question tokens, d_q query width.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,7 +23,7 @@ from tprl_env.env import rewards
 from tprl_env.env.rules import EpisodeRules, check_integer
 from tprl_env.env.scorer import NamedFailures, check_scores
 
-__all__ = ["Episodes", "choose_episode", "open_environment"]
+__all__ = ["Episodes", "Transition", "choose_episode", "open_environment"]
 
 ScorerLike = Callable[[NDArray[np.int64], NDArray[np.bool_]], ArrayLike]
 Observation = dict[str, NDArray[Any]]
@@ -113,20 +115,49 @@ def _check_count(budget: object, sample: int, source: TokenSource) -> int:
     return count
 
 
+class Transition(NamedTuple):
+    """One step of B episodes, worked out but not yet taken.
+
+    Attributes:
+        alive: bool (B, N), m_{t+1}.
+        kept: int64 (B,), K_{t+1}.
+        step: int64 (B,), steps taken after it.
+        live: bool (B,), episodes that take it.
+        ended: bool (B,), those of them that it ends.
+        wanted: bool (B,), those whose mask ``alive`` must be scored.
+    """
+
+    alive: NDArray[np.bool_]
+    kept: NDArray[np.int64]
+    step: NDArray[np.int64]
+    live: NDArray[np.bool_]
+    ended: NDArray[np.bool_]
+    wanted: NDArray[np.bool_]
+
+
 class Episodes:
     """State of B episodes over one token source.
 
+    `transition` says what a step does, `take` does it; `advance` is both with the scores between
+    them. Who scores later, as the fast runner does, calls the first two. Arrays of the state are
+    replaced and never changed, so a caller may keep the ones it has seen.
+
     Args:
         source: where samples come from.
-        scorer: callable (samples int64 (b,), keep bool (b, N)) -> (b,) scores in [0, 1].
+        scorer: callable (samples int64 (b,), keep bool (b, N)) -> (b,) scores in [0, 1]; only
+            `advance` asks it.
         rules: settings of the MDP.
         count: B.
 
     Attributes:
         samples: int64 (B,), sample numbers.
+        existing: bool (B, N), m_0.
         alive: bool (B, N), m_t.
+        kept: int64 (B,), K_t.
         step: int64 (B,), steps taken.
+        full: float32 (B,), score with all tokens.
         score: float32 (B,), the newest score, NaN where the last step was not scored.
+        budget: int64 (B,), wanted counts, 0 where the rules have no budget.
         live: bool (B,), episodes that may take a step.
     """
 
@@ -139,17 +170,16 @@ class Episodes:
         self.samples = np.zeros(count, np.int64)
         self.existing = np.zeros((count, tokens), bool)
         self.alive = np.zeros((count, tokens), bool)
+        self.kept = np.zeros(count, np.int64)
         self.step = np.zeros(count, np.int64)
         self.full = np.zeros(count, np.float32)
         self.score = np.zeros(count, np.float32)
         self.budget = np.zeros(count, np.int64)
         self.live = np.zeros(count, bool)
-        self._codes = np.zeros((count, tokens, source.code_width), np.float32)
-        shape: tuple[int, ...] = (source.query_width,)
-        if rules.query == "tokens":
-            shape = (source.max_question_tokens, source.query_width)
-        self._query = np.zeros((count, *shape), np.float32)
-        self._query_mask = np.zeros((count, source.max_question_tokens), np.int8)
+        self._codes = np.zeros((0, tokens, 0), np.float32)  # allocated by the first observation
+        self._query = np.zeros((0,), np.float32)
+        self._query_mask = np.zeros((0, 0), np.int8)
+        self._unseen = np.ones(count, bool)  # began after the last `observation`
 
     def start(
         self, slots: NDArray[np.int64], samples: NDArray[np.int64], budgets: NDArray[np.int64]
@@ -164,6 +194,7 @@ class Episodes:
 
         Raises:
             ValueError: if a sample has no tokens at all.
+            ScoringError: if the source holds something else than a score of a sample.
         """
         existing = np.asarray(self.source.exists(samples), bool)
         totals = existing.sum(axis=1)
@@ -175,26 +206,48 @@ class Episodes:
         full = check_scores(
             self._full_scores[samples], samples, self.source, scorer="full_scores of the source"
         )
-        self._codes[slots] = self.source.codes(samples)
-        if self.rules.query == "mean":
-            self._query[slots] = self.source.query(samples)
-        else:
-            self._query[slots], self._query_mask[slots] = self.source.query_tokens(samples)
-        self.samples[slots] = samples
-        self.existing[slots] = self.alive[slots] = existing
-        self.step[slots] = 0
-        self.full[slots] = self.score[slots] = full
-        self.budget[slots] = np.minimum(budgets, totals)
-        self.live[slots] = True
+        self.samples = _replaced(self.samples, slots, samples)
+        self.existing = _replaced(self.existing, slots, existing)
+        self.alive = _replaced(self.alive, slots, existing)
+        self.kept = _replaced(self.kept, slots, totals)
+        self.step = _replaced(self.step, slots, 0)
+        self.full = _replaced(self.full, slots, full)
+        self.score = _replaced(self.score, slots, full)
+        self.budget = _replaced(self.budget, slots, np.minimum(budgets, totals))
+        self.live = _replaced(self.live, slots, True)
+        self._unseen[slots] = True
 
-    def advance(
-        self, keep: NDArray[np.bool_], live: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def transition(self, keep: NDArray[np.bool_]) -> Transition:
+        """What one step of the live episodes does (TPRL eq. 2, 3); nothing is changed or scored.
+
+        Args:
+            keep: bool (B, N), actions; those of episodes that are not live have no effect.
+        """
+        rules, live = self.rules, self.live
+        alive = rewards.advance(self.alive, keep | ~live[:, None])
+        kept, step = alive.sum(axis=1), self.step + live
+        ended = live & rewards.is_terminal(kept, step, rules.max_steps, rules.min_tokens)
+        wanted = rewards.needs_score(live, ended, rules.score_steps)
+        return Transition(alive, kept, step, live, ended, wanted)
+
+    def take(self, taken: Transition, score: NDArray[np.float32] | None = None) -> None:
+        """Take a step.
+
+        Args:
+            taken: from `transition`, of the present state.
+            score: float32 (B,), newest scores, NaN where there are none; None while they are asked
+                for elsewhere.
+        """
+        if score is None:
+            score = np.where(taken.live, np.float32(np.nan), self.score)
+        self.alive, self.kept, self.step, self.score = taken.alive, taken.kept, taken.step, score
+        self.live = taken.live & ~taken.ended
+
+    def advance(self, keep: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """One step of the live episodes, with one request to the scorer (TPRL eq. 2-6).
 
         Args:
-            keep: bool (B, N), actions.
-            live: bool (B,), episodes that take the step; the others are left untouched.
+            keep: bool (B, N), actions; episodes that are not live are left untouched.
 
         Returns:
             Rewards float32 (B,) and terminated bool (B,), zero and False where not live.
@@ -202,27 +255,22 @@ class Episodes:
         Raises:
             ScoringError: if the scorer fails; the state is then as before the call.
         """
-        rules = self.rules
-        alive = np.where(live[:, None], rewards.advance(self.alive, keep), self.alive)
-        kept, before = alive.sum(axis=1), self.alive.sum(axis=1)
-        step = self.step + live
-        ended = live & rewards.is_terminal(kept, step, rules.max_steps, rules.min_tokens)
-        scored = live if rules.score_steps == "all" else ended
+        rules, taken = self.rules, self.transition(keep)
+        live, wanted = taken.live, taken.wanted
         score = np.where(live, np.float32(np.nan), self.score)
-        if scored.any():
-            score[scored] = self._ask_scorer(self.samples[scored], alive[scored])
+        if wanted.any():
+            score[wanted] = self._ask_scorer(self.samples[wanted], taken.alive[wanted])
         previous = self.score if rules.score_steps == "all" else self.full
         gained = rewards.step_reward(
-            np.where(scored, score, 0.0),
-            np.where(scored, previous, 0.0),
-            np.where(live, kept, 1),
-            np.where(live, before, 1),
+            np.where(wanted, score, 0.0),
+            np.where(wanted, previous, 0.0),
+            np.where(live, taken.kept, 1),
+            np.where(live, self.kept, 1),
             rules.alpha,
             rules.beta,
         )
-        self.alive, self.step, self.score = alive, step, score
-        self.live = self.live & ~ended
-        return np.where(live, gained, np.float32(0.0)), ended
+        self.take(taken, score)
+        return np.where(live, gained, np.float32(0.0)), taken.ended
 
     def _ask_scorer(
         self, samples: NDArray[np.int64], keep: NDArray[np.bool_]
@@ -234,7 +282,12 @@ class Episodes:
         return check_scores(scores, samples, self.source, scorer=name)
 
     def observation(self) -> Observation:
-        """Observations of all episodes, (B, ...) arrays that the caller owns."""
+        """Observations of all episodes, (B, ...) arrays that the caller owns.
+
+        Codes and questions are looked up here, once per episode: a rollout that only needs masks
+        does not pay for them.
+        """
+        self._look_up(np.flatnonzero(self._unseen))
         parts: Observation = {"tokens": self._codes.copy(), "query": self._query.copy()}
         if self.rules.query == "tokens":
             parts["query_mask"] = self._query_mask.copy()
@@ -244,17 +297,33 @@ class Episodes:
             parts["budget"] = self.budget.astype(np.float32)[:, None]
         return parts
 
+    def _look_up(self, slots: NDArray[np.int64]) -> None:
+        """Read codes and questions of episodes that began after the last observation."""
+        if not len(slots):
+            return
+        source, samples = self.source, self.samples[slots]
+        if not len(self._codes):
+            self._codes = np.zeros((self.count, source.max_tokens, source.code_width), np.float32)
+            words = (source.max_question_tokens,) if self.rules.query == "tokens" else ()
+            self._query = np.zeros((self.count, *words, source.query_width), np.float32)
+            self._query_mask = np.zeros((self.count, source.max_question_tokens), np.int8)
+        self._codes[slots] = source.codes(samples)
+        if self.rules.query == "mean":
+            self._query[slots] = source.query(samples)
+        else:
+            self._query[slots], self._query_mask[slots] = source.query_tokens(samples)
+        self._unseen[slots] = False
+
     def info(self) -> dict[str, tuple[NDArray[Any], NDArray[np.bool_]]]:
         """Information of all episodes: name -> (values (B, ...), bool (B,) where it is known)."""
         everywhere = np.ones(self.count, bool)
-        kept = self.alive.sum(axis=1)
         names = np.array([self.source.id(int(sample)) for sample in self.samples], object)
         known = ~np.isnan(self.score)
         table = {
             "sample": (self.samples.copy(), everywhere),
             "id": (names, everywhere),
-            "kept": (kept, everywhere),
-            "keep_ratio": (kept / self.existing.sum(axis=1), everywhere),
+            "kept": (self.kept.copy(), everywhere),
+            "keep_ratio": (self.kept / self.existing.sum(axis=1), everywhere),
             "score": (np.where(known, self.score, 0.0).astype(np.float64), known),
             "full_score": (self.full.astype(np.float64), everywhere),
             "mask": (self.alive.copy(), everywhere),
@@ -262,3 +331,10 @@ class Episodes:
         if self.rules.budget is not None:
             table["budget"] = (self.budget.copy(), everywhere)
         return table
+
+
+def _replaced(old: NDArray[Any], slots: NDArray[np.int64], new: ArrayLike) -> NDArray[Any]:
+    """A copy with other values in some rows."""
+    changed = old.copy()
+    changed[slots] = new
+    return changed

@@ -18,6 +18,7 @@ __all__ = [
     "batch_mean_reward",
     "episode_rewards",
     "is_terminal",
+    "needs_score",
     "step_budgets",
     "step_reward",
 ]
@@ -102,6 +103,26 @@ def is_terminal(
     return np.asarray((np.asarray(kept) <= min_tokens) | (np.asarray(step) >= max_steps))
 
 
+def needs_score(live: ArrayLike, ended: ArrayLike, score_steps: str) -> NDArray[np.bool_]:
+    """Whose mask must be scored after a step: every one, or only the last of an episode.
+
+    Args:
+        live: bool (...), episodes that took the step.
+        ended: bool (...), those of them that it ended.
+        score_steps: "all" or "final".
+
+    Returns:
+        bool (...).
+
+    Raises:
+        ValueError: for an unknown ``score_steps``.
+    """
+    if score_steps not in SCORE_STEPS:
+        raise ValueError(f"score_steps must be one of {SCORE_STEPS}, got {score_steps!r}")
+    live, ended = np.asarray(live, bool), np.asarray(ended, bool)
+    return live if score_steps == "all" else live & ended
+
+
 def batch_mean_reward(rewards: ArrayLike, live: ArrayLike) -> NDArray[np.float32]:
     """Shared reward of one mini-batch: the mean over the episodes that took the step (TPRL eq. 4).
 
@@ -157,12 +178,13 @@ def episode_rewards(
     """
     scores, full = np.asarray(scores, np.float64), np.asarray(full, np.float64)
     counts, live = np.asarray(kept), np.asarray(live, bool)
-    _check_episodes(scores, full, counts, live, score_steps)
+    _check_episodes(scores, full, counts, live)
     following = np.concatenate([live[1:], np.zeros_like(live[:1])])
+    scored = needs_score(live, live & ~following, score_steps)
     if score_steps == "all":
-        before, scored = np.concatenate([full[None], scores[:-1]]), live
+        before = np.concatenate([full[None], scores[:-1]])
     else:
-        before, scored = np.broadcast_to(full, scores.shape), live & ~following
+        before = np.broadcast_to(full, scores.shape)
     return np.where(
         live,
         step_reward(
@@ -182,11 +204,8 @@ def _check_episodes(
     full: NDArray[np.float64],
     kept: NDArray[np.generic],
     live: NDArray[np.bool_],
-    score_steps: str,
 ) -> None:
     """Refuse a rollout whose parts do not belong together."""
-    if score_steps not in SCORE_STEPS:
-        raise ValueError(f"score_steps must be one of {SCORE_STEPS}, got {score_steps!r}")
     if scores.ndim != 2 or scores.shape[0] < 1:
         raise ValueError(f"scores must have shape (T, B) with T >= 1, got {scores.shape}")
     steps, batch = scores.shape

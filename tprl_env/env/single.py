@@ -222,7 +222,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
                 else "no episode has begun, call reset() before step()"
             )
         keep = coerce_action(action, (self.source.max_tokens,))
-        reward, ended = self._episodes.advance(keep[None], np.ones(1, bool))
+        reward, ended = self._episodes.advance(keep[None])
         return self._observation(), float(reward[0]), bool(ended[0]), False, self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:

@@ -167,8 +167,8 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         """
         self._check_started("step")
         keep = coerce_action(actions, (self.num_envs, self.source.max_tokens))
-        live = self._episodes.live.copy()
-        rewards, ended = self._episodes.advance(keep, live)
+        live = self._episodes.live
+        rewards, ended = self._episodes.advance(keep)
         size = self.rules.reward_batch_size
         if size > 1:
             shared = batch_mean_reward(rewards.reshape(-1, size), live.reshape(-1, size))

@@ -35,12 +35,11 @@ from ray.rllib.utils.metrics import (
 )
 
 from tprl_env.data.features import shared_source
-from tprl_env.env import rewards
-from tprl_env.env.episodes import choose_episode
+from tprl_env.env.episodes import Episodes, choose_episode
 from tprl_env.rllib.config import TrainConfig, rules
 from tprl_env.rllib.rollout.advantages import estimate
 from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout, learner_columns
-from tprl_env.rllib.rollout.module import TokenPruningModule
+from tprl_env.rllib.rollout.module import Acted, TokenPruningModule
 from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
 from tprl_env.rllib.rollout.scorers import open_scorer
 
@@ -89,11 +88,11 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         self.rules = rules(self.train_config)
         self.source = shared_source(self.train_config.source)
         self.rules.check_source(self.source)
-        self.full_scores = np.asarray(self.source.full_scores(self.rules.score_kind), np.float32)
         self.scorer = open_scorer(self.train_config, settings.get("pool"))
         self._groups = self.train_config.samples // max(1, self.num_workers or 0)
         self._groups //= self.train_config.rounds
         self.num_envs = self._groups * self.train_config.draws
+        self._episodes = Episodes(self.source, self.scorer, self.rules, self.num_envs)
         has_budget = self.rules.budget is not None
         self.env = _Spaces(self.source.max_tokens, has_budget, self.num_envs)
         self._report = ScorerReport()
@@ -176,14 +175,10 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         if self.train_config.fixed_budgets:
             budgets = np.array([self._budget_of(int(sample)) for sample in drawn], np.int64)
         group = np.repeat(np.arange(self._groups), self.train_config.draws)
-        samples = drawn[group]
-        exists = np.asarray(self.source.exists(samples), np.bool_)
-        totals = exists.sum(axis=1)
-        rollout = Rollout(
-            samples, group, np.minimum(budgets[group], totals), self.full_scores[samples]
-        )
-        rollout.counts.append(totals)
-        rollout.masks.append(exists)  # the state before the first step; dropped at the end
+        episodes = self._episodes
+        episodes.start(np.arange(self.num_envs), drawn[group], budgets[group])
+        rollout = Rollout(episodes.samples, group, episodes.budget, episodes.full)
+        rollout.counts.append(episodes.kept)
         return rollout
 
     def _budget_of(self, sample: int) -> int:
@@ -193,13 +188,11 @@ class TokenPruningRunner(SingleAgentEnvRunner):
 
     def _roll_out(self, explore: bool) -> tuple[Rollout, list[Any]]:
         """Take B episodes to their ends; also what was asked of the scorer, in order."""
-        rollout = self._start()
+        rollout, episodes = self._start(), self._episodes
         asked: list[Any] = []
-        alive = rollout.masks.pop()
-        live = np.ones(len(alive), np.bool_)
-        for step in range(self.rules.max_steps):
-            rows = np.flatnonzero(live)
-            obs = self._observe(rollout, alive, rows, step)
+        while episodes.live.any():
+            rows = np.flatnonzero(episodes.live)
+            obs = self._observe(rollout, rows)
             with self.metrics.log_time(RLMODULE_INFERENCE_TIMER):
                 tensors = {name: torch.from_numpy(part) for name, part in obs.items()}
                 device = self.module.device
@@ -208,36 +201,38 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 )
             self.scorer.poll()
             with self.metrics.log_time(ENV_STEP_TIMER):
-                actions = acted.actions.cpu().numpy()
-                values = np.zeros(len(alive), np.float32)
-                values[rows] = acted.values.float().cpu().numpy()
-                after = alive.copy()
-                after[rows] = rewards.advance(alive[rows], actions.astype(np.bool_))
-                columns = {
-                    Columns.OBS: obs,
-                    Columns.ACTIONS: actions,
-                    Columns.ACTION_LOGP: acted.logp.float().cpu().numpy(),
-                }
-                if self.train_config.ratio == "token":  # the old probability of each token
-                    columns[Columns.ACTION_DIST_INPUTS] = acted.inputs.cpu().numpy()
-                rollout.live.append(live.copy())
-                rollout.values.append(values)
-                rollout.steps.append(columns)
-                rollout.masks.append(after)
-                rollout.counts.append(after.sum(axis=1))
-                ended = rewards.is_terminal(
-                    rollout.counts[-1], step + 1, self.rules.max_steps, self.rules.min_tokens
-                )
-                rollout.wanted.append(live & (ended | (self.rules.score_steps == "all")))
-                alive, live = after, live & ~ended
+                self._step(rollout, rows, obs, acted)
             if self.scorer.concurrent and rollout.wanted[-1].any():
-                asked.append(self._ask(rollout, step))
-            if not live.any():
-                break
+                asked.append(self._ask(rollout, len(rollout.live) - 1))
         if not self.scorer.concurrent:  # one request has fuller batches
             asked.append(self._ask(rollout, *range(len(rollout.live))))
         self._rounds_done += 1
         return rollout, asked
+
+    def _step(
+        self, rollout: Rollout, rows: NDArray[np.int64], obs: dict[str, NDArray[Any]], acted: Acted
+    ) -> None:
+        """Step the live episodes, ``rows``, and note what learner and scorer need of the step."""
+        actions = acted.actions.cpu().numpy()
+        keep = np.zeros_like(self._episodes.alive)
+        keep[rows] = actions
+        taken = self._episodes.transition(keep)
+        self._episodes.take(taken)
+        values = np.zeros(len(keep), np.float32)
+        values[rows] = acted.values.float().cpu().numpy()
+        columns = {
+            Columns.OBS: obs,
+            Columns.ACTIONS: actions,
+            Columns.ACTION_LOGP: acted.logp.float().cpu().numpy(),
+        }
+        if self.train_config.ratio == "token":  # the old probability of each token
+            columns[Columns.ACTION_DIST_INPUTS] = acted.inputs.cpu().numpy()
+        rollout.live.append(taken.live)
+        rollout.wanted.append(taken.wanted)
+        rollout.masks.append(taken.alive)
+        rollout.counts.append(taken.kept)
+        rollout.values.append(values)
+        rollout.steps.append(columns)
 
     def _ask(self, rollout: Rollout, *steps: int) -> Any:
         """Send the masks of these steps to the scorer."""
@@ -246,10 +241,9 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         keep = np.concatenate([rollout.masks[t][r] for t, r in zip(steps, rows, strict=True)])
         return self.scorer.submit(samples, keep)
 
-    def _observe(
-        self, rollout: Rollout, alive: NDArray[np.bool_], rows: NDArray[np.int64], step: int
-    ) -> dict[str, NDArray[Any]]:
+    def _observe(self, rollout: Rollout, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """Sample numbers and masks; draws of one sample share their state before the first step."""
+        alive, step = self._episodes.alive, len(rollout.live)
         states = rollout.group[rows] if step == 0 else step * len(alive) + rows
         obs = {
             "sample": rollout.samples[rows],
