@@ -121,8 +121,8 @@ def test_every_command_has_help(capsys):
         (["evaluate", "s", "--lvlm", "l", "--pruners", "random,"], "names separated by commas"),
         (["evaluate", "s", "--lvlm", "l", "--polcy", "p"], "unknown arguments --polcy p"),
         (["autoencoder", "s", "--code-width", "0"], "at least 1, got '0'"),
-        (["train", "smoke", "--lr"], "--lr has no value; write --lr VALUE"),
-        (["train", "smoke", "--lr", "--seed", "2"], "--lr has no value"),
+        (["train", "smoke", "--algorithm.lr"], "--algorithm.lr has no value; write --algorithm.lr"),
+        (["train", "smoke", "--algorithm.lr", "--seed", "2"], "--algorithm.lr has no value"),
         (["train", "smoke", "lr", "2"], "expected --field value, got 'lr'"),
         # an abbreviation is a field of the config, never an option of the command
         (["train", "smoke", "--re", "1"], "TrainConfig has no field 're'"),
@@ -133,8 +133,15 @@ def test_a_command_line_that_cannot_be_read(refused, words, sentence):
 
 
 def test_fields_are_read_from_the_rest_of_the_line():
-    words = ["--lr", "1e-3", "--seed=2", "--imitation-steps", "5", "--alpha", "-1"]
-    assert overrides(words) == {"lr": "1e-3", "seed": "2", "imitation_steps": "5", "alpha": "-1"}
+    words = ["--algorithm.lr", "1e-3", "--seed=2", "--policy.budget-input", "no"]
+    words += ["--imitation.batch_size", "5", "--rules.alpha", "-1"]
+    assert overrides(words) == {
+        "algorithm.lr": "1e-3",
+        "seed": "2",
+        "policy.budget_input": "no",
+        "imitation.batch_size": "5",
+        "rules.alpha": "-1",
+    }
 
 
 def test_an_error_from_a_ray_worker_is_told_without_its_traceback(monkeypatch, capsys):
@@ -431,7 +438,7 @@ def test_results_that_are_none(tmp_path, refused, text, sentence):
 
 def train_words(run, out, *more):
     words = ["train", "recommended", "--source", run.store, "--lvlm", run.lvlm, "--out", out]
-    return [*words, "--iterations", "1", "--budget", "4,8", *more]
+    return [*words, "--limits.iterations", "1", "--rules.budget", "4,8", *more]
 
 
 @pytest.mark.parametrize(
@@ -440,14 +447,17 @@ def train_words(run, out, *more):
         (["recomended"], "recommended"),
         (["none.py"], "there is no config file"),
         (["smoke", "--learning_rate", "1"], "TrainConfig has no field 'learning_rate'"),
-        (["smoke", "--entropi", "1"], "did you mean 'entropy'"),
-        (["smoke", "--lr", "fast"], "lr must be float, got 'fast'"),
-        (["smoke", "--lr", "-1"], "lr must be positive"),
-        (["smoke", "--max-steps", "0"], "max_steps"),
-        (["smoke", "--budget", "0"], "budget"),
-        (["smoke", "--budget", "9,3"], "budget"),
-        (["smoke", "--iterations", "none"], "this run would never end"),
-        (["recommended", "--iterations", "1"], "source is empty; pass --source"),
+        (["smoke", "--algorithm.entropi", "1"], "did you mean 'algorithm.entropy'"),
+        (["smoke", "--entropy", "1"], "no field 'entropy'; it is now 'algorithm.entropy'"),
+        (["smoke", "--one-budget", "1"], "it is now 'rollout.shared_budget'"),
+        (["smoke", "--algorithm.memory-size", "1"], "applies to algorithm='mapo' only"),
+        (["smoke", "--algorithm.lr", "fast"], "algorithm.lr must be float, got 'fast'"),
+        (["smoke", "--algorithm.lr", "-1"], "algorithm.lr must be positive"),
+        (["smoke", "--rules.max-steps", "0"], "rules.max_steps must be"),
+        (["smoke", "--rules.budget", "0"], "rules.budget must be"),
+        (["smoke", "--rules.budget", "9,3"], "rules.budget (low, high)"),
+        (["smoke", "--limits.iterations", "none"], "this run would never end"),
+        (["recommended", "--limits.iterations", "1"], "source is empty; pass --source"),
     ],
 )
 def test_train_refuses_a_config(tmp_path, refused, words, sentence):
@@ -465,7 +475,7 @@ def test_train_refuses_a_missing_lvlm(run, tmp_path, refused):
 
 
 def test_train_refuses_a_budget_that_the_store_cannot_meet(run, tmp_path, refused):
-    words = train_words(run, tmp_path / "out", "--budget", "17")
+    words = train_words(run, tmp_path / "out", "--rules.budget", "17")
     assert "more tokens than the 16" in refused(*words)
 
 

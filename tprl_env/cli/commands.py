@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> int:
     result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
     imitation = 0.0 if result.imitation is None else result.imitation.seconds
     record = {
-        "algorithm": config.algorithm.upper(),
+        "algorithm": config.algorithm.name.upper(),
         "preset": Path(args.config).stem,
         "seconds": round(result.progress.seconds + imitation, 2),
         "lvlm_scores": result.progress.scores,
