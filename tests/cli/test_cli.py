@@ -111,6 +111,48 @@ def test_every_command_has_help(capsys):
         assert command in capsys.readouterr().out
 
 
+def train_help(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_train_shows_every_setting_with_its_meaning(capsys):
+    from tprl_env.rllib.config import TrainConfig
+    from tprl_env.rllib.config.algorithm import SETTINGS
+
+    text = train_help(capsys)
+    names = set().union(*(TrainConfig().replace(algorithm=name).flat() for name in SETTINGS))
+    assert len(names) == 89 and "--resume [auto]" in text
+    for name in names:
+        _, found, rest = text.partition(f"  --{name.replace('_', '-')} ")
+        assert found, name
+        meaning = " ".join(rest.partition("\n")[2].partition("\n  --")[0].split())
+        assert re.match(r"\S.{5,} \(default: .+\)", meaning), (name, meaning)
+    assert "--rules.budget INT|LOW,HIGH|none" in text
+    assert "--policy.query-norm none|rms|layer" in text
+    assert "--policy.token-norm true|false" in text
+
+
+def test_the_help_of_a_preset_shows_its_values(capsys, refused):
+    text = " ".join(train_help(capsys, "budget_conditioned").split())
+    assert "per sample; None without. (default: 3,72)" in text
+    assert "KL(policy || initial policy) (GRPO). (default: 0.04)" in text
+    assert "--algorithm.memory-size" not in text and "--algorithm.gae-lambda" not in text
+    assert "did you mean 'recommended'" in refused("train", "recomended", "--help")
+
+
+def test_the_help_of_train_loads_neither_ray_nor_torch():
+    script = (
+        "import sys\nfrom tprl_env.cli.commands import main\n"
+        "try:\n    main(['train', 'mapo', '--help'])\nfinally:\n"
+        "    print([n for n in ('ray', 'torch', 'transformers') if n in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

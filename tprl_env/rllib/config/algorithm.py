@@ -81,8 +81,8 @@ class PpoSettings(AlgorithmSettings):
         gae_lambda: lambda of generalised advantage estimation (PPO).
         value_coefficient: weight of the critic's squared error (PPO).
         value_clip: largest squared error of the critic per row (PPO).
-        normalize_advantages: scale advantages to deviation 1 per iteration; with PPO also to mean
-            0. GRPO normalises in its groups instead.
+        normalize_advantages: scale advantages to deviation 1 per iteration, with PPO also to mean 0
+            (PPO, MAPO; GRPO normalises in its groups instead).
     """
 
     name: Literal["ppo"] = "ppo"
@@ -124,7 +124,8 @@ class MapoSettings(AlgorithmSettings):
         memory_weight: w_min, least weight of a sample's remembered episodes (MAPO).
         memory_size: episodes remembered per sample and budget (MAPO).
         memory_limit: episodes remembered in total (MAPO).
-        normalize_advantages: scale advantages to deviation 1 per iteration.
+        normalize_advantages: scale advantages to deviation 1 per iteration, with PPO also to mean 0
+            (PPO, MAPO; GRPO normalises in its groups instead).
     """
 
     name: Literal["mapo"] = "mapo"

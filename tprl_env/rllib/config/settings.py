@@ -212,10 +212,10 @@ class ScoringSettings:
     """The scorer that every mask is sent to; what it scores is ``rules.score_kind``.
 
     Attributes:
-        scorer: "lvlm" (the frozen LVLM), "toy" (the rule of a toy source) or "import" (built by
-            ``factory``).
+        scorer: "lvlm" (the frozen LVLM), "toy" (the rule of a toy source) or "import" (what
+            scoring.factory builds).
         factory: "module:function" that builds a scorer from a `ScorerSpec`, for "import".
-        options: JSON values for ``factory``.
+        options: JSON values for scoring.factory.
         batch_size: rows of one forward pass.
         device: torch device of the LVLM, None for the best there is.
         dtype: torch dtype of the LVLM, None for its default.

@@ -52,15 +52,15 @@ class TrainConfig:
 
     Attributes:
         source: the samples: a store folder or "toy:...".
-        lvlm: the LVLM that scores, as `tprl_env.lvlm.load_lvlm` opens it: a folder, a hub id or
-            "builtin:crowded"; for scoring.scorer "lvlm".
+        lvlm: the LVLM that scores, for scoring.scorer "lvlm": a folder, a hub id, "builtin:crowded"
+            or "builtin:sparse".
         seed: of policy, draws and demonstrations.
-        rules: the MDP; a literal names every rule, because `EpisodeRules` itself has the paper's
-            defaults.
+        rules: the MDP. A literal names every rule, because `EpisodeRules` by itself has the
+            defaults of the paper.
         policy: network and distribution.
         imitation: what is imitated before reinforcement.
         rollout: the episodes of an iteration.
-        algorithm: `PpoSettings`, `GrpoSettings` or `MapoSettings`.
+        algorithm: PPO, GRPO or MAPO: `PpoSettings`, `GrpoSettings` or `MapoSettings`.
         scoring: the scorer.
         resources: processes and what each gets.
         limits: when to stop, save and report.
