@@ -16,7 +16,7 @@ from tprl_env.env.scorer import BoolArray, FloatArray, IntArray
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.families.llava import LlavaLVLM
 from tprl_env.rllib.algorithms import algorithm_config
-from tprl_env.rllib.config import TrainConfig, rules, scorer_spec
+from tprl_env.rllib.config import TrainConfig, scorer_spec
 from tprl_env.rllib.rollout.module import TokenPruningModule
 from tprl_env.scoring.lvlm_scorer import LVLMScorer
 from tprl_env.scoring.pool import ScorerPool
@@ -107,15 +107,22 @@ class WithRLlib:
     """
 
     def __init__(self, name: str, config: TrainConfig, actors: int = 0, dtype: str = "") -> None:
-        self._config = config.replace(runner="default" if name == "default" else "fast")
+        self._config = config.replace(
+            **{"rollout.runner": "default" if name == "default" else "fast"}
+        )
         self._pool: ScorerPool | None = None
         if actors:
             self._config = self._config.replace(
-                scorer="lvlm", scorer_factory="", scorer_dtype=dtype, num_scorers=actors
+                **{
+                    "scoring.scorer": "lvlm",
+                    "scoring.factory": "",
+                    "scoring.dtype": dtype,
+                    "resources.num_scorers": actors,
+                }
             )
             self._pool = ScorerPool.start(scorer_spec(self._config), actors)
         else:
-            self._config = self._config.replace(scorer_options={"name": name})
+            self._config = self._config.replace(**{"scoring.options": {"name": name}})
         address = None if self._pool is None else self._pool.address
         self._algorithm = algorithm_config(self._config, pool=address).build_algo()
         self._scorer = SCORERS.get(name)
@@ -160,6 +167,6 @@ def new_module(config: TrainConfig) -> TokenPruningModule:
     """The policy as every contender starts with it."""
     spec = algorithm_config(config).rl_module_spec
     rows = shared_source(config.source).max_tokens
-    space = rules(config).observation_space(shared_source(config.source))
+    space = config.rules.observation_space(shared_source(config.source))
     spec.observation_space, spec.action_space = space, gymnasium.spaces.MultiBinary(rows)
     return spec.build()

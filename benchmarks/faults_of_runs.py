@@ -35,10 +35,15 @@ def config(log: Path, **changes: Any) -> Any:
     return load_config(
         "smoke",
         {
-            "algorithm": "grpo", "num_scorers": 1, "checkpoint_every": 1, "scorer": "import",
-            "scorer_factory": "chaos_scorers:traced", "scorer_options": options, **changes,
+            "algorithm": "grpo",
+            "resources.num_scorers": 1,
+            "limits.checkpoint_every": 1,
+            "scoring.scorer": "import",
+            "scoring.factory": "chaos_scorers:traced",
+            "scoring.options": options,
+            **changes,
         },
-    )  # fmt: skip
+    )
 
 
 def history(out: Path) -> list[dict[str, Any]]:
@@ -72,7 +77,7 @@ def env_runner(folder: Path) -> Row:
                 times.setdefault("whole", time.monotonic())
 
     with local_ray():
-        run = config(folder, num_env_runners=2, iterations=16)
+        run = config(folder, **{"resources.num_env_runners": 2, "limits.iterations": 16})
         result = train(run, folder / "run", progress=False, on_iteration=hook)
     assert result.progress.scores == result.progress.env_steps == result.progress.episodes
     return Row(
@@ -110,8 +115,8 @@ def crash_once(setting: dict[str, Any]) -> None:
 def trial(folder: Path) -> Row:
     from ray import tune
 
-    run, out = config(folder, iterations=4), folder / "run"
-    bundles = tune.PlacementGroupFactory([{"CPU": 1.0}, {"CPU": run.scorer_cpus}])
+    run, out = config(folder, **{"limits.iterations": 4}), folder / "run"
+    bundles = tune.PlacementGroupFactory([{"CPU": 1.0}, {"CPU": run.resources.scorer_cpus}])
     with local_ray():
         results = tune.Tuner(
             tune.with_resources(crash_once, bundles),
@@ -146,7 +151,8 @@ def restarted(folder: Path, fault: str, kill_head: bool) -> Row:
     from tprl_env.rllib.run.folder import RunFolder
 
     out = folder / "run"
-    run = config(folder, scorer="toy")  # the head's workers do not see the tests' folder
+    # the head's workers do not see the tests' folder
+    run = config(folder, **{"scoring.scorer": "toy"})
     words = [sys.executable, "-c", DRIVER, json.dumps(run.as_dict()), str(out)]
     head = start_head(folder / "first", cpus=3)
     try:
@@ -199,7 +205,7 @@ def object_store(folder: Path) -> Row:
             pinned.extend(ray.put(np.zeros(10 << 20, np.uint8)) for _ in range(16))
 
     with local_ray():
-        run = config(folder, num_env_runners=1, iterations=8)
+        run = config(folder, **{"resources.num_env_runners": 1, "limits.iterations": 8})
         result = train(run, folder / "run", progress=False, on_iteration=hook)
     assert result.progress.scores == 8 * EPISODES
     before, after = np.median(times[1:4]), np.median(times[4:])
@@ -219,7 +225,7 @@ def disk(folder: Path) -> Row:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         save(self, path)
 
-    run = config(folder, num_scorers=0, iterations=4)
+    run = config(folder, **{"resources.num_scorers": 0, "limits.iterations": 4})
     with local_ray():
         PruningPolicy.save_pretrained = full
         try:

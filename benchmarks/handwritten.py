@@ -20,13 +20,11 @@ from tprl_env.data.features import shared_source
 from tprl_env.env import rewards
 from tprl_env.env.episodes import choose_episode
 from tprl_env.env.scorer import BoolArray
-from tprl_env.rllib.algorithms.grpo import GrpoSettings, grpo_loss
-from tprl_env.rllib.algorithms.losses import SurrogateSettings
+from tprl_env.rllib.algorithms.grpo import grpo_loss
 from tprl_env.rllib.algorithms.mapo import mapo_loss, new_memory
 from tprl_env.rllib.algorithms.mapo_mixture import mix
-from tprl_env.rllib.algorithms.ppo import LossSettings, ppo_loss
-from tprl_env.rllib.algorithms.shared import settings_of
-from tprl_env.rllib.config import TrainConfig, rules
+from tprl_env.rllib.algorithms.ppo import ppo_loss
+from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.connector import REFERENCE_LOGP
 from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns
 from tprl_env.scoring.cache import CachedScorer
@@ -37,27 +35,33 @@ class Handwritten:
     """A training loop without a framework; advantages and losses of the config's algorithm."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._config, self._rules = config, rules(config)
+        self._config, self._rules = config, config.rules
+        self._settings: Any = config.algorithm  # of one algorithm; each loss reads its own
         # draws of one sample share their first state; without draws there is nothing to share
-        self._names = ("sample", "alive", "step", *(("state",) if config.draws > 1 else ()))
+        self._names = ("sample", "alive", "step", *(("state",) if config.rollout.draws > 1 else ()))
         self._source = shared_source(config.source)
-        self._full = self._source.full_scores(config.score_kind)
+        self._full = self._source.full_scores(config.rules.score_kind)
         self._module = new_module(config)
         trained = [part for part in self._module.parameters() if part.requires_grad]
-        self._adam = torch.optim.Adam(trained, lr=config.lr)
+        self._adam = torch.optim.Adam(trained, lr=self._settings.lr)
         spec = ScorerSpec(
-            config.source, config.score_kind, lvlm=config.lvlm, options={"name": "handwritten"}
+            config.source,
+            config.rules.score_kind,
+            lvlm=config.lvlm,
+            options={"name": "handwritten"},
         )
         self._timed = timed_scorer(spec)
-        self._scorer = CachedScorer(self._timed, self._source, config.score_kind, config.cache_size)
+        self._scorer = CachedScorer(
+            self._timed, self._source, config.rules.score_kind, config.scoring.cache_size
+        )
         self._random = np.random.default_rng(config.seed)
         self._module.generator.manual_seed(config.seed)
         self._estimate, self._loss = {
             "ppo": (self._generalised, self._ppo_loss),
             "grpo": (self._within_groups, self._grpo_loss),
             "mapo": (self._with_memory, self._mapo_loss),
-        }[config.algorithm]
-        self._memory = new_memory(config) if config.algorithm == "mapo" else None
+        }[config.algorithm.name]
+        self._memory = new_memory(config) if config.algorithm.name == "mapo" else None
 
     def iterate(self) -> Cost:
         """Roll out, score, epochs of minibatches."""
@@ -78,9 +82,9 @@ class Handwritten:
         config = self._config
         chosen = [
             choose_episode(self._random, self._source, self._rules)[0]
-            for _ in range(config.samples)
+            for _ in range(config.rollout.samples)
         ]
-        group = np.repeat(np.arange(config.samples), config.draws)
+        group = np.repeat(np.arange(config.rollout.samples), config.rollout.draws)
         samples = np.array(chosen, np.int64)[group]
         alive = self._source.exists(samples)
         live, counts, masks, lives, parts = np.ones(len(samples), bool), [alive.sum(1)], [], [], []
@@ -112,7 +116,13 @@ class Handwritten:
         numbers = np.broadcast_to(samples, taken.shape)[taken]
         scores[taken] = self._scorer(numbers, np.stack(masks)[taken])
         gained = rewards.episode_rewards(
-            scores, self._full[samples], np.stack(counts), taken, config.alpha, config.beta, "all"
+            scores,
+            self._full[samples],
+            np.stack(counts),
+            taken,
+            config.rules.alpha,
+            config.rules.beta,
+            "all",
         )
         names = (*self._names, Columns.ACTIONS, Columns.ACTION_LOGP, EPISODE, GROUP)
         joined = [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -122,7 +132,7 @@ class Handwritten:
         self, columns: dict[str, Any], gained: Any, taken: BoolArray, values: Any
     ) -> dict[str, Any]:
         """Generalised advantages of rewards that mini-batches share."""
-        config, size = self._config, self._config.reward_batch_size
+        size, gamma = self._rules.reward_batch_size, self._settings.gamma
         if size > 1:
             shape = (len(taken), -1, size)
             shared = rewards.batch_mean_reward(gained.reshape(shape), taken.reshape(shape))
@@ -130,8 +140,8 @@ class Handwritten:
         found, following = np.zeros_like(gained), np.zeros(taken.shape[1], np.float32)
         later = np.concatenate([values[1:], np.zeros_like(values[:1])])
         for step in reversed(range(len(taken))):
-            delta = gained[step] + config.gamma * later[step] - values[step]
-            following = (delta + config.gamma * config.gae_lambda * following) * taken[step]
+            delta = gained[step] + gamma * later[step] - values[step]
+            following = (delta + gamma * self._settings.gae_lambda * following) * taken[step]
             found[step] = following
         gain = torch.from_numpy(found[taken].astype(np.float32))
         return columns | {
@@ -140,13 +150,13 @@ class Handwritten:
         }
 
     def _returns(self, gained: Any) -> NDArray[np.float64]:
-        return (self._config.gamma ** np.arange(len(gained)))[:, None] * gained
+        return (self._settings.gamma ** np.arange(len(gained)))[:, None] * gained
 
     def _within_groups(
         self, columns: dict[str, Any], gained: Any, taken: BoolArray, values: Any
     ) -> dict[str, Any]:
         """One advantage per episode, and the start policy's probabilities."""
-        returns = self._returns(gained).sum(0).reshape(-1, self._config.draws)
+        returns = self._returns(gained).sum(0).reshape(-1, self._config.rollout.draws)
         spread = returns.std(1, keepdims=True) + 1e-6
         gain = ((returns - returns.mean(1, keepdims=True)) / spread).reshape(-1)
         obs = {name: columns[name] for name in self._names}
@@ -168,30 +178,28 @@ class Handwritten:
             [EpisodeColumns(store, len(table[GROUP]))],
             self._memory,
             self._module.judge,
-            self._config.memory_weight,
-            self._config.normalize_advantages,
+            self._settings.memory_weight,
+            self._settings.normalize_advantages,
         )
         flat = {**mixed.columns, **mixed.columns[Columns.OBS]}
         del flat[Columns.OBS]
         return {name: torch.from_numpy(part) for name, part in flat.items()}
 
     def _ppo_loss(self, few: dict[str, Any], distribution: Any, out: dict[str, Any]) -> Tensor:
-        settings, values = settings_of(LossSettings, self._config), out[Columns.EMBEDDINGS]
-        return ppo_loss(few, distribution, values, settings, self._config.entropy).total
+        settings, values = self._settings, out[Columns.EMBEDDINGS]
+        return ppo_loss(few, distribution, values, settings, settings.entropy).total
 
     def _grpo_loss(self, few: dict[str, Any], distribution: Any, out: dict[str, Any]) -> Tensor:
-        settings = settings_of(GrpoSettings, self._config)
-        return grpo_loss(few, distribution, settings, self._config.entropy).total
+        return grpo_loss(few, distribution, self._settings, self._settings.entropy).total
 
     def _mapo_loss(self, few: dict[str, Any], distribution: Any, out: dict[str, Any]) -> Tensor:
-        settings = settings_of(SurrogateSettings, self._config)
-        return mapo_loss(few, distribution, settings, self._config.entropy).total
+        return mapo_loss(few, distribution, self._settings, self._settings.entropy).total
 
     def _learn(self, batch: dict[str, Any]) -> int:
         """Epochs of shuffled minibatches; returns rows trained on."""
         rows, trained = len(batch[Columns.ACTION_LOGP]), 0
-        for _ in range(self._config.epochs):
-            for part in torch.randperm(rows).split(self._config.minibatch_size or rows):
+        for _ in range(self._settings.epochs):
+            for part in torch.randperm(rows).split(self._settings.minibatch_size or rows):
                 few = {name: column[part] for name, column in batch.items()}
                 out = self._module.forward_train(
                     {Columns.OBS: {name: few[name] for name in self._names}}
@@ -202,7 +210,7 @@ class Handwritten:
                 loss = self._loss(few, distribution, out)
                 self._adam.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._config.grad_clip)
+                torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._settings.grad_clip)
                 self._adam.step()
                 trained += len(part)
         return trained

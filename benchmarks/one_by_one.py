@@ -18,7 +18,7 @@ from tprl_env.env.episodes import choose_episode
 from tprl_env.env.scorer import BoolArray
 from tprl_env.lvlm import find_lvlm
 from tprl_env.lvlm.protocol import Prompt
-from tprl_env.rllib.config import TrainConfig, rules
+from tprl_env.rllib.config import TrainConfig
 
 NEW_TOKENS = 20
 
@@ -73,7 +73,7 @@ class OneByOne:
     """One row through the policy and one answer generated and graded per step; no cache."""
 
     def __init__(self, config: TrainConfig, episodes: int, answer: Answer) -> None:
-        self._episodes, self._rules, self._answer = episodes, rules(config), answer
+        self._episodes, self._rules, self._answer = episodes, config.rules, answer
         self._source: Any = shared_source(config.source)
         self._full = self._source.full_scores("exact")
         self._lvlm = open_lvlm(config.lvlm)

@@ -109,9 +109,13 @@ def _config(args: argparse.Namespace, folder: Path) -> TrainConfig:
             store, code_width=args.code_width, steps=args.autoencoder_steps, device="cpu"
         )
         write_codes(store, autoencoder)
-    changes: dict[str, Any] = {"samples": args.episodes}
+    changes: dict[str, Any] = {"rollout.samples": args.episodes}
     if args.algorithm != "ppo":  # whole groups, each episode with its own reward
-        changes = {"samples": args.episodes // DRAWS, "draws": DRAWS, "reward_batch_size": 1}
+        changes = {
+            "rollout.samples": args.episodes // DRAWS,
+            "rollout.draws": DRAWS,
+            "rules.reward_batch_size": 1,
+        }
     return load_config(
         "paper",
         {
@@ -119,8 +123,8 @@ def _config(args: argparse.Namespace, folder: Path) -> TrainConfig:
             "algorithm": args.algorithm,
             "source": str(folder),
             "lvlm": args.lvlm,
-            "scorer": "import",
-            "scorer_factory": "benchmarks.contenders:timed_scorer",
+            "scoring.scorer": "import",
+            "scoring.factory": "benchmarks.contenders:timed_scorer",
             "seed": args.seed,
         },
     )
@@ -137,10 +141,10 @@ def _measure(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
         "handwritten": Handwritten(config),
         **one_by_one,
     }
-    if config.algorithm == "ppo":
+    if config.algorithm.name == "ppo":
         contenders["default"] = WithRLlib("default", config)
     if args.actors:
-        large = config.replace(scorer_batch_size=args.actor_batch)
+        large = config.replace(**{"scoring.batch_size": args.actor_batch})
         contenders[ACTORS] = WithRLlib(ACTORS, large, args.actors, args.actor_dtype)
     rounds: list[dict[str, Cost]] = []
     for number in range(args.warmup + args.repeats):
@@ -160,8 +164,10 @@ def _measure(args: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
         "setting": vars(args)
         | {"tokens": source.max_tokens, "code_width": source.code_width}
         | {
-            name: getattr(config, name)
-            for name in ("max_steps", "epochs", "minibatch_size", "draws")
+            "max_steps": config.rules.max_steps,
+            "epochs": config.algorithm.epochs,
+            "minibatch_size": config.algorithm.minibatch_size,
+            "draws": config.rollout.draws,
         },
         "versions": {"torch": torch.__version__, "ray": ray.__version__},
     }

@@ -154,18 +154,22 @@ def runner(folder: Path) -> dict[str, Any]:
     """In a fresh process: a whole env runner, four iterations of 256 episodes."""
     import torch
 
-    from tprl_env.rllib.algorithms.ppo import ppo_config
+    from tprl_env.rllib.algorithms import algorithm_config
     from tprl_env.rllib.config import load_config
     from tprl_env.rllib.rollout.runner import TokenPruningRunner
 
     torch.set_num_threads(1)
     settings = {
-        "source": str(folder), "scorer": "import", "num_scorers": 0, "budget": KEPT,
-        "scorer_factory": "benchmarks.scale_store:instant", "demonstrator": "none",
-    }  # fmt: skip
+        "source": str(folder),
+        "scoring.scorer": "import",
+        "resources.num_scorers": 0,
+        "rules.budget": KEPT,
+        "scoring.factory": "benchmarks.scale_store:instant",
+        "imitation.demonstrator": "none",
+    }
     before = resident()
     config = load_config("recommended", settings)
-    made = TokenPruningRunner(config=ppo_config(config), worker_index=0, num_workers=0)
+    made = TokenPruningRunner(config=algorithm_config(config), worker_index=0, num_workers=0)
     found: dict[str, Any] = {"imports_mb": round(before["total"]), "built_mb": beyond(before)}
     start, cpu = time.perf_counter(), time.process_time()
     iterations = [made.sample() for _ in range(4)]

@@ -47,11 +47,6 @@ PACKAGES = {
     **dict.fromkeys(("benchmarks", "rllib_configs", "tests"), ()),  # they stand on the package
     "": (),  # a relative import; there is one way to write a path
 }
-# Temporary: circles for type checkers alone, which go when the config is cut into parts.
-KNOWN = {
-    ("tprl_env.rllib.config.checks", "tprl_env.rllib.config"),
-    ("tprl_env.rllib.config.parts", "tprl_env.rllib.config"),
-}
 
 ORDER = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 Functions = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -104,15 +99,13 @@ def forbidden(sources: Sources) -> list[str]:
     return [f"{m} -> {t}" for m in sources for t in imports(sources, m) if not allowed(m, t)]
 
 
-def circle(sources: Sources, known: set[tuple[str, str]] | None = None) -> list[str]:
+def circle(sources: Sources) -> list[str]:
     """One circle of files, if there is any.
 
     An import inside a function is left out: so a light file opens a heavy one of its own room when
     it is called, as `tprl_env.lvlm` does with the families.
     """
     graph = {m: set(imports(sources, m, False)) & sources.keys() for m in sources}
-    for module, target in known or ():
-        graph[module].discard(target)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -141,9 +134,7 @@ def test_imports_go_downward_only():
 
 
 def test_no_circle_between_files():
-    assert circle(PACKAGE, KNOWN) == []
-    needed = {edge for edge in KNOWN if circle(PACKAGE, KNOWN - {edge})}
-    assert needed == KNOWN, "take out of KNOWN what is no circle any more"
+    assert circle(PACKAGE) == []
 
 
 def test_every_entry_of_the_tables_is_needed():

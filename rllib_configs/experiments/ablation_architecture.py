@@ -7,10 +7,10 @@ EXPERIMENT = Experiment(
     question="Does the policy need attention between tokens? TPRL table 8 says so.",
     arms={
         "attention": Arm(),
-        "mlp": Arm({"architecture": "mlp"}),
+        "mlp": Arm({"policy.architecture": "mlp"}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

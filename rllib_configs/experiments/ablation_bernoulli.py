@@ -7,13 +7,13 @@ EXPERIMENT = Experiment(
     question="Bernoulli actions: one ratio per mask or per token? Does the discount (eq. 14) help?",
     arms={
         "token-ratio": Arm(),
-        "joint-ratio": Arm({"ratio": "joint"}),
-        "t3-discount-1": Arm({"max_steps": 3}),
-        "t3-discount-0.5": Arm({"max_steps": 3, "discount": 0.5}),
+        "joint-ratio": Arm({"algorithm.ratio": "joint"}),
+        "t3-discount-1": Arm({"rules.max_steps": 3}),
+        "t3-discount-0.5": Arm({"rules.max_steps": 3, "policy.discount": 0.5}),
     },
     preset="bernoulli_count",
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

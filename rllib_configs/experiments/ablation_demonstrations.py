@@ -7,12 +7,12 @@ EXPERIMENT = Experiment(
     question="Which demonstrations are needed? TPRL table 6 compares VisPruner's with none.",
     arms={
         "question_attention": Arm(),
-        "vispruner": Arm({"demonstrator": "vispruner"}),
-        "divprune": Arm({"demonstrator": "divprune"}),
-        "nothing": Arm({"demonstrator": "none"}),
+        "vispruner": Arm({"imitation.demonstrator": "vispruner"}),
+        "divprune": Arm({"imitation.demonstrator": "divprune"}),
+        "nothing": Arm({"imitation.demonstrator": "none"}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

@@ -11,7 +11,7 @@ EXPERIMENT = Experiment(
         "paper": Arm(preset="paper"),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

@@ -8,13 +8,13 @@ EXPERIMENT = Experiment(
     arms={
         "mapo": Arm(),
         # the weight is then the policy's own probability of a remembered mask: all but zero
-        "no-memory": Arm({"memory_weight": 0.0}),
-        "ppo-fixed-budgets": Arm({"fixed_budgets": True}, preset="ppo"),
+        "no-memory": Arm({"algorithm.memory_weight": 0.0}),
+        "ppo-fixed-budgets": Arm({"rollout.fixed_budgets": True}, preset="ppo"),
         "ppo": Arm(preset="ppo"),
     },
     preset="mapo",
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     # the memory has something to say once samples come again: here each comes three times
     train_questions=1000,

@@ -7,10 +7,10 @@ EXPERIMENT = Experiment(
     question="Is one mean vector per question enough, as in TPRL?",
     arms={
         "tokens": Arm(),
-        "mean": Arm({"query": "mean"}),
+        "mean": Arm({"rules.query": "mean"}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

@@ -7,13 +7,13 @@ EXPERIMENT = Experiment(
     question="How many pruning steps per episode? TPRL table 7 finds a gain up to three.",
     arms={
         "t1": Arm(),
-        "t2": Arm({"max_steps": 2}),
-        "t3": Arm({"max_steps": 3}),
-        "t4": Arm({"max_steps": 4}),
-        "t5": Arm({"max_steps": 5}),
+        "t2": Arm({"rules.max_steps": 2}),
+        "t3": Arm({"rules.max_steps": 3}),
+        "t4": Arm({"rules.max_steps": 4}),
+        "t5": Arm({"rules.max_steps": 5}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

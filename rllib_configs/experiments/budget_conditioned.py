@@ -8,11 +8,11 @@ EXPERIMENT = Experiment(
     preset="budget_conditioned",
     arms={
         "one-for-all": Arm(),
-        "only-14": Arm({"budget": 14, "budget_input": False}),
-        "only-4": Arm({"budget": 4, "budget_input": False}),
+        "only-14": Arm({"rules.budget": 14, "policy.budget_input": False}),
+        "only-4": Arm({"rules.budget": 4, "policy.budget_input": False}),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

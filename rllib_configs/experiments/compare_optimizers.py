@@ -12,7 +12,7 @@ EXPERIMENT = Experiment(
     },
     tasks=("crowded", "sparse"),
     # each run scores in its own process, so that many fit on a machine
-    changes={"num_scorers": 0},
+    changes={"resources.num_scorers": 0},
     seeds=(0, 1, 2, 3, 4),
     max_scores=50_000,
 )

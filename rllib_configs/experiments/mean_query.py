@@ -7,7 +7,7 @@ EXPERIMENT = Experiment(
     question="What does one query vector reach at full size, with a gate instead of the sum?",
     arms={"mean-query": Arm(preset="mean_query")},
     # each run scores in its own process, so that many fit on a machine
-    changes={"num_scorers": 0},
+    changes={"resources.num_scorers": 0},
     seeds=(0, 1, 2),
     max_scores=50_000,
 )

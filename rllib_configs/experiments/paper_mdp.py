@@ -2,11 +2,11 @@
 
 from tprl_env.rllib.experiments.definition import Arm, Experiment
 
-RATE = {"lr": 5e-4}
-OWN_REWARD = {**RATE, "reward_batch_size": 1}
-NO_DISCOUNT = {**OWN_REWARD, "discount": 1.0}
-GROUPS = {**NO_DISCOUNT, "samples": 32, "draws": 8, "group_baseline": True}
-TOKEN_RATIO = {**GROUPS, "ratio": "token"}
+RATE = {"algorithm.lr": 5e-4}
+OWN_REWARD = {**RATE, "rules.reward_batch_size": 1}
+NO_DISCOUNT = {**OWN_REWARD, "policy.discount": 1.0}
+GROUPS = {**NO_DISCOUNT, "rollout.samples": 32, "rollout.draws": 8, "rollout.group_baseline": True}
+TOKEN_RATIO = {**GROUPS, "algorithm.ratio": "token"}
 
 EXPERIMENT = Experiment(
     name="paper_mdp",
@@ -22,7 +22,7 @@ EXPERIMENT = Experiment(
         "token-ratio": Arm(TOKEN_RATIO),
     },
     # half the imitation of the preset; each run scores in its own process, so that many fit
-    changes={"num_scorers": 0, "imitation_steps": 450},
+    changes={"resources.num_scorers": 0, "imitation.steps": 450},
     seeds=(0, 1, 2),
     max_scores=15_000,
 )

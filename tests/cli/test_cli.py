@@ -111,6 +111,48 @@ def test_every_command_has_help(capsys):
         assert command in capsys.readouterr().out
 
 
+def train_help(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["train", *words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_help_of_train_shows_every_setting_with_its_meaning(capsys):
+    from tprl_env.rllib.config import TrainConfig
+    from tprl_env.rllib.config.algorithm import SETTINGS
+
+    text = train_help(capsys)
+    names = set().union(*(TrainConfig().replace(algorithm=name).flat() for name in SETTINGS))
+    assert len(names) == 89 and "--resume [auto]" in text
+    for name in names:
+        _, found, rest = text.partition(f"  --{name.replace('_', '-')} ")
+        assert found, name
+        meaning = " ".join(rest.partition("\n")[2].partition("\n  --")[0].split())
+        assert re.match(r"\S.{5,} \(default: .+\)", meaning), (name, meaning)
+    assert "--rules.budget INT|LOW,HIGH|none" in text
+    assert "--policy.query-norm none|rms|layer" in text
+    assert "--policy.token-norm true|false" in text
+
+
+def test_the_help_of_a_preset_shows_its_values(capsys, refused):
+    text = " ".join(train_help(capsys, "budget_conditioned").split())
+    assert "per sample; None without. (default: 3,72)" in text
+    assert "KL(policy || initial policy) (GRPO). (default: 0.04)" in text
+    assert "--algorithm.memory-size" not in text and "--algorithm.gae-lambda" not in text
+    assert "did you mean 'recommended'" in refused("train", "recomended", "--help")
+
+
+def test_the_help_of_train_loads_neither_ray_nor_torch():
+    script = (
+        "import sys\nfrom tprl_env.cli.commands import main\n"
+        "try:\n    main(['train', 'mapo', '--help'])\nfinally:\n"
+        "    print([n for n in ('ray', 'torch', 'transformers') if n in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -121,8 +163,8 @@ def test_every_command_has_help(capsys):
         (["evaluate", "s", "--lvlm", "l", "--pruners", "random,"], "names separated by commas"),
         (["evaluate", "s", "--lvlm", "l", "--polcy", "p"], "unknown arguments --polcy p"),
         (["autoencoder", "s", "--code-width", "0"], "at least 1, got '0'"),
-        (["train", "smoke", "--lr"], "--lr has no value; write --lr VALUE"),
-        (["train", "smoke", "--lr", "--seed", "2"], "--lr has no value"),
+        (["train", "smoke", "--algorithm.lr"], "--algorithm.lr has no value; write --algorithm.lr"),
+        (["train", "smoke", "--algorithm.lr", "--seed", "2"], "--algorithm.lr has no value"),
         (["train", "smoke", "lr", "2"], "expected --field value, got 'lr'"),
         # an abbreviation is a field of the config, never an option of the command
         (["train", "smoke", "--re", "1"], "TrainConfig has no field 're'"),
@@ -133,8 +175,15 @@ def test_a_command_line_that_cannot_be_read(refused, words, sentence):
 
 
 def test_fields_are_read_from_the_rest_of_the_line():
-    words = ["--lr", "1e-3", "--seed=2", "--imitation-steps", "5", "--alpha", "-1"]
-    assert overrides(words) == {"lr": "1e-3", "seed": "2", "imitation_steps": "5", "alpha": "-1"}
+    words = ["--algorithm.lr", "1e-3", "--seed=2", "--policy.budget-input", "no"]
+    words += ["--imitation.batch_size", "5", "--rules.alpha", "-1"]
+    assert overrides(words) == {
+        "algorithm.lr": "1e-3",
+        "seed": "2",
+        "policy.budget_input": "no",
+        "imitation.batch_size": "5",
+        "rules.alpha": "-1",
+    }
 
 
 def test_an_error_from_a_ray_worker_is_told_without_its_traceback(monkeypatch, capsys):
@@ -447,7 +496,7 @@ def test_results_that_are_none(tmp_path, refused, text, sentence):
 
 def train_words(run, out, *more):
     words = ["train", "recommended", "--source", run.store, "--lvlm", run.lvlm, "--out", out]
-    return [*words, "--iterations", "1", "--budget", "4,8", *more]
+    return [*words, "--limits.iterations", "1", "--rules.budget", "4,8", *more]
 
 
 @pytest.mark.parametrize(
@@ -456,14 +505,17 @@ def train_words(run, out, *more):
         (["recomended"], "recommended"),
         (["none.py"], "there is no config file"),
         (["smoke", "--learning_rate", "1"], "TrainConfig has no field 'learning_rate'"),
-        (["smoke", "--entropi", "1"], "did you mean 'entropy'"),
-        (["smoke", "--lr", "fast"], "lr must be float, got 'fast'"),
-        (["smoke", "--lr", "-1"], "lr must be positive"),
-        (["smoke", "--max-steps", "0"], "max_steps"),
-        (["smoke", "--budget", "0"], "budget"),
-        (["smoke", "--budget", "9,3"], "budget"),
-        (["smoke", "--iterations", "none"], "this run would never end"),
-        (["recommended", "--iterations", "1"], "source is empty; pass --source"),
+        (["smoke", "--algorithm.entropi", "1"], "did you mean 'algorithm.entropy'"),
+        (["smoke", "--entropy", "1"], "no field 'entropy'; it is now 'algorithm.entropy'"),
+        (["smoke", "--one-budget", "1"], "it is now 'rollout.shared_budget'"),
+        (["smoke", "--algorithm.memory-size", "1"], "applies to algorithm='mapo' only"),
+        (["smoke", "--algorithm.lr", "fast"], "algorithm.lr must be float, got 'fast'"),
+        (["smoke", "--algorithm.lr", "-1"], "algorithm.lr must be positive"),
+        (["smoke", "--rules.max-steps", "0"], "rules.max_steps must be"),
+        (["smoke", "--rules.budget", "0"], "rules.budget must be"),
+        (["smoke", "--rules.budget", "9,3"], "rules.budget (low, high)"),
+        (["smoke", "--limits.iterations", "none"], "this run would never end"),
+        (["recommended", "--limits.iterations", "1"], "source is empty; pass --source"),
     ],
 )
 def test_train_refuses_a_config(tmp_path, refused, words, sentence):
@@ -481,7 +533,7 @@ def test_train_refuses_a_missing_lvlm(run, tmp_path, refused):
 
 
 def test_train_refuses_a_budget_that_the_store_cannot_meet(run, tmp_path, refused):
-    words = train_words(run, tmp_path / "out", "--budget", "17")
+    words = train_words(run, tmp_path / "out", "--rules.budget", "17")
     assert "more tokens than the 16" in refused(*words)
 
 

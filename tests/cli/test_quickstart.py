@@ -9,7 +9,12 @@ from tprl_env.cli.quickstart import run_quickstart
 from tprl_env.evaluation.builtin_stores import QuickstartSettings
 from tprl_env.evaluation.results import read_results
 
-SMALL = {"max_scores": "10240", "samples": "8", "draws": "4", "imitation_steps": "400"}
+SMALL = {
+    "limits.max_scores": "10240",
+    "rollout.samples": "8",
+    "rollout.draws": "4",
+    "imitation.steps": "400",
+}
 
 
 @pytest.fixture(scope="module")

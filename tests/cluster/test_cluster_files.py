@@ -379,11 +379,11 @@ def test_the_jobs_command_is_one_that_we_understand():
     assert words[3] == "--out" and words[4].startswith("/shared/")
     config = load_config(words[2], overrides(words[at + 2 :]))
     groups = {g.groupName: g for g in cluster_specs()[1].workerGroupSpecs}
-    assert config.scorer_resources == {"scorer": 1.0}
-    assert config.scorer_cpus == float(groups["scorer"].rayStartParams["num-cpus"])
-    assert config.num_scorers <= groups["scorer"].maxReplicas
+    assert config.resources.scorer_resources == {"scorer": 1.0}
+    assert config.resources.scorer_cpus == float(groups["scorer"].rayStartParams["num-cpus"])
+    assert config.resources.num_scorers <= groups["scorer"].maxReplicas
     runners = int(groups["runner"].rayStartParams["num-cpus"]) * groups["runner"].maxReplicas
-    assert config.num_env_runners <= runners and config.start_timeout >= 1200
+    assert config.resources.num_env_runners <= runners and config.resources.start_timeout >= 1200
 
 
 def test_manifests_fit_the_operators_own_schema():
@@ -517,11 +517,11 @@ def test_the_batch_script_parses():
 
 
 def test_the_batch_script_starts_the_training_with_a_private_token(slurm, tmp_path: Path):
-    done = slurm("smoke", "/shared/my run", "--scorer_options", '{"a": "b c"}')
+    done = slurm("smoke", "/shared/my run", "--scoring.options", '{"a": "b c"}')
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tprl").read_text().splitlines() == [
         "train", "smoke", "--out", "/shared/my run", "--resume", "auto",
-        "--scorer_options", '{"a": "b c"}',
+        "--scoring.options", '{"a": "b c"}',
     ]  # fmt: skip
     started = (tmp_path / "ray").read_text().split()
     assert started[:5] == ["symmetric-run", "--address", "10.1.2.3:25678", "--min-nodes", "2"]

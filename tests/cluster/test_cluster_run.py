@@ -29,7 +29,7 @@ from two_hosts import two_hosts  # noqa: F401  a fixture
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScorerStats
-from tprl_env.rllib.algorithms.ppo import ppo_config
+from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import load_config, scorer_spec
 from tprl_env.rllib.run.placement import actor_bundles
 from tprl_env.scoring.routing import ActorState, Limits, Request, Router
@@ -39,18 +39,18 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def test_configs_hold_names_and_never_tensors(tmp_path: Path):
-    config = load_config("smoke", {"num_env_runners": 8, "num_scorers": 64})
+    config = load_config("smoke", {"resources.num_env_runners": 8, "resources.num_scorers": 64})
     names = tuple(f"tprl-scorer-0123abcd-{number}" for number in range(64))
     pool = PoolAddress(names, "default", vars(scorer_spec(config)), {})
-    settings = ppo_config(config, pool=pool, init_policy=str(tmp_path))
+    settings = algorithm_config(config, pool=pool, init_policy=str(tmp_path))
     size = len(ray.cloudpickle.dumps(settings))
     assert size < 100_000, size
     assert len(ray.cloudpickle.dumps(scorer_spec(config))) < 2_000
 
 
 def test_every_actor_asks_for_something():
-    config = load_config("smoke", {"num_env_runners": 4, "num_learners": 2})
-    settings = ppo_config(config)
+    config = load_config("smoke", {"resources.num_env_runners": 4, "resources.num_learners": 2})
+    settings = algorithm_config(config)
     assert actor_bundles(settings) == {
         "env runners": [{"CPU": 1.0}] * 4,
         "learners": [{"CPU": 1.0}] * 2,
@@ -155,7 +155,8 @@ def test_the_batch_script_trains_on_two_hosts(two_hosts, tmp_path: Path):
         PYTHONPATH=str(ROOT),
     )  # fmt: skip
     environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
-    words = ["--iterations", "2", "--num_env_runners=1", "--scorer_cpus=1", "--num_scorers=2"]
+    words = ["--limits.iterations", "2", "--resources.num_env_runners=1"]
+    words += ["--resources.scorer_cpus=1", "--resources.num-scorers=2"]
     try:
         done = subprocess.run(
             ["bash", str(ROOT / "cluster/slurm/train.sbatch"), "smoke", f"{tmp_path}/run", *words],
@@ -182,7 +183,10 @@ def note(row, policy):
         if actor["State"] == "ALIVE":
             name = actor["ActorClassName"].split(".")[-1]
             places.setdefault(name, set()).add(nodes[actor["Address"]["NodeID"]])
-fields = {"iterations": 3, "num_env_runners": 1, "scorer_resources": {"scorer": 1.0}}
+fields = {
+    "limits.iterations": 3, "resources.num_env_runners": 1,
+    "resources.scorer_resources": {"scorer": 1.0},
+}
 train(load_config("smoke", fields), sys.argv[1], progress=False, on_iteration=note)
 print("PLACES", json.dumps({name: sorted(where) for name, where in places.items()}))
 """

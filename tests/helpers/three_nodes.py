@@ -20,12 +20,12 @@ from tprl_env.rllib.run.train import train
 from tprl_env.scoring.pool import ScorerPool
 
 FIELDS = {
-    "iterations": 3,
-    "num_env_runners": 2,
-    "num_scorers": 2,
-    "scorer_cpus": 1.0,
-    "scorer_resources": {"scorer": 1.0},
-    "start_timeout": 60.0,
+    "limits.iterations": 3,
+    "resources.num_env_runners": 2,
+    "resources.num_scorers": 2,
+    "resources.scorer_cpus": 1.0,
+    "resources.scorer_resources": {"scorer": 1.0},
+    "resources.start_timeout": 60.0,
 }
 
 
@@ -73,13 +73,29 @@ def main(out: str) -> None:
                 "scores": result.progress.scores,
                 "answered": answered,
                 "too many runners": refusal(
-                    config.replace(num_env_runners=4, start_timeout=3.0), f"{out}/a"
+                    config.replace(
+                        **{"resources.num_env_runners": 4, "resources.start_timeout": 3.0}
+                    ),
+                    f"{out}/a",
                 ),
                 "too many scorers": refusal(
-                    config.replace(num_scorers=3, scorer_cpus=0.5, start_timeout=8.0), f"{out}/b"
+                    config.replace(
+                        **{
+                            "resources.num_scorers": 3,
+                            "resources.scorer_cpus": 0.5,
+                            "resources.start_timeout": 8.0,
+                        }
+                    ),
+                    f"{out}/b",
                 ),
                 "no gpu": refusal(
-                    config.replace(num_learners=1, gpus_per_learner=1.0, start_timeout=3.0),
+                    config.replace(
+                        **{
+                            "resources.num_learners": 1,
+                            "resources.gpus_per_learner": 1.0,
+                            "resources.start_timeout": 3.0,
+                        }
+                    ),
                     f"{out}/c",
                 ),
             }

@@ -34,12 +34,13 @@ EXPERIMENT = Experiment(
     question="Does a critic's learning rate matter?",
     arms={
         "slow": Arm(code_width=8),
-        "fast": Arm({"lr": 5e-3}, code_width=8),
-        "nothing": Arm({"demonstrator": "none"}, code_width=8),
+        "fast": Arm({"algorithm.lr": 5e-3}, code_width=8),
+        "nothing": Arm({"imitation.demonstrator": "none"}, code_width=8),
     },
     changes={
-        "num_scorers": 0, "budget": (2, 6), "samples": 4, "draws": 4, "imitation_steps": 5,
-        "imitation_batch_size": 4, "width": 16, "checkpoint_every": 1, "checkpoint_seconds": 0.0,
+        "resources.num_scorers": 0, "rules.budget": (2, 6), "rollout.samples": 4,
+        "rollout.draws": 4, "imitation.steps": 5, "imitation.batch_size": 4, "policy.width": 16,
+        "limits.checkpoint_every": 1, "limits.checkpoint_seconds": 0.0,
     },
     seeds=%s,
     max_scores=%d,
@@ -180,10 +181,18 @@ def test_a_search_stops_the_worse_and_orders_all(small, tmp_path):
 def test_without_scorer_actors_a_run_is_the_same_to_the_bit(small, tmp_path):
     # with actors the batches depend on timing, and a likelihood's last bits on the batch
     changes = {
-        "source": str(small.store), "lvlm": str(small.lvlm), "num_scorers": 0, "iterations": 3,
-        "budget": (2, 6), "samples": 4, "draws": 4, "imitation_steps": 5, "imitation_batch_size": 4,
-        "width": 16, "max_scores": None,
-    }  # fmt: skip
+        "source": str(small.store),
+        "lvlm": str(small.lvlm),
+        "resources.num_scorers": 0,
+        "limits.iterations": 3,
+        "rules.budget": (2, 6),
+        "rollout.samples": 4,
+        "rollout.draws": 4,
+        "imitation.steps": 5,
+        "imitation.batch_size": 4,
+        "policy.width": 16,
+        "limits.max_scores": None,
+    }
     config = load_config("recommended", changes)
     first, second = (
         load_file(train(config, tmp_path / name, progress=False).policy_path / "model.safetensors")
@@ -196,9 +205,14 @@ def test_without_scorer_actors_a_run_is_the_same_to_the_bit(small, tmp_path):
 def test_resources_of_a_run_name_every_actor():
     config = load_config(
         "recommended",
-        {"num_scorers": 2, "scorer_gpus": 0.5, "num_env_runners": 1, "samples": 32,
-         "scorer_resources": {"scorer": 1.0}},
-    )  # fmt: skip
+        {
+            "resources.num_scorers": 2,
+            "resources.scorer_gpus": 0.5,
+            "resources.num_env_runners": 1,
+            "rollout.samples": 32,
+            "resources.scorer_resources": {"scorer": 1.0},
+        },
+    )
     bundles = trial_resources(config).bundles
     scorer = {"CPU": 1.0, "GPU": 0.5, "scorer": 1.0}
     assert bundles == [{"CPU": 1.0}, scorer, scorer, {"CPU": 1.0}]

@@ -42,7 +42,7 @@ def experiment(**fields) -> Experiment:
     given = {
         "name": "small",
         "question": "Is b better?",
-        "arms": {"a": Arm(), "b": Arm({"lr": 1e-3})},
+        "arms": {"a": Arm(), "b": Arm({"algorithm.lr": 1e-3})},
         "seeds": (0, 1, 2),
         "budgets": (4, 2),
     }
@@ -56,19 +56,19 @@ def test_every_shipped_experiment_loads_under_its_own_name(name):
     if isinstance(spec, Experiment):
         trials = spec.trials()
         assert len(trials) == len(spec.tasks) * len(spec.arms) * len(spec.seeds)
-        assert {trial.config.max_scores for trial in trials} == {spec.max_scores}
+        assert {trial.config.limits.max_scores for trial in trials} == {spec.max_scores}
         own = [trial for trial in trials if trial.task == spec.tasks[0]]
         keys = {(run_key(trial, PRINTS, spec.budgets), trial.code_width) for trial in own}
         assert len(keys) == len(own)  # no arm repeats another
     else:
-        assert spec.config({}).max_scores == spec.max_scores
+        assert spec.config({}).limits.max_scores == spec.max_scores
 
 
 def test_the_optimizers_are_compared_over_five_seeds_from_the_same_imitations():
     spec = load_experiment("compare_optimizers")
     assert len(spec.seeds) >= 5
     trials = spec.trials()
-    assert {trial.config.algorithm for trial in trials} == {"ppo", "grpo", "mapo"}
+    assert {trial.config.algorithm.name for trial in trials} == {"ppo", "grpo", "mapo"}
     for seed in spec.seeds:
         own = [t.config for t in trials if t.seed == seed and t.task == "crowded"]
         assert len({imitation_key(config, PRINTS) for config in own}) == 1
@@ -80,10 +80,10 @@ def test_the_optimizers_are_compared_over_five_seeds_from_the_same_imitations():
         ({"seeds": (0, 1, 0)}, "counts a seed twice"),
         ({"seeds": ()}, "needs arms, tasks, seeds"),
         ({"arms": {"A b": Arm()}}, "lower-case"),
-        ({"arms": {"a": Arm({"max_scores": 5})}}, "sets max_scores itself"),
+        ({"arms": {"a": Arm({"limits.max_scores": 5})}}, "sets limits.max_scores itself"),
         ({"changes": {"seed": 1}}, "sets seed itself"),
         ({"arms": {"a": Arm({"learning_rate": 1})}}, "no field 'learning_rate'"),
-        ({"arms": {"a": Arm({"draws": 3, "reward_batch_size": 7})}}, "must divide"),
+        ({"arms": {"a": Arm({"rollout.draws": 3, "rules.reward_batch_size": 7})}}, "must divide"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(fields, message):
@@ -92,10 +92,10 @@ def test_what_cannot_be_compared_is_refused(fields, message):
 
 
 def test_a_search_is_refused_with_the_nearest_field():
-    with pytest.raises(ValueError, match="did you mean 'entropy'"):
-        Search(name="s", question="?", space={"entropi": None})
+    with pytest.raises(ValueError, match=r"did you mean 'algorithm\.entropy'"):
+        Search(name="s", question="?", space={"algorithm.entropi": None})
     with pytest.raises(ValueError, match="grace_scores <= max_scores"):
-        Search(name="s", question="?", space={"lr": None}, grace_scores=10, max_scores=5)
+        Search(name="s", question="?", space={"algorithm.lr": None}, grace_scores=10, max_scores=5)
 
 
 def test_files_that_hold_no_experiment_are_refused(tmp_path):
@@ -110,19 +110,23 @@ def test_files_that_hold_no_experiment_are_refused(tmp_path):
 
 def test_imitations_are_shared_where_and_only_where_they_would_be_equal():
     base = experiment().trials()[0].config
-    same = [base.replace(lr=1.0), base.replace(clip=0.1), base.replace(max_scores=7)]
+    same = [
+        base.replace(**{"algorithm.lr": 1.0}),
+        base.replace(**{"algorithm.clip": 0.1}),
+        base.replace(**{"limits.max_scores": 7}),
+    ]
     assert {imitation_key(config, PRINTS) for config in same} == {imitation_key(base, PRINTS)}
     others = [
         base.replace(seed=9),
-        base.replace(width=32),
-        base.replace(demonstrator="vispruner"),
-        base.replace(imitation_steps=5),
-        base.replace(budget=(5, 9)),
+        base.replace(**{"policy.width": 32}),
+        base.replace(**{"imitation.demonstrator": "vispruner"}),
+        base.replace(**{"imitation.steps": 5}),
+        base.replace(**{"rules.budget": (5, 9)}),
     ]
     keys = {imitation_key(config, PRINTS) for config in (base, *others)}
     assert len(keys) == len(others) + 1
     assert imitation_key(base, PRINTS) != imitation_key(base, PRINTS | {"train": "z"})
-    assert imitation_key(base.replace(demonstrator="none"), PRINTS) is None
+    assert imitation_key(base.replace(**{"imitation.demonstrator": "none"}), PRINTS) is None
 
 
 def test_runs_are_the_same_only_with_equal_config_data_and_budgets():
@@ -132,7 +136,7 @@ def test_runs_are_the_same_only_with_equal_config_data_and_budgets():
     assert run_key(moved, PRINTS, (4, 2)) == key
     assert run_key(trial, PRINTS | {"test": "z"}, (4, 2)) != key
     assert run_key(trial, PRINTS, (4,)) != key
-    changed = Trial("crowded", "a", 0, trial.config.replace(gamma=0.5), 64)
+    changed = Trial("crowded", "a", 0, trial.config.replace(**{"algorithm.gamma": 0.5}), 64)
     assert run_key(changed, PRINTS, (4, 2)) != key
 
 
@@ -240,7 +244,7 @@ def test_two_experiments_never_share_a_folder(tmp_path):
 def test_definitions_survive_json():
     definition = experiment().as_dict()
     assert json.loads(json.dumps(definition)) == definition
-    assert np.isclose(definition["configs"]["b"]["lr"], 1e-3)
+    assert np.isclose(definition["configs"]["b"]["algorithm"]["lr"], 1e-3)
 
 
 def test_each_new_point_is_reported_also_after_a_resume(monkeypatch):

@@ -21,9 +21,9 @@ from tprl_env.data.features.store import open_source
 from tprl_env.env.rules import EpisodeRules
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.algorithms import ALGORITHMS, algorithm_config
-from tprl_env.rllib.algorithms.grpo import GRPO, GrpoSettings, grpo_loss
-from tprl_env.rllib.config import load_config, policy_config
-from tprl_env.rllib.config.checks import _CHOICES
+from tprl_env.rllib.algorithms.grpo import GRPO, grpo_loss
+from tprl_env.rllib.config import GrpoSettings, load_config, policy_config
+from tprl_env.rllib.config.algorithm import SETTINGS
 from tprl_env.rllib.rollout.advantages import group_advantages
 from tprl_env.rllib.rollout.connector import REFERENCE_LOGP, ColumnsToBatch
 from tprl_env.rllib.rollout.distributions import (
@@ -38,7 +38,14 @@ from tprl_env.rllib.rollout.runner import TokenPruningRunner
 from tprl_env.rllib.run.train import train
 
 SMALL = load_config(
-    "smoke", {"algorithm": "grpo", "samples": 6, "draws": 4, "num_scorers": 0, "seed": 7}
+    "smoke",
+    {
+        "algorithm": "grpo",
+        "rollout.samples": 6,
+        "rollout.draws": 4,
+        "resources.num_scorers": 0,
+        "seed": 7,
+    },
 )
 
 
@@ -91,7 +98,7 @@ def test_a_group_that_is_not_whole_is_refused():
 
 
 def test_a_runner_returns_whole_groups_with_their_advantages():
-    config = SMALL.replace(rounds=3)
+    config = SMALL.replace(**{"rollout.rounds": 3})
     runner = TokenPruningRunner(config=algorithm_config(config), worker_index=0, num_workers=0)
     asked = []
     submit = runner.scorer.submit
@@ -133,7 +140,7 @@ def test_the_joint_loss_is_what_a_hand_writes():
         Postprocessing.ADVANTAGES: gains,
         REFERENCE_LOGP: exact(start, 10, 2).logp(masks),
     }
-    settings = GrpoSettings(clip=0.2, per_token=True, kl_coefficient=0.7)
+    settings = GrpoSettings(clip=0.2, per_token=True, logit_l2=0.0, kl_coefficient=0.7)
     parts = grpo_loss(batch, exact(logits, 10, 2), settings, 0.0)
 
     def probabilities(values: torch.Tensor) -> list[float]:
@@ -171,7 +178,7 @@ def test_the_token_loss_is_what_a_hand_writes():
         Postprocessing.ADVANTAGES: gains,
         REFERENCE_LOGP: reference.token_logp(masks),
     }
-    settings = GrpoSettings(ratio="token", per_token=True, kl_coefficient=0.3)
+    settings = GrpoSettings(ratio="token", per_token=True, logit_l2=0.0, kl_coefficient=0.3)
     parts = grpo_loss(batch, now, settings, 0.0)
     total = 0.0
     for row in range(4):
@@ -205,7 +212,7 @@ def test_the_expected_gradient_is_that_of_reward_and_of_kl_to_the_start():
         REFERENCE_LOGP: reference.logp(masks),
         "row_weight": 20 * weight,  # a mean over rows becomes an expectation
     }
-    settings = GrpoSettings(per_token=False, kl_coefficient=0.5)
+    settings = GrpoSettings(per_token=False, logit_l2=0.0, kl_coefficient=0.5)
     grpo_loss(batch, now, settings, 0.0).total.backward()
     second = logits.clone().requires_grad_()
     log_p = torch.stack([second[row.bool()].sum() for row in masks]).log_softmax(0)
@@ -261,7 +268,7 @@ def test_neither_critic_nor_start_policy_are_trained_or_computed(tmp_path: Path)
 
 
 def test_a_resumed_run_keeps_the_start_policy_of_its_first_start(tmp_path: Path):
-    config = SMALL.replace(iterations=2)
+    config = SMALL.replace(**{"limits.iterations": 2})
     policy = PruningPolicy(policy_config(config, open_source(config.source)))
     policy.save_pretrained(tmp_path / "start")
     train(config, tmp_path / "run", init_policy=tmp_path / "start", progress=False)
@@ -281,13 +288,21 @@ def test_a_resumed_run_keeps_the_start_policy_of_its_first_start(tmp_path: Path)
 
 
 def test_the_table_and_the_configs_choices_agree():
-    assert tuple(ALGORITHMS) == _CHOICES["algorithm"]
+    assert {name: entry.settings for name, entry in ALGORITHMS.items()} == SETTINGS
+    assert [name for name, entry in ALGORITHMS.items() if entry.critic] == ["ppo"]
+    assert [name for name, entry in ALGORITHMS.items() if entry.reference] == ["grpo"]
 
 
 @pytest.mark.slow
 def test_two_learners_share_the_rows_of_whole_groups(tmp_path: Path):
     config = load_config(
-        "smoke", {"algorithm": "grpo", "num_scorers": 0, "num_learners": 2, "iterations": 12}
+        "smoke",
+        {
+            "algorithm": "grpo",
+            "resources.num_scorers": 0,
+            "resources.num_learners": 2,
+            "limits.iterations": 12,
+        },
     )
     result = train(config, tmp_path, progress=False)
     assert result.progress.scores == 12 * 256 and result.metrics["score"] > 0.5

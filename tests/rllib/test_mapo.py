@@ -19,11 +19,11 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.rllib.algorithms import algorithm_config
-from tprl_env.rllib.algorithms.losses import ROW_WEIGHT, SurrogateSettings
+from tprl_env.rllib.algorithms.losses import ROW_WEIGHT
 from tprl_env.rllib.algorithms.mapo import mapo_loss, new_memory
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory
 from tprl_env.rllib.algorithms.mapo_mixture import mix, mixture_weights
-from tprl_env.rllib.config import load_config
+from tprl_env.rllib.config import MapoSettings, load_config
 from tprl_env.rllib.rollout.distributions import ExactActions, pack_exact
 from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns
 from tprl_env.rllib.rollout.module import critic_parameters
@@ -33,15 +33,34 @@ from tprl_env.rllib.run.train import train
 SMALL = load_config(
     "smoke",
     {
-        "algorithm": "mapo", "fixed_budgets": True, "samples": 6, "draws": 4, "num_scorers": 0,
+        "algorithm": "mapo",
+        "rollout.fixed_budgets": True,
+        "rollout.samples": 6,
+        "rollout.draws": 4,
+        "resources.num_scorers": 0,
         "seed": 7,
     },
-)  # fmt: skip
-STEPS = SMALL.replace(max_steps=3, score_steps="all", beta=0.1, step_input=True)
+)
+STEPS = SMALL.replace(
+    **{
+        "rules.max_steps": 3,
+        "rules.score_steps": "all",
+        "rules.beta": 0.1,
+        "policy.step_input": True,
+    }
+)
 COINS = SMALL.replace(
-    distribution="bernoulli", budget=None, budget_input=False, fixed_budgets=False, beta=0.5,
-    ratio="token", max_steps=2, discount=0.8,
-)  # fmt: skip
+    **{
+        "policy.distribution": "bernoulli",
+        "rules.budget": None,
+        "policy.budget_input": False,
+        "rollout.fixed_budgets": False,
+        "rules.beta": 0.5,
+        "algorithm.ratio": "token",
+        "rules.max_steps": 2,
+        "policy.discount": 0.8,
+    },
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +115,10 @@ def test_the_memory_survives_its_state_and_refuses_another_samples_state():
     empty = EpisodeMemory({"samples": "abc", "alpha": 1.0}, 3, 7)
     copy.set_state(empty.get_state())
     assert len(copy) == 0 and copy.recall((3, 5)) == ()
-    for other in ({"samples": "xyz", "alpha": 1.0}, {"samples": "abc", "alpha": 2.0}):
+    for other in (
+        {"samples": "xyz", "alpha": 1.0},
+        {"samples": "abc", "alpha": 2.0},
+    ):
         with pytest.raises(ValueError, match=r"another run's samples or reward \((samples|alpha)"):
             EpisodeMemory(other, 3, 7).set_state(memory.get_state())
 
@@ -197,7 +219,7 @@ def test_the_gradient_is_the_mixtures_by_enumeration(least: float):
         for name in (Columns.ACTIONS, Columns.ACTION_LOGP, Postprocessing.ADVANTAGES, ROW_WEIGHT)
     }
     assert float(batch[ROW_WEIGHT].mean()) == pytest.approx(1.0)
-    settings = SurrogateSettings(per_token=False)
+    settings = MapoSettings(per_token=False, logit_l2=0.0)
     mapo_loss(batch, exact(variable, 20, 3), settings, 0.0).total.backward()
 
     direct = logits.clone().requires_grad_()
@@ -229,7 +251,7 @@ def test_a_memory_no_better_than_new_draws_does_not_pull():
 
 def test_the_loss_needs_weights():
     with pytest.raises(ValueError, match="mapo_loss needs row_weight"):
-        mapo_loss({}, exact(torch.zeros(4), 1, 2), SurrogateSettings(), 0.0)
+        mapo_loss({}, exact(torch.zeros(4), 1, 2), MapoSettings(), 0.0)
 
 
 def runner_of(config) -> TokenPruningRunner:
@@ -245,8 +267,8 @@ def test_remembered_episodes_come_back_as_the_rows_they_were(config):
     assert report.remembered >= len(memory) > 0  # a better one may have taken a place
     drawn = stores[0].columns
     # without a memory it is the policy gradient with the group's mean as baseline
-    number = config.samples * config.draws
-    returns = drawn[RETURN][:number].reshape(-1, config.draws)
+    number = config.rollout.samples * config.rollout.draws
+    returns = drawn[RETURN][:number].reshape(-1, config.rollout.draws)
     gains = returns - returns.mean(1, keepdims=True)
     steps = len(drawn[EPISODE]) // number
     np.testing.assert_allclose(
@@ -279,14 +301,16 @@ def test_remembered_episodes_come_back_as_the_rows_they_were(config):
     assert not remembered.keys() & described(rows, slice(0, kept)).keys() or steps > 1
     for row, logp in remembered.items():
         assert logp == pytest.approx(before[row], abs=1e-4)
-    assert (Columns.ACTION_DIST_INPUTS in rows) == (config.ratio == "token")
+    assert (Columns.ACTION_DIST_INPUTS in rows) == (config.algorithm.ratio == "token")
 
 
 def test_a_sample_keeps_its_budget_and_budgets_differ():
     found: dict[int, set[float]] = {}
     for index in (0, 1):
         runner = TokenPruningRunner(
-            config=algorithm_config(SMALL.replace(samples=32)), worker_index=index, num_workers=0
+            config=algorithm_config(SMALL.replace(**{"rollout.samples": 32})),
+            worker_index=index,
+            num_workers=0,
         )
         for _ in range(3):
             [store] = runner.sample()
@@ -329,7 +353,7 @@ def test_the_memory_is_in_the_checkpoint_and_the_critic_is_not_trained(tmp_path:
 
 
 def test_a_resumed_run_remembers(tmp_path: Path):
-    config = SMALL.replace(iterations=4)
+    config = SMALL.replace(**{"limits.iterations": 4})
     train(config, tmp_path, progress=False)
     train(config, tmp_path, iterations=5, resume=True, progress=False)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -342,7 +366,7 @@ def test_a_resumed_run_remembers(tmp_path: Path):
 
 
 def test_the_driver_judges_with_the_weights_that_remote_runners_draw_with():
-    algorithm = algorithm_config(SMALL.replace(num_env_runners=2)).build_algo()
+    algorithm = algorithm_config(SMALL.replace(**{"resources.num_env_runners": 2})).build_algo()
     try:
         for _ in range(2):
             algorithm.train()

@@ -19,7 +19,8 @@ from tprl_env.data.features.store import open_source
 from tprl_env.env.rewards import step_budgets
 from tprl_env.policy.distributions import ConditionalBernoulli, MaskedBernoulli
 from tprl_env.policy.network import PolicyConfig
-from tprl_env.rllib.algorithms.ppo import LossSettings, ppo_loss
+from tprl_env.rllib.algorithms.ppo import ppo_loss
+from tprl_env.rllib.config import PpoSettings
 from tprl_env.rllib.rollout.distributions import (
     BernoulliActions,
     ExactActions,
@@ -205,7 +206,7 @@ def test_the_joint_loss_is_what_a_hand_writes():
         Postprocessing.ADVANTAGES: torch.randn(5, generator=generator),
         Postprocessing.VALUE_TARGETS: torch.randn(5, generator=generator),
     }
-    settings = LossSettings(clip=0.2, ratio="joint", per_token=True, logit_l2=1e-2)
+    settings = PpoSettings(clip=0.2, ratio="joint", per_token=True, logit_l2=1e-2)
     parts = ppo_loss(batch, distribution, values, settings, 0.003)
     expected = hand_written_joint(batch, logits, alive, count, values, old.tolist())
     assert float(parts.total) == pytest.approx(expected, abs=1e-5)
@@ -232,8 +233,8 @@ def test_the_token_loss_is_what_a_hand_writes():
         Postprocessing.ADVANTAGES: torch.randn(5, generator=generator),
         Postprocessing.VALUE_TARGETS: torch.randn(5, generator=generator),
     }
-    settings = LossSettings(
-        ratio="token", per_token=False, count_loss=0.3, count_target=3.5, max_steps=3
+    settings = PpoSettings(
+        ratio="token", per_token=False, logit_l2=0.0, count_loss=0.3, count_target=3.5
     )
     total = 0.0
     for row in range(5):
@@ -251,7 +252,7 @@ def test_the_token_loss_is_what_a_hand_writes():
         wanted = max(1.0, int(alive[row].sum()) * (3.5 / 7) ** (1 / 3))
         error = (float(values[row]) - float(batch[Postprocessing.VALUE_TARGETS][row])) ** 2
         total += policy + 0.5 * error - 0.01 * entropy + 0.3 * math.log(expected / wanted) ** 2
-    parts = ppo_loss(batch, now, values, settings, 0.01)
+    parts = ppo_loss(batch, now, values, settings, 0.01, max_steps=3)
     assert float(parts.total) == pytest.approx(total / 5, abs=1e-5)
 
 
@@ -279,7 +280,12 @@ def test_imitation_saves_a_policy_that_the_module_starts_from(tmp_path):
     from tprl_env.rllib.run.imitate import imitate
 
     config = load_config(
-        "smoke", {"demonstrator": "question_attention", "imitation_steps": 60, "budget": (1, 4)}
+        "smoke",
+        {
+            "imitation.demonstrator": "question_attention",
+            "imitation.steps": 60,
+            "rules.budget": (1, 4),
+        },
     )
     report = imitate(config, Demonstrated(), tmp_path)
     assert report.losses[-1] < 0.9 * report.losses[0]
@@ -289,7 +295,9 @@ def test_imitation_saves_a_policy_that_the_module_starts_from(tmp_path):
     name = "pruning_policy.actor.score.weight"
     assert not torch.equal(module.state_dict()[name], fresh.state_dict()[name])
     with pytest.raises(ValueError, match="no channel 'saliency'"):
-        imitate(config.replace(demonstrator="saliency"), Demonstrated(), tmp_path)
-    no_count = config.replace(budget=None, budget_input=False, distribution="bernoulli")
-    with pytest.raises(ValueError, match="set budget or count_target"):
+        imitate(config.replace(**{"imitation.demonstrator": "saliency"}), Demonstrated(), tmp_path)
+    no_count = config.replace(
+        **{"rules.budget": None, "policy.budget_input": False, "policy.distribution": "bernoulli"}
+    )
+    with pytest.raises(ValueError, match=r"set rules\.budget or algorithm\.count_target"):
         imitate(no_count, Demonstrated(), tmp_path)

@@ -17,26 +17,52 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.env.rules import EpisodeRules
-from tprl_env.rllib.algorithms.ppo import ppo_config
+from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, load_config
 from tprl_env.rllib.rollout.advantages import advantages, generalised_advantages
 from tprl_env.rllib.rollout.connector import ColumnsToBatch
 from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout
 from tprl_env.rllib.rollout.runner import TokenPruningRunner
 
-SMALL = load_config("smoke", {"samples": 6, "draws": 2, "seed": 7, "gamma": 0.9, "gae_lambda": 0.8})
-EXACT = SMALL.replace(max_steps=3, score_steps="all", beta=0.1, step_input=True)
+SMALL = load_config(
+    "smoke",
+    {
+        "rollout.samples": 6,
+        "rollout.draws": 2,
+        "seed": 7,
+        "algorithm.gamma": 0.9,
+        "algorithm.gae_lambda": 0.8,
+    },
+)
+EXACT = SMALL.replace(
+    **{
+        "rules.max_steps": 3,
+        "rules.score_steps": "all",
+        "rules.beta": 0.1,
+        "policy.step_input": True,
+    }
+)
 COINS = SMALL.replace(
-    distribution="bernoulli", budget=None, budget_input=False, discount=0.9, initial_keep=0.95,
-    max_steps=3, score_steps="final", beta=0.2, reward_batch_size=4, min_tokens=0,
-)  # fmt: skip
+    **{
+        "policy.distribution": "bernoulli",
+        "rules.budget": None,
+        "policy.budget_input": False,
+        "policy.discount": 0.9,
+        "policy.initial_keep": 0.95,
+        "rules.max_steps": 3,
+        "rules.score_steps": "final",
+        "rules.beta": 0.2,
+        "rules.reward_batch_size": 4,
+        "rules.min_tokens": 0,
+    },
+)
 
 
 def default_batch(config: TrainConfig) -> dict:
     """One iteration through RLlib's runner and default learner connectors, real rows only."""
-    settings = ppo_config(config.replace(runner="default"))
+    settings = algorithm_config(config.replace(**{"rollout.runner": "default"}))
     runner = SingleAgentEnvRunner(config=settings, worker_index=0, num_workers=0)
-    episodes = runner.sample(num_episodes=config.samples * config.draws)
+    episodes = runner.sample(num_episodes=config.rollout.samples * config.rollout.draws)
     learner = settings.build_learner(env=None, spaces=runner.get_spaces())
     batch = learner._make_batch_if_necessary(TrainingData(episodes=episodes))
     rows = batch[DEFAULT_MODULE_ID]
@@ -46,20 +72,20 @@ def default_batch(config: TrainConfig) -> dict:
     gain = flat[Postprocessing.ADVANTAGES]
     flat[Postprocessing.ADVANTAGES] = (gain - gain.mean()) / gain.std()
     flat |= {name: rows[Columns.OBS][name].numpy()[mask] for name in ("alive", "step")}
-    if config.budget is not None:
+    if config.rules.budget is not None:
         flat["budget"] = rows[Columns.OBS]["budget"].numpy()[mask]
     return flat
 
 
 def fast_batch(config: TrainConfig) -> tuple[dict, TokenPruningRunner]:
     """The same through the fast path, in the default path's order: episode by episode."""
-    settings = ppo_config(config)
+    settings = algorithm_config(config)
     runner = TokenPruningRunner(config=settings, worker_index=0, num_workers=0)
-    connector = ColumnsToBatch(normalize=config.normalize_advantages)
+    connector = ColumnsToBatch(normalize=config.algorithm.normalize_advantages)
     learner_module = {DEFAULT_MODULE_ID: runner.module}
     batch = connector(rl_module=learner_module, batch={}, episodes=runner.sample())
     rows = batch[DEFAULT_MODULE_ID]
-    number = config.samples * config.draws
+    number = config.rollout.samples * config.rollout.draws
     steps = len(rows[Columns.ACTION_LOGP]) // number
     order = np.arange(number * steps).reshape(steps, number).T.reshape(-1)
     flat = {name: rows[name].numpy()[order] for name in COLUMNS}
@@ -84,18 +110,18 @@ def test_fast_and_default_path_give_the_same_batch(config):
     np.testing.assert_array_equal(ours[Columns.ACTIONS], theirs[Columns.ACTIONS])
     np.testing.assert_array_equal(ours["alive"], theirs["alive"].astype(bool))
     np.testing.assert_array_equal(ours["step"], theirs["step"])
-    if config.budget is not None:
+    if config.rules.budget is not None:
         np.testing.assert_array_equal(ours["budget"], theirs["budget"])
     for name in COLUMNS[1:]:
         np.testing.assert_allclose(ours[name], theirs[name], atol=2e-5, err_msg=name)
-    assert len(ours[Columns.ACTION_LOGP]) == 12 * config.max_steps
+    assert len(ours[Columns.ACTION_LOGP]) == 12 * config.rules.max_steps
     metrics = runner.metrics.peek(("scorer", "scores"))
     assert metrics == (36 if config is EXACT else 12)  # one request for the whole rollout
 
 
 def test_rounds_are_pipelined_and_groups_share_sample_and_budget():
-    config = SMALL.replace(rounds=3, draws=4)
-    runner = TokenPruningRunner(config=ppo_config(config), worker_index=0, num_workers=0)
+    config = SMALL.replace(**{"rollout.rounds": 3, "rollout.draws": 4})
+    runner = TokenPruningRunner(config=algorithm_config(config), worker_index=0, num_workers=0)
     events = []
     submit, finish = runner.scorer.submit, runner._finish
     runner.scorer.submit = lambda *a: events.append("submit") or submit(*a)
@@ -113,7 +139,7 @@ def test_rounds_are_pipelined_and_groups_share_sample_and_budget():
 def test_scorers_elsewhere_are_asked_after_every_step_and_answer_the_same(config):
     stores, requests = [], []
     for concurrent in (False, True):
-        runner = TokenPruningRunner(config=ppo_config(config), worker_index=0, num_workers=0)
+        runner = TokenPruningRunner(config=algorithm_config(config), worker_index=0, num_workers=0)
         runner.scorer.concurrent = concurrent
         runner.scorer.submit = submit = Mock(wraps=runner.scorer.submit)
         stores += runner.sample()
@@ -127,7 +153,9 @@ def test_scorers_elsewhere_are_asked_after_every_step_and_answer_the_same(config
 
 def test_one_budget_per_round():
     runner = TokenPruningRunner(
-        config=ppo_config(SMALL.replace(shared_budget=True)), worker_index=0, num_workers=0
+        config=algorithm_config(SMALL.replace(**{"rollout.shared_budget": True})),
+        worker_index=0,
+        num_workers=0,
     )
     for _ in range(3):
         [store] = runner.sample()
@@ -135,7 +163,7 @@ def test_one_budget_per_round():
 
 
 def test_runners_of_other_seeds_and_restarted_runners_draw_other_samples():
-    settings = ppo_config(SMALL)
+    settings = algorithm_config(SMALL)
     runners = [
         TokenPruningRunner(config=settings, worker_index=index, num_workers=0)
         for index in (0, 0, 1, 0)

@@ -196,8 +196,10 @@ def test_the_exported_policy_is_published_with_its_additions(storage: Storage, t
 def test_other_settings_are_said_aloud(tmp_path: Path, caplog):
     folder = open_run_folder(tmp_path)
     folder.begin(CONFIG, resume="auto")
-    folder.begin(CONFIG.replace(iterations=99, num_scorers=1), resume="auto")
+    folder.begin(
+        CONFIG.replace(**{"limits.iterations": 99, "resources.num_scorers": 1}), resume="auto"
+    )
     assert "other settings" not in caplog.text
-    folder.begin(CONFIG.replace(lr=0.5, seed=3), resume="auto")
-    assert "seed 0, now 3, lr 0.003, now 0.5" in caplog.text
-    assert set(_FREE) < set(TrainConfig().as_dict())
+    folder.begin(CONFIG.replace(**{"algorithm.lr": 0.5, "seed": 3}), resume="auto")
+    assert "seed 0, now 3, algorithm.lr 0.003, now 0.5" in caplog.text
+    assert set(_FREE) < set(TrainConfig().flat())

@@ -164,12 +164,12 @@ def test_a_home_or_root_is_never_uploaded(home: Path):
 
 def test_the_command_starts_or_goes_on(tmp_path: Path):
     command = jobs.training_command(
-        "smoke", {"lr": "1e-3", "source": "toy:samples=8,tokens=16"}, "s3://b/my run",
+        "smoke", {"algorithm.lr": "1e-3", "source": "toy:samples=8,tokens=16"}, "s3://b/my run",
         working_dir=tmp_path,
     )  # fmt: skip
     assert shlex.split(command) == [
         "python", "-m", "tprl_env.cli", "train", "smoke", "--out", "s3://b/my run",
-        "--resume", "auto", "--lr=1e-3", "--source=toy:samples=8,tokens=16",
+        "--resume", "auto", "--algorithm.lr=1e-3", "--source=toy:samples=8,tokens=16",
     ]  # fmt: skip
     config = tmp_path / "deep" / "mine.py"
     config.parent.mkdir()
@@ -186,7 +186,7 @@ def test_the_command_starts_or_goes_on(tmp_path: Path):
     ("config", "fields", "storage", "sentence"),
     [
         ("smok", {}, "/shared/run", "did you mean 'smoke'"),
-        ("smoke", {"lrr": "1"}, "/shared/run", "no field 'lrr'; did you mean 'lr'"),
+        ("smoke", {"algorithm.lrr": "1"}, "/shared/run", "did you mean 'algorithm.lr'"),
         ("smoke", {}, "runs/x", "an absolute path on a disk that every node sees, got 'runs/x'"),
         ("smoke", {}, "s3://me:pass@b/x", "must not hold credentials"),
     ],
@@ -213,11 +213,11 @@ def test_a_token_in_the_request_is_refused(home: Path):
         (["submit"], "required: config; see `tprl submit --help`"),
         (["submit", "smoke", "--", "python", "x.py"], "expected either the config 'smoke' or"),
         (["submit", "--storage", "/x", "--", "python", "x.py"], "belong to a config"),
-        (["submit", "--lr", "1", "--", "python", "x.py"], "expected either the config '1' or"),
-        (["submit", "--lr=1", "--", "python", "x.py"], "belong to a config"),
+        (["submit", "--seed", "1", "--", "python", "x.py"], "expected either the config '1' or"),
+        (["submit", "--algorithm.lr=1", "--", "python", "x.py"], "belong to a config"),
         (["submit", "--"], "nothing to run after --"),
         (["submit", "smoke"], "--storage is missing"),
-        (["submit", "--address", "h:1", "smoke", "--lr=1"], "--storage is missing"),
+        (["submit", "--address", "h:1", "smoke", "--algorithm.lr=1"], "--storage is missing"),
         (["submit", "smoke", "--storage", "/x", "--env", "A"], "--env expects NAME=VALUE, got 'A'"),
         (["train", "--resume", "smoke"], "write --resume after the config"),
     ],
@@ -357,12 +357,13 @@ def test_without_or_with_a_wrong_token_nothing_runs(head, tmp_path: Path):
 def test_a_training_is_sent_fetched_and_goes_on_when_sent_again(head, tmp_path: Path):
     run = tmp_path / "run"
     words = ("submit", "smoke", "--storage", run.as_uri(), "--address", head.address)
-    first = tprl(head, *words, "--iterations", "3", "--num_scorers=1", cwd=tmp_path)
+    fields = ("--resources.num_scorers=1", "--limits.iterations")
+    first = tprl(head, *words, *fields, "3", cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
     assert head.token not in first.stdout + first.stderr
     assert f"policy in {run.as_uri()}/policy" in first.stdout  # the job's own words, followed
     assert "succeeded" in first.stderr
-    again = tprl(head, *words, "--iterations", "5", "--num_scorers=1", cwd=tmp_path)
+    again = tprl(head, *words, *fields, "5", cwd=tmp_path)
     assert again.returncode == 0 and "resuming after iteration 3" in again.stdout
     history = rows(run)
     assert [row["iteration"] for row in history] == [1, 2, 3, 4, 5]
@@ -393,7 +394,7 @@ def test_a_script_ends_with_its_own_exit_code(head, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_figures_are_those_of_this_machine(head, tmp_path: Path):
-    fields = ("--iterations", "3", "--num_scorers", "1")
+    fields = ("--limits.iterations", "3", "--resources.num_scorers", "1")
     words = ("submit", "smoke", "--storage", str(tmp_path / "there"), "--address", head.address)
     done = tprl(head, *words, *fields, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

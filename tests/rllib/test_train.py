@@ -21,7 +21,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
 from tprl_env.policy.network import PruningPolicy
-from tprl_env.rllib.algorithms.ppo import ppo_config
+from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import load_config, policy_config, scorer_spec
 from tprl_env.rllib.run.folder import RunFolder
 from tprl_env.rllib.run.train import train
@@ -50,7 +50,7 @@ def rows(out: Path) -> list[dict]:
 def test_exact_budgets_learn_and_everything_is_written(tmp_path: Path):
     seen = []
     result = train(
-        load_config("smoke", {"checkpoint_every": 15}),
+        load_config("smoke", {"limits.checkpoint_every": 15}),
         tmp_path,
         progress=False,
         on_iteration=lambda row, policy: seen.append((row["iteration"], policy.config.width)),
@@ -72,9 +72,9 @@ def test_exact_budgets_learn_and_everything_is_written(tmp_path: Path):
 
 
 def test_without_scorer_actors_the_runner_scores_and_the_scores_are_the_same(tmp_path: Path):
-    limits = {"iterations": 2, "report_every": 1}
+    limits = {"limits.iterations": 2, "limits.report_every": 1}
     with_actors = load_config("smoke", limits)
-    without = with_actors.replace(num_scorers=0)
+    without = with_actors.replace(**{"resources.num_scorers": 0})
     for name, config in (("actors", with_actors), ("none", without)):
         train(config, tmp_path / name, progress=False)
     first, second = rows(tmp_path / "actors"), rows(tmp_path / "none")
@@ -87,15 +87,15 @@ def test_bernoulli_actions_learn_with_a_count_loss(tmp_path: Path):
     config = load_config(
         "smoke",
         {
-            "distribution": "bernoulli",
-            "budget": None,
-            "budget_input": False,
-            "ratio": "token",
-            "count_loss": 0.3,
-            "count_target": 4.0,
-            "group_baseline": True,
-            "count_regression_baseline": True,
-            "iterations": 25,
+            "policy.distribution": "bernoulli",
+            "rules.budget": None,
+            "policy.budget_input": False,
+            "algorithm.ratio": "token",
+            "algorithm.count_loss": 0.3,
+            "algorithm.count_target": 4.0,
+            "rollout.group_baseline": True,
+            "rollout.count_regression_baseline": True,
+            "limits.iterations": 25,
         },
     )
     last = train(config, tmp_path, progress=False).metrics
@@ -106,19 +106,21 @@ def test_a_scorer_that_raises_stops_training(tmp_path: Path):
     config = load_config(
         "smoke",
         {
-            "scorer": "import",
-            "scorer_factory": "rllib_fakes:failing",
-            "scorer_options": {"sample": 11},
+            "scoring.scorer": "import",
+            "scoring.factory": "rllib_fakes:failing",
+            "scoring.options": {"sample": 11},
         },
     )
     with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
         train(config, tmp_path / "local", progress=False)
     with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
-        train(config.replace(num_env_runners=1), tmp_path / "remote", progress=False)
+        train(
+            config.replace(**{"resources.num_env_runners": 1}), tmp_path / "remote", progress=False
+        )
 
 
 def test_demonstrated_weights_reach_all_and_a_killed_runner_comes_back(tmp_path: Path):
-    config = load_config("smoke", {"num_env_runners": 2})
+    config = load_config("smoke", {"resources.num_env_runners": 2})
     policy = PruningPolicy(policy_config(config, open_source(config.source)))
     policy.save_pretrained(tmp_path)
     wanted = policy.state_dict()["actor.score.weight"]
@@ -127,7 +129,7 @@ def test_demonstrated_weights_reach_all_and_a_killed_runner_comes_back(tmp_path:
         return runner.module.pruning_policy.state_dict()["actor.score.weight"]
 
     pool = ScorerPool.start(scorer_spec(config), 1, num_cpus=1)
-    algorithm = ppo_config(config, pool=pool.address, init_policy=str(tmp_path)).build_algo()
+    algorithm = algorithm_config(config, pool=pool.address, init_policy=str(tmp_path)).build_algo()
     try:
         runners = algorithm.env_runner_group.foreach_env_runner
         learner = algorithm.learner_group._learner.module[DEFAULT_MODULE_ID]
@@ -155,7 +157,7 @@ def test_a_killed_driver_resumes_where_its_last_checkpoint_was(tmp_path: Path, c
     script = (
         "from tprl_env.rllib.config import load_config\n"
         "from tprl_env.rllib.run.train import train\n"
-        "over = {'iterations': 10000, 'checkpoint_every': 2}\n"
+        "over = {'limits.iterations': 10000, 'limits.checkpoint_every': 2}\n"
         f"train(load_config('smoke', over), {str(tmp_path)!r}, progress=False)\n"
     )
     environment = {**os.environ, "RAY_ADDRESS": cluster, "OMP_NUM_THREADS": "1"}
@@ -171,7 +173,7 @@ def test_a_killed_driver_resumes_where_its_last_checkpoint_was(tmp_path: Path, c
     assert saved.iteration >= 4 and saved.scores == saved.iteration * 256
     assert rows(tmp_path)[-1]["iteration"] >= saved.iteration  # some work may be undone
     goal = saved.iteration + 3
-    config = load_config("smoke", {"iterations": goal})
+    config = load_config("smoke", {"limits.iterations": goal})
     result = train(config, tmp_path, resume=True, progress=False)
     history = rows(tmp_path)
     assert [row["iteration"] for row in history] == list(range(1, goal + 1))
@@ -183,7 +185,7 @@ def test_a_killed_driver_resumes_where_its_last_checkpoint_was(tmp_path: Path, c
 
 
 def test_limits_are_needed_and_counted(tmp_path: Path):
-    config = load_config("smoke", {"iterations": None})
+    config = load_config("smoke", {"limits.iterations": None})
     with pytest.raises(ValueError, match="never end"):
         train(config, tmp_path / "endless", progress=False)
     result = train(config, tmp_path / "scores", max_scores=600, progress=False)
@@ -192,8 +194,8 @@ def test_limits_are_needed_and_counted(tmp_path: Path):
 
 @pytest.mark.slow
 def test_two_learners_and_the_default_runner(tmp_path: Path):
-    config = load_config("smoke", {"iterations": 4, "num_learners": 2})
+    config = load_config("smoke", {"limits.iterations": 4, "resources.num_learners": 2})
     assert train(config, tmp_path / "two", progress=False).progress.scores == 1024
-    config = load_config("smoke", {"iterations": 4, "runner": "default"})
+    config = load_config("smoke", {"limits.iterations": 4, "rollout.runner": "default"})
     result = train(config, tmp_path / "default", progress=False)
     assert result.progress.scores == 1024 and result.metrics["score"] > 0

@@ -32,16 +32,35 @@ from tprl_env.rllib.rollout.episodes import EpisodeColumns
 from tprl_env.rllib.rollout.runner import TokenPruningRunner
 
 PLAIN = {
-    "samples": 8, "draws": 2, "seed": 5, "num_scorers": 0, "max_steps": 3, "score_steps": "all",
-    "gamma": 0.9, "gae_lambda": 0.8, "beta": 0.2, "per_token": False, "logit_l2": 0.0,
-    "ratio": "joint", "entropy": 0.01, "step_input": True, "lr": 1e-3, "value_coefficient": 0.5,
-}  # fmt: skip
+    "rollout.samples": 8,
+    "rollout.draws": 2,
+    "seed": 5,
+    "resources.num_scorers": 0,
+    "rules.max_steps": 3,
+    "rules.score_steps": "all",
+    "algorithm.gamma": 0.9,
+    "algorithm.gae_lambda": 0.8,
+    "rules.beta": 0.2,
+    "algorithm.per_token": False,
+    "algorithm.logit_l2": 0.0,
+    "algorithm.ratio": "joint",
+    "algorithm.entropy": 0.01,
+    "policy.step_input": True,
+    "algorithm.lr": 1e-3,
+    "algorithm.value_coefficient": 0.5,
+}
 EXACT = load_config("smoke", PLAIN)
 COINS = load_config(
     "smoke",
-    PLAIN | {"distribution": "bernoulli", "discount": 0.9, "initial_keep": 0.95, "budget": None,
-             "budget_input": False},
-)  # fmt: skip
+    PLAIN
+    | {
+        "policy.distribution": "bernoulli",
+        "policy.discount": 0.9,
+        "policy.initial_keep": 0.95,
+        "rules.budget": None,
+        "policy.budget_input": False,
+    },
+)
 BOTH = pytest.mark.parametrize("config", [EXACT, COINS], ids=["exact", "bernoulli"])
 
 
@@ -56,7 +75,7 @@ def rolled_out(config: TrainConfig) -> tuple[TokenPruningRunner, EpisodeColumns]
     """A runner and its only rollout; all episodes take all steps."""
     runner = TokenPruningRunner(config=algorithm_config(config), worker_index=0, num_workers=0)
     [store] = runner.sample()
-    assert len(store) == config.samples * config.draws * config.max_steps
+    assert len(store) == config.rollout.samples * config.rollout.draws * config.rules.max_steps
     return runner, store
 
 
@@ -76,8 +95,8 @@ def log_prob_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Of whole masks; exact counts by a recursion over tokens in plain probabilities."""
     alive, keep = obs["alive"], masks.bool() & obs["alive"]
-    if config.distribution == "bernoulli":
-        discount = config.discount ** obs["step"]
+    if config.policy.distribution == "bernoulli":
+        discount = config.policy.discount ** obs["step"]
         coins = torch.distributions.Bernoulli(discount * torch.sigmoid(logits))
         logp = torch.where(alive, coins.log_prob(keep.float()), 0.0).sum(1)
         return logp, torch.where(alive, coins.entropy(), 0.0).sum(1)
@@ -108,25 +127,25 @@ def hand_written_targets(
     config: TrainConfig, runner: TokenPruningRunner, store: EpisodeColumns, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Advantages and value targets of the rows, episode by episode (TPRL eq. 4, 19, 20)."""
-    obs, episodes = store.columns[Columns.OBS], config.samples * config.draws
+    obs, episodes = store.columns[Columns.OBS], config.rollout.samples * config.rollout.draws
     score = ToyScorer(runner.source)
     advantages, targets = np.zeros(len(store)), np.zeros(len(store))
     for episode in range(episodes):
-        rows = [step * episodes + episode for step in range(config.max_steps)]
+        rows = [step * episodes + episode for step in range(config.rules.max_steps)]
         rewards, before = [], 1.0
         for row in rows:
             alive = obs["alive"][row]
             keep = alive & store.columns[Columns.ACTIONS][row].astype(bool)
             after = float(score(obs["sample"][row : row + 1], keep[None])[0])
-            rewards.append(after - before + config.beta * (1 - keep.sum() / alive.sum()))
+            rewards.append(after - before + config.rules.beta * (1 - keep.sum() / alive.sum()))
             before = after
         for step, row in enumerate(rows):
             advantage, factor = 0.0, 1.0
             for later in range(step, len(rows)):
                 following = values[rows[later + 1]] if later + 1 < len(rows) else 0.0
-                delta = rewards[later] + config.gamma * following - values[rows[later]]
+                delta = rewards[later] + config.algorithm.gamma * following - values[rows[later]]
                 advantage += factor * delta
-                factor *= config.gamma * config.gae_lambda
+                factor *= config.algorithm.gamma * config.algorithm.gae_lambda
             advantages[row], targets[row] = advantage, advantage + values[row]
     return advantages, targets
 
@@ -141,14 +160,18 @@ def test_advantages_equal_a_hand_written_ppos_and_rllibs(config: TrainConfig):
     np.testing.assert_allclose(ours[Postprocessing.ADVANTAGES], advantages, atol=1e-5)
     np.testing.assert_allclose(ours[Postprocessing.VALUE_TARGETS], targets, atol=1e-5)
     # RLlib's GAE takes episode after episode, each ended by a terminal step
-    steps, episodes = config.max_steps, config.samples * config.draws
+    steps, episodes = config.rules.max_steps, config.rollout.samples * config.rollout.draws
     rewards = np.zeros((episodes, steps), np.float32)
     deltas = ours[Postprocessing.ADVANTAGES].reshape(steps, episodes).T
     table = values.reshape(steps, episodes).T
     for step in reversed(range(steps)):  # undo GAE to get the rewards
         last = step == steps - 1
-        following = 0.0 if last else config.gamma * table[:, step + 1]
-        carried = 0.0 if last else config.gamma * config.gae_lambda * deltas[:, step + 1]
+        following = 0.0 if last else config.algorithm.gamma * table[:, step + 1]
+        carried = (
+            0.0
+            if last
+            else config.algorithm.gamma * config.algorithm.gae_lambda * deltas[:, step + 1]
+        )
         rewards[:, step] = deltas[:, step] - carried - following + table[:, step]
     ends = np.tile([False] * (steps - 1) + [True], episodes)
     theirs = compute_value_targets(
@@ -156,8 +179,8 @@ def test_advantages_equal_a_hand_written_ppos_and_rllibs(config: TrainConfig):
         rewards=rewards.reshape(-1),
         terminateds=ends.astype(np.float32),
         truncateds=np.zeros_like(ends, np.float32),
-        gamma=config.gamma,
-        lambda_=config.gae_lambda,
+        gamma=config.algorithm.gamma,
+        lambda_=config.algorithm.gae_lambda,
     )
     mine = ours[Postprocessing.VALUE_TARGETS].reshape(steps, episodes).T.reshape(-1)
     np.testing.assert_allclose(mine, theirs, atol=1e-5)
@@ -171,10 +194,12 @@ def hand_written_loss(
     logp, entropy = log_prob_and_entropy(config, out.logits, obs, batch[Columns.ACTIONS])
     ratio = (logp - batch[Columns.ACTION_LOGP]).exp()
     gain = batch[Postprocessing.ADVANTAGES]
-    clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+    clipped = ratio.clamp(1 - config.algorithm.clip, 1 + config.algorithm.clip)
     surrogate = torch.minimum(ratio * gain, clipped * gain)
     error = (out.value - batch[Postprocessing.VALUE_TARGETS]) ** 2
-    return (-surrogate + config.value_coefficient * error - config.entropy * entropy).mean()
+    return (
+        -surrogate + config.algorithm.value_coefficient * error - config.algorithm.entropy * entropy
+    ).mean()
 
 
 @BOTH
@@ -234,12 +259,12 @@ def test_an_iteration_of_updates_equals_a_hand_written_loop(config: TrainConfig)
         Postprocessing.ADVANTAGES: torch.from_numpy(gains).float(),
         Postprocessing.VALUE_TARGETS: torch.from_numpy(targets).float(),
     }
-    learner.update(training_data=TrainingData(episodes=[store]), num_epochs=config.epochs)
-    adam = torch.optim.Adam(policy.parameters(), lr=config.lr)
-    for _ in range(config.epochs):
+    learner.update(training_data=TrainingData(episodes=[store]), num_epochs=config.algorithm.epochs)
+    adam = torch.optim.Adam(policy.parameters(), lr=config.algorithm.lr)
+    for _ in range(config.algorithm.epochs):
         adam.zero_grad()
         hand_written_loss(config, policy, obs, batch).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.algorithm.grad_clip)
         adam.step()
     theirs = learner.module[DEFAULT_MODULE_ID].pruning_policy
     first, second = theirs(obs), policy(obs)
@@ -254,12 +279,19 @@ def test_an_iteration_of_updates_equals_a_hand_written_loop(config: TrainConfig)
 
 
 LEARNS = {
-    "exact": ({"fixed_budgets": True}, "score", 0.4, 0.6),
+    "exact": ({"rollout.fixed_budgets": True}, "score", 0.4, 0.6),
     "bernoulli": (
-        {"distribution": "bernoulli", "budget": None, "budget_input": False, "beta": 1.0},
-        "episode_return_mean", 0.1, 0.3,
+        {
+            "policy.distribution": "bernoulli",
+            "rules.budget": None,
+            "policy.budget_input": False,
+            "rules.beta": 1.0,
+        },
+        "episode_return_mean",
+        0.1,
+        0.3,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("distribution", LEARNS)
@@ -271,7 +303,7 @@ def test_it_learns(algorithm: str, distribution: str):
     return 0, the best .88.
     """
     changes, name, at_most, at_least = LEARNS[distribution]
-    config = load_config("smoke", {"algorithm": algorithm, "num_scorers": 0, **changes})
+    config = load_config("smoke", {"algorithm": algorithm, "resources.num_scorers": 0, **changes})
     built = algorithm_config(config).build_algo()
     try:
         history = [built.train()["env_runners"][name] for _ in range(28)]

@@ -163,11 +163,16 @@ def training(log: Path, **changes: object) -> TrainConfig:
     return load_config(
         "smoke",
         {
-            "algorithm": "grpo", "num_scorers": 1, "checkpoint_every": 1, "report_every": 1,
-            "scorer": "import", "scorer_factory": "chaos_scorers:traced",
-            "scorer_options": options, **changes,
+            "algorithm": "grpo",
+            "resources.num_scorers": 1,
+            "limits.checkpoint_every": 1,
+            "limits.report_every": 1,
+            "scoring.scorer": "import",
+            "scoring.factory": "chaos_scorers:traced",
+            "scoring.options": options,
+            **changes,
         },
-    )  # fmt: skip
+    )
 
 
 def history(out: Path) -> list[dict]:
@@ -195,7 +200,7 @@ def check_batch(batch: dict, config: TrainConfig) -> None:
     samples = batch[Columns.OBS]["sample"].numpy()
     keep = batch[Columns.ACTIONS].numpy().astype(bool)
     _, group, sizes = np.unique(state, return_inverse=True, return_counts=True)
-    assert (sizes == config.draws).all(), sizes
+    assert (sizes == config.rollout.draws).all(), sizes
     scores = ToyScorer(open_source(config.source))(samples, keep).astype(np.float64)
     members = [scores[group == number] for number in range(len(sizes))]
     mean, deviation = (np.array([f(each) for each in members]) for f in (np.mean, np.std))
@@ -210,7 +215,11 @@ def check_batch(batch: dict, config: TrainConfig) -> None:
 def test_a_killed_env_runner_leaves_groups_whole_and_counters_right(
     tmp_path: Path, log: Path, batches: list[dict]
 ):
-    config = training(log, num_env_runners=2, iterations=6, options={"seconds": 0.25})
+    config = training(
+        log,
+        options={"seconds": 0.25},
+        **{"resources.num_env_runners": 2, "limits.iterations": 6},
+    )
     killed = []
 
     def kill_soon(row: dict, policy: PruningPolicy) -> None:
@@ -249,7 +258,7 @@ def test_a_poisonous_sample_stops_training_and_is_never_trained_on(
     out = tmp_path / "run"
     healthy = training(log)
     train(healthy, out, progress=False, iterations=1)
-    sick = training(log, options={"poison": 6}, max_crashes_per_row=2)
+    sick = training(log, options={"poison": 6}, **{"scoring.max_crashes_per_row": 2})
     with pytest.raises(ScoringError, match=r"'toy-6' \(number 6\): the request killed 2 scorer"):
         train(sick, out, resume=True, progress=False, iterations=30)
     _, saved = RunFolder(out).newest()
@@ -263,7 +272,7 @@ def test_a_poisonous_sample_stops_training_and_is_never_trained_on(
 
 
 def test_scorers_gone_for_good_stop_remote_runners_too(tmp_path: Path, log: Path):
-    config = training(log, num_env_runners=1, iterations=50)
+    config = training(log, **{"resources.num_env_runners": 1, "limits.iterations": 50})
 
     def end_all(row: dict, policy: PruningPolicy) -> None:
         for actor in ray._private.state.actors().values():
@@ -291,9 +300,9 @@ def crash_once(setting: dict) -> None:
 
 
 def test_a_crashed_trial_goes_on_from_its_newest_checkpoint(tmp_path: Path, log: Path):
-    config = training(log, iterations=5)
+    config = training(log, **{"limits.iterations": 5})
     # two bundles: the trial and, inside it, its scorer
-    resources = tune.PlacementGroupFactory([{"CPU": 1.0}, {"CPU": config.scorer_cpus}])
+    resources = tune.PlacementGroupFactory([{"CPU": 1.0}, {"CPU": config.resources.scorer_cpus}])
     tuner = tune.Tuner(
         tune.with_resources(crash_once, resources),
         param_space={"train": config.as_dict(), "out": str(tmp_path / "run")},
@@ -315,7 +324,7 @@ def test_a_crashed_trial_goes_on_from_its_newest_checkpoint(tmp_path: Path, log:
 def test_a_full_object_store_is_spilled(tmp_path: Path, log: Path):
     blocks = [np.full(10 << 20, number, np.uint8) for number in range(2 * STORE_MB // 10)]
     pinned = [ray.put(block) for block in blocks]  # twice what the store holds
-    config = training(log, num_env_runners=1, iterations=3)
+    config = training(log, **{"resources.num_env_runners": 1, "limits.iterations": 3})
     result = train(config, tmp_path / "run", progress=False)
     assert result.progress.scores == 3 * 256
     for ref, block in zip(pinned, blocks, strict=True):
@@ -357,15 +366,17 @@ def check_resumes(config: TrainConfig, out: Path, iteration: int) -> None:
     assert saved.iteration == iteration and newest.name == f"iteration_{iteration:06d}"
     PruningPolicy.from_pretrained(newest / "policy")
     result = train(config, out, resume="auto", progress=False)
-    assert result.progress.scores == 256 * config.iterations
-    assert [row["iteration"] for row in history(out)] == list(range(1, config.iterations + 1))
+    assert result.progress.scores == 256 * config.limits.iterations
+    assert [row["iteration"] for row in history(out)] == list(
+        range(1, config.limits.iterations + 1)
+    )
     assert not list((out / "checkpoints").glob(".writing-*"))
 
 
 @pytest.mark.parametrize("part", ["rllib", "policy"])
 def test_a_full_disk_keeps_the_last_whole_checkpoint(small_disk: Path, log: Path, part: str):
     out = small_disk / "run"
-    config = training(log, num_scorers=0, iterations=4)
+    config = training(log, **{"resources.num_scorers": 0, "limits.iterations": 4})
     filler = []
 
     def hook(row: dict, policy: PruningPolicy) -> None:
@@ -385,7 +396,7 @@ def test_a_full_disk_keeps_the_last_whole_checkpoint(small_disk: Path, log: Path
 
 def test_a_checkpoint_that_cannot_be_written_is_left_out(tmp_path: Path, log: Path, monkeypatch):
     out = tmp_path / "run"
-    config = training(log, num_scorers=0, iterations=4)
+    config = training(log, **{"resources.num_scorers": 0, "limits.iterations": 4})
     save = PruningPolicy.save_pretrained
 
     def full(self, path, *args):

@@ -112,7 +112,7 @@ DRIVER = """
 import sys
 from tprl_env.rllib.config import load_config
 from tprl_env.rllib.run.train import train
-changes = {"checkpoint_every": 1, "num_scorers": 1, "algorithm": "grpo"}
+changes = {"limits.checkpoint_every": 1, "resources.num_scorers": 1, "algorithm": "grpo"}
 iterations = int(sys.argv[2])
 result = train(
     load_config("smoke", changes), sys.argv[1], resume="auto", progress=False, iterations=iterations

@@ -40,7 +40,7 @@ def submit(args: argparse.Namespace) -> int:
     folder = args.working_dir
     if args.script is not None:
         if args.storage or args.overrides:
-            raise ValueError("--storage and --field belong to a config; a script gets its own")
+            raise ValueError("--storage and settings belong to a config; a script gets its own")
         command = jobs.script_command(args.script)
         folder = folder or Path.cwd()
     else:
@@ -86,7 +86,7 @@ def add_submit(commands: Any) -> None:
     """Declare ``tprl submit``."""
     sub = commands.add_parser(
         "submit",
-        help="train on a cluster: tprl submit CONFIG --storage URI [--field value ...]",
+        help="train on a cluster: tprl submit CONFIG --storage URI [--policy.width 64 ...]",
         description="Send a training to a Ray cluster as a job and follow it; sent again with the "
         "same --storage it goes on. Any other script: tprl submit [options] -- python script.py",
     )

@@ -19,7 +19,7 @@ from typing import Any
 from tprl_env import __version__
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
-from tprl_env.cli.parsing import Parser, at_least_one, counts, names, overrides, resume
+from tprl_env.cli.parsing import Parser, TrainHelp, at_least_one, counts, names, overrides, resume
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
@@ -154,7 +154,7 @@ def train(args: argparse.Namespace) -> int:
     result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
     imitation = 0.0 if result.imitation is None else result.imitation.seconds
     record = {
-        "algorithm": config.algorithm.upper(),
+        "algorithm": config.algorithm.name.upper(),
         "preset": Path(args.config).stem,
         "seconds": round(result.progress.seconds + imitation, 2),
         "lvlm_scores": result.progress.scores,
@@ -253,7 +253,17 @@ def _add_autoencoder(commands: Any) -> None:
 
 
 def _add_train(commands: Any) -> None:
-    sub = commands.add_parser("train", help="train a policy: tprl train CONFIG [--field value ...]")
+    sub = commands.add_parser(
+        "train",
+        help="train a policy: tprl train CONFIG [--policy.width 64 ...]",
+        usage="tprl train CONFIG [--out OUT] [--resume [auto]] [--init-policy FOLDER] "
+        "[--PART.SETTING VALUE ...]",
+        add_help=False,
+    )
+    sub.add_argument(
+        "-h", "--help", action=TrainHelp, nargs=0, default=argparse.SUPPRESS,
+        help="show this and every setting, with the values of CONFIG if it comes before",
+    )  # fmt: skip
     sub.add_argument("config", help="name in rllib_configs/ or a .py file")
     sub.add_argument("--out", default="runs/train", help="a folder, or a URI of shared storage")
     sub.add_argument(

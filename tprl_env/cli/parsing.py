@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "at_least_one", "counts", "names", "overrides", "resume"]
+__all__ = ["Parser", "TrainHelp", "at_least_one", "counts", "names", "overrides", "resume"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +19,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving the process."""
         raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+class TrainHelp(argparse.Action):
+    """The help of ``tprl train``, followed by every setting of the config that was named."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Print and leave."""
+        from tprl_env.cli.train_help import settings_help
+
+        settings = settings_help(getattr(namespace, "config", None))
+        print(f"{parser.format_help()}\nSettings of the run, --PART.SETTING VALUE:\n\n{settings}")
+        parser.exit()
 
 
 def counts(text: str) -> tuple[int, ...]:
@@ -56,7 +74,7 @@ def resume(text: str) -> str:
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
-    """``["--lr", "1e-3", "--seed=2"]`` to ``{"lr": "1e-3", "seed": "2"}``.
+    """``["--policy.width", "64", "--seed=2"]`` to ``{"policy.width": "64", "seed": "2"}``.
 
     Raises:
         ValueError: A word is no ``--field``, or a field has no value.

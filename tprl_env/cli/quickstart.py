@@ -53,7 +53,7 @@ def imitated(config: TrainConfig, store: FeatureStore, folder: Path) -> PruningP
     from tprl_env.policy.network import PruningPolicy
     from tprl_env.rllib.run.imitate import imitate
 
-    if config.demonstrator == "none":
+    if config.imitation.demonstrator == "none":
         return None
     if not (folder / "config.json").is_file():
         report = imitate(config, store, folder)
@@ -91,9 +91,9 @@ def run_quickstart(
     }
     config = load_config(settings.preset, fields)
     if settings.scale < 1:
-        shrunk = {"imitation_steps": max(10, round(config.imitation_steps * settings.scale))}
-        if config.max_scores:
-            shrunk["max_scores"] = max(256, round(config.max_scores * settings.scale))
+        shrunk = {"imitation.steps": max(10, round(config.imitation.steps * settings.scale))}
+        if config.limits.max_scores:
+            shrunk["limits.max_scores"] = max(256, round(config.limits.max_scores * settings.scale))
         config = config.replace(**shrunk)
     lvlm = load_lvlm(name)  # refuses an unknown task before anything is written
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -107,18 +107,20 @@ def run_quickstart(
         stores["calibration"],
         held_out,
         settings.sized(CURVE_QUESTIONS),
-        config.max_steps,
+        config.rules.max_steps,
     )
-    with watch.stage("training", f"{config.algorithm.upper()} on RLlib, preset {settings.preset}"):
+    with watch.stage(
+        "training", f"{config.algorithm.name.upper()} on RLlib, preset {settings.preset}"
+    ):
         result = train(
             config,
             settings.out / "train",
             resume=(settings.out / "train" / "config.json").is_file(),
             init_policy=None if imitation is None else settings.out / "imitation",
-            on_iteration=curve_hook(curve, imitation, config.max_scores or 50_000),
+            on_iteration=curve_hook(curve, imitation, config.limits.max_scores or 50_000),
         )
     training = {
-        "algorithm": config.algorithm.upper(),
+        "algorithm": config.algorithm.name.upper(),
         "preset": settings.preset,
         "seconds": round(result.progress.seconds, 2),
         "lvlm_scores": result.progress.scores,
@@ -158,11 +160,13 @@ def _finish(
         **{name: pruners.__getitem__ for name, pruners in tuned.items()},
         **available_pruners(test),
     }
-    spec = scorer_spec(config.replace(source=str(test.path.resolve()), score_kind="exact"))
+    spec = scorer_spec(
+        config.replace(**{"source": str(test.path.resolve()), "rules.score_kind": "exact"})
+    )
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
         with (
             ray_session(actor_cpus(config)),
-            closing(ScorerPool.start(spec, config.num_scorers)) as scorer,
+            closing(ScorerPool.start(spec, config.resources.num_scorers)) as scorer,
         ):
             rows = compare(test, scorer, entries, BUDGETS, samples)
             drawn = draw_examples(

@@ -42,6 +42,18 @@ VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
 class EpisodeRules:
     """Settings of the MDP; the arguments of the environments under the same names.
 
+    Attributes:
+        max_steps: T, steps per episode.
+        alpha: weight of the task term of the reward.
+        beta: weight of the pruning term of the reward.
+        score_steps: "all" scores the mask of every step, "final" the last one only (1/T of the
+            work, the same undiscounted return).
+        reward_batch_size: this many consecutive episodes share the mean of their rewards.
+        min_tokens: an episode terminates once at most this many tokens are kept.
+        budget: wanted count, or (low, high) to draw it log-uniformly per sample; None without.
+        score_kind: "exact" (0 or 1) or "likelihood" of the reference answer.
+        query: what is observed of the question: its "mean" vector or its "tokens".
+
     Raises:
         ValueError: for a value outside its range, naming the argument.
     """

@@ -276,6 +276,6 @@ def _wait_until_ready(handles: list[Any], each: dict[str, Any], timeout: float) 
         table = requested_and_available([wanted] * len(handles))
         raise ScoringError(
             f"{len(ready)} of {len(handles)} scorer actors were ready after {timeout:g} s; each "
-            f"asks for {wanted} ({table}); lower num_scorers or its resources, add nodes, or "
-            "raise the start timeout if loading the LVLM takes longer"
+            f"asks for {wanted} ({table}); lower resources.num_scorers or its resources, add "
+            "nodes, or raise the start timeout if loading the LVLM takes longer"
         )

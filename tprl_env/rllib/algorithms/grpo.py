@@ -15,7 +15,7 @@ computed once per iteration. Values are not computed; the critic's parameters st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
@@ -25,30 +25,21 @@ from torch import Tensor
 from tprl_env.rllib.algorithms.losses import (
     Actions,
     SurrogateParts,
-    SurrogateSettings,
     divisor,
     kl_k3,
     row_mean,
     surrogate_loss,
 )
-from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
-from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.algorithms.shared import MaskLearner
+from tprl_env.rllib.config import GrpoSettings
 from tprl_env.rllib.rollout.connector import REFERENCE_LOGP
 from tprl_env.rllib.rollout.distributions import BernoulliActions
-from tprl_env.scoring.spec import PoolAddress
 
-__all__ = ["GRPO", "GrpoLearner", "GrpoParts", "GrpoSettings", "grpo_config", "grpo_loss"]
+__all__ = ["GRPO", "GrpoLearner", "GrpoParts", "grpo_loss"]
 
 
 class GRPO(PPO):
     """PPO's training step under its own name; what differs is in runner, learner and module."""
-
-
-@dataclass(frozen=True)
-class GrpoSettings(SurrogateSettings):
-    """Coefficients of `grpo_loss`; fields of `TrainConfig` of the same name."""
-
-    kl_coefficient: float = 0.04
 
 
 @dataclass
@@ -63,6 +54,7 @@ def grpo_loss(
     distribution: Actions,
     settings: GrpoSettings,
     entropy_coefficient: float,
+    max_steps: int = 1,
 ) -> GrpoParts:
     """Clipped surrogate with a penalty on KL(policy || start policy) (Shao et al. 2024, eq. 3, 4).
 
@@ -74,8 +66,9 @@ def grpo_loss(
         distribution: the current one.
         settings: coefficients.
         entropy_coefficient: c2.
+        max_steps: T.
     """
-    parts = surrogate_loss(batch, distribution, settings, entropy_coefficient)
+    parts = surrogate_loss(batch, distribution, settings, entropy_coefficient, max_steps)
     actions = batch[Columns.ACTIONS]
     if settings.ratio == "token" and isinstance(distribution, BernoulliActions):
         estimate = kl_k3(batch[REFERENCE_LOGP] - distribution.token_logp(actions)).sum(1)
@@ -93,28 +86,9 @@ class GrpoLearner(MaskLearner):
         self, *, module_id: str, config: PPOConfig, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> Tensor:
         """Loss of one minibatch; logs its parts."""
-        settings = GrpoSettings(**config.learner_config_dict["loss"])
+        settings, max_steps = self.settings(GrpoSettings)
         distribution = self.distribution(module_id, fwd_out)
-        parts = grpo_loss(batch, distribution, settings, self.entropy_coefficient(module_id))
+        bonus = self.entropy_coefficient(module_id)
+        parts = grpo_loss(batch, distribution, settings, bonus, max_steps)
         self.log_parts(module_id, parts, {"reference_kl": parts.reference_kl})
         return parts.total
-
-
-def grpo_config(
-    config: TrainConfig, *, pool: PoolAddress | None = None, init_policy: str | None = None
-) -> PPOConfig:
-    """RLlib configuration of a run with GRPO; arguments as in `base_config`.
-
-    Raises:
-        ValueError: if the config does not fit its source.
-    """
-    return base_config(
-        config,
-        pool=pool,
-        init_policy=init_policy,
-        learner=GrpoLearner,
-        loss=asdict(settings_of(GrpoSettings, config)),
-        algorithm=GRPO,
-        critic=False,
-        reference=True,
-    )

@@ -14,12 +14,12 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
+from tprl_env.rllib.config import AlgorithmSettings
 from tprl_env.rllib.rollout.distributions import BernoulliActions, ExactActions
 
 __all__ = [
     "ROW_WEIGHT",
     "SurrogateParts",
-    "SurrogateSettings",
     "divisor",
     "kl_k3",
     "row_mean",
@@ -30,19 +30,6 @@ Actions = BernoulliActions | ExactActions
 
 ROW_WEIGHT = "row_weight"
 """Column (R,), weight of a row in all means; 1 where the batch has none."""
-
-
-@dataclass(frozen=True)
-class SurrogateSettings:
-    """Coefficients of `surrogate_loss`; fields of `TrainConfig` of the same name."""
-
-    clip: float = 0.2
-    ratio: str = "joint"
-    per_token: bool = True
-    logit_l2: float = 0.0
-    count_loss: float = 0.0
-    count_target: float | None = None
-    max_steps: int = 1
 
 
 @dataclass
@@ -74,7 +61,7 @@ def row_mean(batch: Mapping[str, Any], rows: Tensor) -> Tensor:
     return torch.where(mask, rows, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def divisor(distribution: Actions, settings: SurrogateSettings) -> Tensor:
+def divisor(distribution: Actions, settings: AlgorithmSettings) -> Tensor:
     """What policy loss, entropy and KL of each row are divided by, (R,)."""
     tokens = distribution.divisor
     return tokens if settings.per_token else torch.ones_like(tokens)
@@ -91,8 +78,9 @@ def kl_k3(log_ratio: Tensor) -> Tensor:
 def surrogate_loss(
     batch: Mapping[str, Any],
     distribution: Actions,
-    settings: SurrogateSettings,
+    settings: AlgorithmSettings,
     entropy_coefficient: float,
+    max_steps: int = 1,
 ) -> SurrogateParts:
     """Clipped surrogate, entropy bonus and penalties (TPRL eq. 21, 23; docs/method.md).
 
@@ -102,6 +90,7 @@ def surrogate_loss(
         distribution: the current one.
         settings: coefficients.
         entropy_coefficient: c2.
+        max_steps: T, over which the expected count falls to ``count_target``.
     """
     tokens = divisor(distribution, settings)
     objective, log_ratio, outside = _surrogate(batch, distribution, settings)
@@ -115,7 +104,7 @@ def surrogate_loss(
     l2 = distribution.logits.square()[alive].sum() / alive.sum().clamp(min=1)
     count = torch.zeros_like(policy)
     if settings.count_loss:
-        count = row_mean(batch, _count_error(distribution, settings))
+        count = row_mean(batch, _count_error(distribution, settings, max_steps))
     total = policy - entropy_coefficient * entropy
     total = total + settings.logit_l2 * l2 + settings.count_loss * count
     kl, clipped = row_mean(batch, kl_k3(log_ratio)), row_mean(batch, outside)
@@ -123,7 +112,7 @@ def surrogate_loss(
 
 
 def _surrogate(
-    batch: Mapping[str, Any], distribution: Actions, settings: SurrogateSettings
+    batch: Mapping[str, Any], distribution: Actions, settings: AlgorithmSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped objective, log ratio of the whole mask, and share of clipped ratios, (R,) each."""
     actions, gain = batch[Columns.ACTIONS], batch[Postprocessing.ADVANTAGES]
@@ -144,12 +133,12 @@ def _surrogate(
     return torch.where(alive, clipped, 0.0).sum(1), token.sum(1), share
 
 
-def _count_error(distribution: Actions, settings: SurrogateSettings) -> Tensor:
+def _count_error(distribution: Actions, settings: AlgorithmSettings, max_steps: int) -> Tensor:
     """(R,): log^2 of expected over wanted tokens; equal ratios over the steps of an episode."""
     if not isinstance(distribution, BernoulliActions) or not settings.count_target:
         raise ValueError("count_loss needs distribution='bernoulli' and count_target")
     alive = distribution.alive.sum(1).clamp(min=1)
     total = distribution.logits.shape[1]
-    wanted = alive * (settings.count_target / total) ** (1.0 / settings.max_steps)
+    wanted = alive * (settings.count_target / total) ** (1.0 / max_steps)
     expected = distribution.masks.probs.sum(1).clamp(min=1e-6)
     return (expected / wanted.clamp(min=1.0)).log().square()

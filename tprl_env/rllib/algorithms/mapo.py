@@ -35,17 +35,15 @@ from tprl_env.rllib.algorithms.losses import (
     ROW_WEIGHT,
     Actions,
     SurrogateParts,
-    SurrogateSettings,
     surrogate_loss,
 )
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory
 from tprl_env.rllib.algorithms.mapo_mixture import mix
-from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
-from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.algorithms.shared import MaskLearner
+from tprl_env.rllib.config import MapoSettings, TrainConfig
 from tprl_env.rllib.rollout.episodes import EpisodeColumns
-from tprl_env.scoring.spec import PoolAddress
 
-__all__ = ["MAPO", "MapoLearner", "mapo_config", "mapo_loss", "new_memory"]
+__all__ = ["MAPO", "MapoLearner", "mapo_loss", "new_memory"]
 
 MEMORY = "episode_memory"
 
@@ -53,8 +51,9 @@ MEMORY = "episode_memory"
 def mapo_loss(
     batch: Mapping[str, Any],
     distribution: Actions,
-    settings: SurrogateSettings,
+    settings: MapoSettings,
     entropy_coefficient: float,
+    max_steps: int = 1,
 ) -> SurrogateParts:
     """Weighted clipped surrogate of remembered and new episodes (Liang et al. 2018, eq. 7).
 
@@ -66,13 +65,14 @@ def mapo_loss(
         distribution: the current one.
         settings: coefficients.
         entropy_coefficient: c2.
+        max_steps: T.
 
     Raises:
         ValueError: without weights.
     """
     if ROW_WEIGHT not in batch:
         raise ValueError("mapo_loss needs row_weight in the batch; mix() makes it")
-    return surrogate_loss(batch, distribution, settings, entropy_coefficient)
+    return surrogate_loss(batch, distribution, settings, entropy_coefficient, max_steps)
 
 
 class MapoLearner(MaskLearner):
@@ -82,21 +82,39 @@ class MapoLearner(MaskLearner):
         self, *, module_id: str, config: PPOConfig, batch: dict[str, Any], fwd_out: dict[str, Any]
     ) -> Tensor:
         """Loss of one minibatch; logs its parts."""
-        settings = SurrogateSettings(**config.learner_config_dict["loss"])
+        settings, max_steps = self.settings(MapoSettings)
         distribution = self.distribution(module_id, fwd_out)
-        parts = mapo_loss(batch, distribution, settings, self.entropy_coefficient(module_id))
+        bonus = self.entropy_coefficient(module_id)
+        parts = mapo_loss(batch, distribution, settings, bonus, max_steps)
         self.log_parts(module_id, parts, {})
         return parts.total
 
 
 def new_memory(config: TrainConfig) -> EpisodeMemory:
-    """An empty memory that knows whose episodes it will hold."""
+    """An empty memory that knows whose episodes it will hold.
+
+    Raises:
+        ValueError: if the run's algorithm has no memory.
+    """
+    settings, rules = mapo_settings(config), config.rules
     identity = {
-        name: getattr(config, name)
-        for name in ("score_kind", "max_steps", "score_steps", "alpha", "beta", "gamma")
+        name: getattr(rules, name)
+        for name in ("score_kind", "max_steps", "score_steps", "alpha", "beta")
     }
+    identity["gamma"] = settings.gamma
     identity["samples"] = shared_source(config.source).fingerprint
-    return EpisodeMemory(identity, config.memory_size, config.memory_limit)
+    return EpisodeMemory(identity, settings.memory_size, settings.memory_limit)
+
+
+def mapo_settings(config: TrainConfig) -> MapoSettings:
+    """The settings of a run with MAPO.
+
+    Raises:
+        ValueError: if the run uses another algorithm.
+    """
+    if not isinstance(config.algorithm, MapoSettings):
+        raise ValueError(f"MAPO needs algorithm='mapo', got {config.algorithm.name!r}")
+    return config.algorithm
 
 
 class MAPO(PPO):
@@ -105,8 +123,9 @@ class MAPO(PPO):
     def setup(self, config: PPOConfig) -> None:
         """Build runners and learners, and an empty memory."""
         super().setup(config)
-        self.train_config = TrainConfig.from_dict(self.config.env_config["train"])
-        self.memory = new_memory(self.train_config)
+        train_config = TrainConfig.from_dict(self.config.env_config["train"])
+        self.settings = mapo_settings(train_config)
+        self.memory = new_memory(train_config)
 
     def training_step(self) -> None:
         """Roll out, mix, learn, send the weights out (RLlib 2.60's PPO but for the second)."""
@@ -144,13 +163,12 @@ class MAPO(PPO):
 
     def _mixed(self, stores: list[EpisodeColumns]) -> list[EpisodeColumns]:
         """The batch, judged by the policy that drew it; the local runner has the same weights."""
-        config = self.train_config
         mixed, report = mix(
             stores,
             self.memory,
             self.env_runner.module.judge,
-            config.memory_weight,
-            config.normalize_advantages,
+            self.settings.memory_weight,
+            self.settings.normalize_advantages,
         )
         table = {name: value for name, value in asdict(report).items() if value is not None}
         table["episodes"] = len(self.memory)
@@ -177,22 +195,3 @@ class MAPO(PPO):
         if MEMORY in state:
             self.memory.set_state(state[MEMORY])
         super().set_state(state)
-
-
-def mapo_config(
-    config: TrainConfig, *, pool: PoolAddress | None = None, init_policy: str | None = None
-) -> PPOConfig:
-    """RLlib configuration of a run with MAPO; arguments as in `base_config`.
-
-    Raises:
-        ValueError: if the config does not fit its source.
-    """
-    return base_config(
-        config,
-        pool=pool,
-        init_policy=init_policy,
-        learner=MapoLearner,
-        loss=asdict(settings_of(SurrogateSettings, config)),
-        algorithm=MAPO,
-        critic=False,
-    )

@@ -1,13 +1,13 @@
 """PPO for keep-masks: RLlib's own training step, and the loss that stock PPO lacks.
 
-Differences from stock PPO (each a field of `TrainConfig`): the ratio of whole masks or per token,
+Differences from stock PPO (each a field of `PpoSettings`): the ratio of whole masks or per token,
 policy loss and entropy per kept token, a penalty on large logits, a loss on the expected count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -24,23 +24,13 @@ from torch import Tensor
 from tprl_env.rllib.algorithms.losses import (
     Actions,
     SurrogateParts,
-    SurrogateSettings,
     row_mean,
     surrogate_loss,
 )
-from tprl_env.rllib.algorithms.shared import MaskLearner, base_config, settings_of
-from tprl_env.rllib.config import TrainConfig
-from tprl_env.scoring.spec import PoolAddress
+from tprl_env.rllib.algorithms.shared import MaskLearner
+from tprl_env.rllib.config import PpoSettings
 
-__all__ = ["LossParts", "LossSettings", "PpoLearner", "ppo_config", "ppo_loss"]
-
-
-@dataclass(frozen=True)
-class LossSettings(SurrogateSettings):
-    """What the loss needs beyond stock PPO; fields of `TrainConfig` of the same name."""
-
-    value_coefficient: float = 0.5
-    value_clip: float = 1e6
+__all__ = ["LossParts", "PpoLearner", "ppo_loss"]
 
 
 @dataclass
@@ -55,8 +45,9 @@ def ppo_loss(
     batch: Mapping[str, Any],
     distribution: Actions,
     values: Tensor,
-    settings: LossSettings,
+    settings: PpoSettings,
     entropy_coefficient: float,
+    max_steps: int = 1,
 ) -> LossParts:
     """Clipped surrogate, value, entropy and penalties (TPRL eq. 19-24; docs/method.md).
 
@@ -68,8 +59,9 @@ def ppo_loss(
         values: (R,), current.
         settings: coefficients.
         entropy_coefficient: c2.
+        max_steps: T.
     """
-    parts = surrogate_loss(batch, distribution, settings, entropy_coefficient)
+    parts = surrogate_loss(batch, distribution, settings, entropy_coefficient, max_steps)
     error = (values - batch[Postprocessing.VALUE_TARGETS]).square()
     value = row_mean(batch, error.clamp(max=settings.value_clip))
     parts.total = parts.total + settings.value_coefficient * value
@@ -85,10 +77,10 @@ class PpoLearner(MaskLearner):
         """Loss of one minibatch; logs its parts."""
         module = self.module[module_id].unwrapped()
         values = module.compute_values(batch, embeddings=fwd_out.get(Columns.EMBEDDINGS))
-        settings = LossSettings(**config.learner_config_dict["loss"])
+        settings, max_steps = self.settings(PpoSettings)
         distribution = self.distribution(module_id, fwd_out)
         bonus = self.entropy_coefficient(module_id)
-        parts = ppo_loss(batch, distribution, values, settings, bonus)
+        parts = ppo_loss(batch, distribution, values, settings, bonus, max_steps)
         targets = batch[Postprocessing.VALUE_TARGETS]
         self.log_parts(
             module_id,
@@ -100,26 +92,3 @@ class PpoLearner(MaskLearner):
             },
         )
         return parts.total
-
-
-def loss_settings(config: TrainConfig) -> LossSettings:
-    """The loss of a run."""
-    return settings_of(LossSettings, config)
-
-
-def ppo_config(
-    config: TrainConfig, *, pool: PoolAddress | None = None, init_policy: str | None = None
-) -> PPOConfig:
-    """RLlib configuration of a run with PPO; arguments as in `base_config`.
-
-    Raises:
-        ValueError: if the config does not fit its source.
-    """
-    return base_config(
-        config,
-        pool=pool,
-        init_policy=init_policy,
-        learner=PpoLearner,
-        loss=asdict(loss_settings(config)),
-        normalize=config.normalize_advantages,
-    )

@@ -1,7 +1,12 @@
-"""Reading a config value as the type of its field; the command line gives strings."""
+"""Reading a value as the type of its field, and the checks that the parts of a config share.
+
+The command line gives strings, JSON gives lists for pairs: both are read here, by the type hints.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 import types
@@ -10,15 +15,46 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["coerce"]
+from tprl_env.checks import check_choice
+
+__all__ = [
+    "check_at_least",
+    "check_fraction",
+    "check_positive",
+    "read_fields",
+    "read_value",
+    "type_hints",
+]
+
+_hints = functools.cache(typing.get_type_hints)
 
 
-def coerce(name: str, value: Any, hint: Any) -> Any:
-    """Read a value as the field's type; strings come from the command line.
+def type_hints(settings: Any) -> dict[str, Any]:
+    """Type of each field of a dataclass or its instance."""
+    return _hints(settings if isinstance(settings, type) else settings.__class__)
+
+
+def read_fields(settings: Any) -> None:
+    """Read every field of a frozen dataclass as its type; call it first in ``__post_init__``.
+
+    Raises:
+        ValueError: if a value cannot be read, naming the field.
+    """
+    hints = type_hints(settings)
+    for field in dataclasses.fields(settings):
+        value = read_value(field.name, getattr(settings, field.name), hints[field.name])
+        object.__setattr__(settings, field.name, value)
+
+
+def read_value(name: str, value: Any, hint: Any) -> Any:
+    """Read a value as a type: a number, a string, a pair, a table, a `Literal` or a dataclass.
 
     Raises:
         ValueError: if it cannot be read.
     """
+    if typing.get_origin(hint) is typing.Literal:
+        check_choice(name, value, typing.get_args(hint))
+        return value
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if type(None) in options:
@@ -26,12 +62,47 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         if str not in options:
             raise ValueError(f"{name} must not be None")
     for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, option):  # type: ignore[arg-type]
+            return value
         read = _READERS.get(typing.get_origin(option) or option)
         result = read(value) if read else None
         if result is not None:
             return result
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
     raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_at_least(settings: object, least: float, *names: str) -> None:
+    """Refuse a number below ``least``.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"{name} must be at least {least:g}, got {getattr(settings, name)!r}")
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse a number that is not above 0.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be positive, got {getattr(settings, name)!r}")
+
+
+def check_fraction(settings: object, *names: str) -> None:
+    """Refuse a number outside (0, 1].
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name in names:
+        if not 0.0 < getattr(settings, name) <= 1.0:
+            raise ValueError(f"{name} must lie in (0, 1], got {getattr(settings, name)!r}")
 
 
 def _read_bool(value: Any) -> bool | None:

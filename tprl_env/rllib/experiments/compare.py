@@ -125,12 +125,13 @@ def imitate_all(place: ExperimentPaths, trials: Sequence[Trial]) -> None:
 
 def trial_resources(config: TrainConfig) -> tune.PlacementGroupFactory:
     """What one run needs: a CPU for the driver, and a bundle for each of its actors."""
-    scorer = {"CPU": config.scorer_cpus, "GPU": config.scorer_gpus, **config.scorer_resources}
-    learner = {"CPU": 1.0, "GPU": config.gpus_per_learner}
+    wanted = config.resources
+    scorer = {"CPU": wanted.scorer_cpus, "GPU": wanted.scorer_gpus, **wanted.scorer_resources}
+    learner = {"CPU": 1.0, "GPU": wanted.gpus_per_learner}
     bundles = [{"CPU": 1.0}]
-    bundles += [{k: v for k, v in scorer.items() if v}] * config.num_scorers
-    bundles += [{"CPU": 1.0}] * config.num_env_runners
-    bundles += [{k: v for k, v in learner.items() if v}] * config.num_learners
+    bundles += [{k: v for k, v in scorer.items() if v}] * wanted.num_scorers
+    bundles += [{"CPU": 1.0}] * wanted.num_env_runners
+    bundles += [{k: v for k, v in learner.items() if v}] * wanted.num_learners
     return tune.PlacementGroupFactory([bundle for bundle in bundles if bundle])
 
 

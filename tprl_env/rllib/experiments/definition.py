@@ -7,7 +7,6 @@ early stopping, compared over seeds) or ``SEARCH = Search(...)`` (Ray Tune's ASH
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tprl_env.checks import did_you_mean
-from tprl_env.rllib.config import TrainConfig, load_config, policy_fields, presets_folder
+from tprl_env.rllib.config import TrainConfig, load_config, load_definitions, policy_fields
 
 __all__ = [
     "Arm",
@@ -33,9 +32,11 @@ __all__ = [
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 # What imitation depends on besides the policy's shape and the samples.
 _IMITATION_FIELDS = (
-    "seed", "budget", "count_target", "demonstrator", "distribution", "imitation_steps",
-    "imitation_batch_size", "imitation_lr", "imitation_class_weights",
+    "seed", "rules.budget", "algorithm.count_target", "policy.distribution",
+    "imitation.demonstrator", "imitation.steps", "imitation.batch_size", "imitation.lr",
+    "imitation.class_weights",
 )  # fmt: skip
+_LIMITS = ("limits.max_scores", "limits.iterations", "limits.max_seconds")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Arm:
     """One side of a comparison.
 
     Attributes:
-        changes: Fields of `TrainConfig` that differ from the preset's.
+        changes: Settings that differ from the preset's, by name (``{"policy.width": 32}``).
         preset: Config file instead of the experiment's.
         code_width: Width of the token codes that the policy reads.
     """
@@ -91,7 +92,7 @@ class Experiment:
         arms: Name to arm; the first is what the others are compared with.
         tasks: ``"crowded"``, ``"sparse"``: the built-in LVLMs.
         preset: Config that arms change.
-        changes: Fields that all arms change.
+        changes: Settings that all arms change, by name.
         seeds: Each is one training run per arm and task.
         max_scores: LVLM scores of every run.
         budgets: Token counts to evaluate at.
@@ -133,7 +134,7 @@ class Experiment:
             raise ValueError(f"experiment {self.name!r} counts a seed twice: {self.seeds}")
         for arm in ("", *self.arms):
             given = {**self.changes, **(self.arms[arm].changes if arm else {})}
-            fixed = {"seed", "source", "lvlm", "max_scores", "iterations", "max_seconds"} & {*given}
+            fixed = {"seed", "source", "lvlm", "limits", *_LIMITS} & {*given}
             if fixed:
                 raise ValueError(
                     f"experiment {self.name!r} sets {', '.join(sorted(fixed))} itself; an arm may "
@@ -151,10 +152,8 @@ class Experiment:
         ]
 
     def _config(self, arm: Arm, seed: int) -> TrainConfig:
-        changes = {**self.changes, **arm.changes, "seed": seed, "max_scores": self.max_scores}
-        return load_config(arm.preset or self.preset, changes).replace(
-            iterations=None, max_seconds=None
-        )
+        changes = {**self.changes, **arm.changes, "seed": seed}
+        return load_config(arm.preset or self.preset, changes | _only_scores(self.max_scores))
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able definition; two experiments are the same where this is equal."""
@@ -176,10 +175,10 @@ class Search:
     Attributes:
         name: Short, for files.
         question: What it looks for.
-        space: Fields of `TrainConfig` to Tune's domains (``tune.loguniform`` ...).
+        space: Settings by name (``"algorithm.lr"``) to Tune's domains (``tune.loguniform`` ...).
         task: ``"crowded"`` or ``"sparse"``.
         preset: Config that is changed.
-        changes: Fields that every trial changes.
+        changes: Settings that every trial changes, by name.
         trials: Settings to draw.
         max_scores: LVLM scores of a run that is never stopped.
         grace_scores: Scores before a run can be stopped.
@@ -216,18 +215,23 @@ class Search:
                 f"search {self.name!r} needs 0 < grace_scores <= max_scores, got "
                 f"{self.grace_scores} and {self.max_scores}"
             )
-        known = TrainConfig.__dataclass_fields__
+        known = self.config({}).flat()
         for name in self.space:
             if name not in known:
                 raise ValueError(
-                    f"search {self.name!r}: TrainConfig has no field {name!r}"
+                    f"search {self.name!r}: its config has no field {name!r}"
                     f"{did_you_mean(name, known)}"
                 )
 
     def config(self, drawn: Mapping[str, Any]) -> TrainConfig:
         """The config of one draw, without source and LVLM."""
-        changes = {**self.changes, **drawn, "seed": self.seed, "max_scores": self.max_scores}
-        return load_config(self.preset, changes).replace(iterations=None, max_seconds=None)
+        changes = {**self.changes, **drawn, "seed": self.seed}
+        return load_config(self.preset, changes | _only_scores(self.max_scores))
+
+
+def _only_scores(max_scores: int) -> dict[str, Any]:
+    """Changes that let a run end by its number of LVLM scores alone."""
+    return {**dict.fromkeys(_LIMITS), "limits.max_scores": max_scores}
 
 
 def content_key(content: Mapping[str, Any]) -> str:
@@ -246,11 +250,12 @@ def imitation_key(config: TrainConfig, stores: Mapping[str, str]) -> str | None:
     Returns:
         None for a run without demonstrations. Arms that share it start from the same weights.
     """
-    if config.demonstrator == "none":
+    if config.imitation.demonstrator == "none":
         return None
-    table = {name: getattr(config, name) for name in _IMITATION_FIELDS}
-    if config.demonstrator == "vispruner" and config.budget is None:
-        table["count_target"] = None  # nested masks at fixed rates
+    flat = config.flat()
+    table = {name: flat[name] for name in _IMITATION_FIELDS}
+    if config.imitation.demonstrator == "vispruner" and config.rules.budget is None:
+        table["algorithm.count_target"] = None  # nested masks at fixed rates
     return content_key(policy_fields(config) | table | {"stores": dict(stores)})
 
 
@@ -270,26 +275,10 @@ def load_experiment(name: str | Path) -> Experiment | Search:
     Raises:
         ValueError: for an unknown name, naming the nearest, or a file that defines neither.
     """
-    path = Path(name)
-    if path.suffix != ".py":
-        folder = presets_folder() / "experiments"
-        path = folder / f"{str(name).replace('-', '_')}.py"
-        if not path.is_file():
-            known = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-            raise ValueError(
-                f"unknown experiment {str(name)!r}; known: {', '.join(known)}"
-                f"{did_you_mean(name, known)}"
-            )
-    elif not path.is_file():
-        raise ValueError(f"there is no experiment file {str(name)!r}")
-    spec = importlib.util.spec_from_file_location(f"_tprl_experiment_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{str(path)!r} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_definitions(name, "experiment", "experiment", "experiments")
     found = getattr(module, "EXPERIMENT", None) or getattr(module, "SEARCH", None)
     if not isinstance(found, Experiment | Search):
         raise ValueError(
-            f"{str(path)!r} must define EXPERIMENT = Experiment(...) or SEARCH = Search(...)"
+            f"{module.__file__!r} must define EXPERIMENT = Experiment(...) or SEARCH = Search(...)"
         )
     return found

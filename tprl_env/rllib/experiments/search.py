@@ -130,10 +130,10 @@ def _tune_search(drawn: Mapping[str, Any], base: Mapping[str, Any], calibration:
     config = TrainConfig.from_dict(base).replace(**drawn)
     folder = Path(tune.get_context().get_trial_dir())
     held_out = FeatureStore.open(calibration)
-    lvlm = load_lvlm(config.lvlm, device=config.scorer_device, dtype=config.scorer_dtype)
+    lvlm = load_lvlm(config.lvlm, device=config.scoring.device, dtype=config.scoring.dtype)
     scorer = local_scorer(lvlm, held_out)
-    path, steps = folder / "learning_curve.jsonl", config.max_steps
+    path, steps = folder / "learning_curve.jsonl", config.rules.max_steps
     curve = LearningCurve(path, held_out, scorer, CURVE_QUESTIONS, steps)
     begun = (folder / "train" / "config.json").is_file()
-    hook = reporting_hook(curve, curve_hook(curve, None, config.max_scores or 1))
+    hook = reporting_hook(curve, curve_hook(curve, None, config.limits.max_scores or 1))
     train(config, folder / "train", resume=begun, progress=False, on_iteration=hook)

@@ -50,10 +50,10 @@ def run_trial(place: ExperimentPaths, trial: Trial) -> None:
     config = place.config(trial)
     held_out, scorer = _open(place, trial, "calibration")
     curve = LearningCurve(
-        folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS, config.max_steps
+        folder / "learning_curve.jsonl", held_out, scorer, CURVE_QUESTIONS, config.rules.max_steps
     )
     before = None if start is None else PruningPolicy.from_pretrained(start)
-    hook = reporting_hook(curve, curve_hook(curve, before, config.max_scores or 1))
+    hook = reporting_hook(curve, curve_hook(curve, before, config.limits.max_scores or 1))
     result = train(
         config,
         folder / "train",
@@ -65,10 +65,10 @@ def run_trial(place: ExperimentPaths, trial: Trial) -> None:
     measured = _measure(PruningPolicy.from_pretrained(result.policy_path), place, trial)
     record = {
         "key": place.key(trial),
-        "algorithm": config.algorithm,
+        "algorithm": config.algorithm.name,
         "seed": trial.seed,
         "lvlm_scores": result.progress.scores,
-        "scores_per_iteration": config.samples * config.draws * config.max_steps,
+        "scores_per_iteration": config.rollout.episodes * config.rules.max_steps,
         "env_steps": result.progress.env_steps,
         "seconds": round(result.progress.seconds, 1),
         "policy": measured,
@@ -98,7 +98,7 @@ def _open(place: ExperimentPaths, trial: Trial, split: str) -> tuple[FeatureStor
     """A store of the trial's task and an exact-match scorer for it."""
     data, config = place.task(trial), trial.config
     store = FeatureStore.open(getattr(data, split))
-    lvlm = load_lvlm(data.lvlm, device=config.scorer_device, dtype=config.scorer_dtype)
+    lvlm = load_lvlm(data.lvlm, device=config.scoring.device, dtype=config.scoring.dtype)
     return store, local_scorer(lvlm, store)
 
 

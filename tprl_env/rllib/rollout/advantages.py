@@ -7,7 +7,6 @@ Shapes: B episodes, T steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,17 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.env import rewards as rewards_
 from tprl_env.env.rules import EpisodeRules
-from tprl_env.rllib.config import TrainConfig
+from tprl_env.rllib.config import GrpoSettings, PpoSettings, TrainConfig
 from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, Floats, Rollout
 
-__all__ = ["Estimate", "advantages", "estimate", "generalised_advantages", "group_advantages"]
+__all__ = [
+    "Estimate",
+    "advantages",
+    "episode_returns",
+    "estimate",
+    "generalised_advantages",
+    "group_advantages",
+]
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,26 @@ def estimate(
     config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules
 ) -> Estimate:
     """The estimate that the run's algorithm learns from; ``scores`` (T, B), NaN if not scored."""
-    return _ESTIMATES[config.algorithm](config, rollout, scores, rules)
+    algorithm, without_count = config.algorithm, config.rollout.count_regression_baseline
+    if isinstance(algorithm, PpoSettings):
+        return advantages(
+            rollout,
+            scores,
+            rules,
+            gamma=algorithm.gamma,
+            gae_lambda=algorithm.gae_lambda,
+            group_baseline=config.rollout.group_baseline,
+            count_regression_baseline=without_count,
+        )
+    if isinstance(algorithm, GrpoSettings):
+        return group_advantages(
+            rollout,
+            scores,
+            rules,
+            gamma=algorithm.gamma,
+            count_regression_baseline=without_count,
+        )
+    return episode_returns(rollout, scores, rules, gamma=algorithm.gamma)
 
 
 def advantages(
@@ -114,6 +139,20 @@ def group_advantages(
     square = np.bincount(rollout.group, np.square(centred[0])) / np.bincount(rollout.group)
     gains = centred[0] / (np.sqrt(square)[rollout.group] + 1e-6)
     columns = {Postprocessing.ADVANTAGES: np.where(live, gains, 0.0).astype(np.float32)}
+    return Estimate(rewards, columns)
+
+
+def episode_returns(
+    rollout: Rollout, scores: Floats, rules: EpisodeRules, *, gamma: float
+) -> Estimate:
+    """Returns alone, for MAPO: advantages follow when the draws are mixed with the memory."""
+    rewards = _rewards(rollout, scores, rules)
+    rows = {
+        EPISODE: np.arange(len(rollout.group)),
+        GROUP: rollout.group,
+        RETURN: _returns(rewards, gamma)[0],
+    }
+    columns = {name: np.broadcast_to(row, rewards.shape) for name, row in rows.items()}
     return Estimate(rewards, columns)
 
 
@@ -195,44 +234,3 @@ def _minus_count(values: Floats, rollout: Rollout, live: NDArray[np.bool_]) -> N
         slope = (x * values[step])[taken].sum() / (np.square(x[taken]).sum() + 1e-6)
         result[step] = np.where(taken, values[step] - slope * x, 0.0)
     return result
-
-
-def _ppo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules) -> Estimate:
-    return advantages(
-        rollout,
-        scores,
-        rules,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        group_baseline=config.group_baseline,
-        count_regression_baseline=config.count_regression_baseline,
-    )
-
-
-def _grpo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules) -> Estimate:
-    return group_advantages(
-        rollout,
-        scores,
-        rules,
-        gamma=config.gamma,
-        count_regression_baseline=config.count_regression_baseline,
-    )
-
-
-def _mapo(config: TrainConfig, rollout: Rollout, scores: Floats, rules: EpisodeRules) -> Estimate:
-    """Returns alone: advantages follow when the draws are mixed with the memory."""
-    rewards = _rewards(rollout, scores, rules)
-    rows = {
-        EPISODE: np.arange(len(rollout.group)),
-        GROUP: rollout.group,
-        RETURN: _returns(rewards, config.gamma)[0],
-    }
-    columns = {name: np.broadcast_to(row, rewards.shape) for name, row in rows.items()}
-    return Estimate(rewards, columns)
-
-
-_ESTIMATES: dict[str, Callable[[TrainConfig, Rollout, Floats, EpisodeRules], Estimate]] = {
-    "ppo": _ppo,
-    "grpo": _grpo,
-    "mapo": _mapo,
-}

@@ -36,7 +36,7 @@ from ray.rllib.utils.metrics import (
 
 from tprl_env.data.features import shared_source
 from tprl_env.env.episodes import Episodes, choose_episode
-from tprl_env.rllib.config import TrainConfig, rules
+from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.advantages import estimate
 from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout, learner_columns
 from tprl_env.rllib.rollout.module import Acted, TokenPruningModule
@@ -85,13 +85,13 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Open source and scorer instead of an environment."""
         settings = self.config.env_config
         self.train_config = TrainConfig.from_dict(settings["train"])
-        self.rules = rules(self.train_config)
+        self.rules = self.train_config.rules
         self.source = shared_source(self.train_config.source)
         self.rules.check_source(self.source)
         self.scorer = open_scorer(self.train_config, settings.get("pool"))
-        self._groups = self.train_config.samples // max(1, self.num_workers or 0)
-        self._groups //= self.train_config.rounds
-        self.num_envs = self._groups * self.train_config.draws
+        self._groups = self.train_config.rollout.samples // max(1, self.num_workers or 0)
+        self._groups //= self.train_config.rollout.rounds
+        self.num_envs = self._groups * self.train_config.rollout.draws
         self._episodes = Episodes(self.source, self.scorer, self.rules, self.num_envs)
         has_budget = self.rules.budget is not None
         self.env = _Spaces(self.source.max_tokens, has_budget, self.num_envs)
@@ -162,7 +162,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
             return steps < want_steps
         if want is not None:
             return episodes < want
-        return rounds < self.train_config.rounds
+        return rounds < self.train_config.rollout.rounds
 
     def _start(self) -> Rollout:
         """Draw samples and budgets as the vector environment does, one draw per group."""
@@ -170,11 +170,11 @@ class TokenPruningRunner(SingleAgentEnvRunner):
             choose_episode(self.np_random, self.source, self.rules) for _ in range(self._groups)
         ]
         drawn, budgets = np.array(chosen, np.int64).T
-        if self.train_config.shared_budget:
+        if self.train_config.rollout.shared_budget:
             budgets = np.full_like(budgets, budgets[0])
-        if self.train_config.fixed_budgets:
+        if self.train_config.rollout.fixed_budgets:
             budgets = np.array([self._budget_of(int(sample)) for sample in drawn], np.int64)
-        group = np.repeat(np.arange(self._groups), self.train_config.draws)
+        group = np.repeat(np.arange(self._groups), self.train_config.rollout.draws)
         episodes = self._episodes
         episodes.start(np.arange(self.num_envs), drawn[group], budgets[group])
         rollout = Rollout(episodes.samples, group, episodes.budget, episodes.full)
@@ -225,7 +225,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
             Columns.ACTIONS: actions,
             Columns.ACTION_LOGP: acted.logp.float().cpu().numpy(),
         }
-        if self.train_config.ratio == "token":  # the old probability of each token
+        if self.train_config.algorithm.ratio == "token":  # the old probability of each token
             columns[Columns.ACTION_DIST_INPUTS] = acted.inputs.cpu().numpy()
         rollout.live.append(taken.live)
         rollout.wanted.append(taken.wanted)

@@ -24,7 +24,8 @@ class LocalScores:
     def __init__(self, config: TrainConfig) -> None:
         spec = scorer_spec(config)
         source = shared_source(config.source)
-        self._scorer = CachedScorer(spec.build(), source, config.score_kind, config.cache_size)
+        size = config.scoring.cache_size
+        self._scorer = CachedScorer(spec.build(), source, config.rules.score_kind, size)
 
     class Ready(NamedTuple):
         """Scores that are there already."""

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from tprl_env.files import JsonLog, versions, write_json
 from tprl_env.policy.network import PruningPolicy
-from tprl_env.rllib.config import TrainConfig, policy_fields
+from tprl_env.rllib.config import TrainConfig
 
 __all__ = ["Progress", "Resume", "RunFolder"]
 
@@ -39,11 +39,14 @@ Resume = bool | Literal["auto"]
 
 KEPT_CHECKPOINTS = 3
 _PREFIX = "iteration_"
+_LIMITS = ("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds")
 _FREE = (  # settings that a run may change between its starts without becoming another one
-    *("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds"),
-    *("report_every", "torch_threads", "num_scorers", "scorer_cpus", "scorer_gpus"),
-    *("scorer_resources", "scorer_device", "max_outstanding", "max_crashes_per_row", "cache_size"),
-    *("start_timeout", "sample_timeout", "gpus_per_learner"),
+    *(f"limits.{name}" for name in (*_LIMITS, "report_every")),
+    *("resources.torch_threads", "resources.start_timeout", "resources.sample_timeout"),
+    *("resources.num_scorers", "resources.scorer_cpus", "resources.scorer_gpus"),
+    *("resources.scorer_resources", "resources.gpus_per_learner"),
+    *("scoring.device", "scoring.max_outstanding", "scoring.max_crashes_per_row"),
+    "scoring.cache_size",
 )
 
 
@@ -124,7 +127,7 @@ class RunFolder:
                 f"the run in {self.where!r} trains a policy of another shape ({table}); resume "
                 "with its own settings, or choose another --out"
             )
-        old_table, new_table = old.as_dict(), new.as_dict()
+        old_table, new_table = old.flat(), new.flat()
         changed = [n for n in new_table if n not in _FREE and old_table[n] != new_table[n]]
         if changed:
             table = ", ".join(f"{n} {old_table[n]!r}, now {new_table[n]!r}" for n in changed)
@@ -215,10 +218,11 @@ class RunFolder:
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
     """What a policy's weights and their meaning, and the learner's state, depend on."""
-    table = policy_fields(config)
-    del table["initial_keep"]
-    names = ("distribution", "discount", "algorithm")
-    return table | {name: getattr(config, name) for name in names}
+    table = {name: value for name, value in config.flat().items() if name.startswith("policy.")}
+    del table["policy.initial_keep"]
+    table |= {"rules.query": config.rules.query, "algorithm": config.algorithm.name}
+    # without the step as input the weights serve any number of steps
+    return table | {"rules.max_steps": config.policy.step_input and config.rules.max_steps}
 
 
 def _description(config: TrainConfig, resume: bool) -> dict[str, Any]:

@@ -48,11 +48,11 @@ def imitate(
         policy,
         source,
         _demonstrator(config, source),
-        steps=config.imitation_steps,
-        batch_size=config.imitation_batch_size,
-        lr=config.imitation_lr,
+        steps=config.imitation.steps,
+        batch_size=config.imitation.batch_size,
+        lr=config.imitation.lr,
         seed=config.seed,
-        pos_weight=config.imitation_class_weights,  # type: ignore[arg-type]
+        pos_weight=config.imitation.class_weights,
         progress=progress,
     )
     policy.save_pretrained(folder)
@@ -60,18 +60,19 @@ def imitate(
 
 
 def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
-    heuristic = HEURISTICS.get(config.demonstrator)
-    if heuristic is not None and config.budget is None and not config.count_target:
+    demonstrator, budget = config.imitation.demonstrator, config.rules.budget
+    heuristic = HEURISTICS.get(demonstrator)
+    if heuristic is not None and budget is None and not config.algorithm.count_target:
         return nested_masks(source, pruner=heuristic())  # the paper's keep-rates, .75 then .5
-    if isinstance(config.budget, tuple):
-        low, high = config.budget
+    if isinstance(budget, tuple):
+        low, high = budget
     else:
-        low = high = config.budget or round(config.count_target or 0)
+        low = high = budget or round(config.algorithm.count_target or 0)
     if low < 1:
         raise ValueError(
-            f"demonstrator={config.demonstrator!r} ranks tokens and needs to know how many to "
-            "keep; set budget or count_target"
+            f"imitation.demonstrator={demonstrator!r} ranks tokens and needs to know how many to "
+            "keep; set rules.budget or algorithm.count_target"
         )
     if heuristic is not None:
         return pruner_budgets(source, heuristic(), low, min(high, source.max_tokens), config.seed)
-    return saliency_demonstrator(source, config.demonstrator, low, min(high, source.max_tokens))
+    return saliency_demonstrator(source, demonstrator, low, min(high, source.max_tokens))

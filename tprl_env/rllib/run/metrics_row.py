@@ -145,7 +145,7 @@ def iteration_row(
         scores_per_second=float(scorer.get("scores", 0)) / max(seconds, 1e-9),
         busy_share=float(scorer.get("busy_seconds", 0))
         / max(seconds, 1e-9)
-        / max(1, config.num_scorers),
+        / max(1, config.resources.num_scorers),
         batch_fill=number(scorer, "batch_fill"),
         duplicates=int(scorer.get("duplicates", 0)),
         cache_hits=int(scorer.get("cache_hits", 0)),

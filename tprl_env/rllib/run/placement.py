@@ -23,7 +23,8 @@ class PlacementError(TimeoutError):
 
 def actor_cpus(config: TrainConfig) -> float:
     """CPUs that the actors of a run request together: scorers, env runners and learners."""
-    return config.num_scorers * config.scorer_cpus + config.num_env_runners + config.num_learners
+    wanted = config.resources
+    return wanted.num_scorers * wanted.scorer_cpus + wanted.num_env_runners + wanted.num_learners
 
 
 def actor_bundles(config: Any) -> dict[str, list[dict[str, float]]]:
@@ -78,7 +79,7 @@ def check_room(config: Any, timeout: float) -> None:
             raise PlacementError(
                 f"the cluster had no room for {counts} within {timeout:g} s "
                 f"({requested_and_available(bundles)}); ask for fewer, add nodes, or raise "
-                "start_timeout if the autoscaler needs longer"
+                "resources.start_timeout if the autoscaler needs longer"
             )
     finally:
         remove_placement_group(group)

@@ -90,10 +90,10 @@ def train(
         resume: from the newest complete checkpoint in ``out``; ``"auto"`` starts a run if there
             is none.
         init_policy: policy folder to start from instead of imitation or random weights.
-        progress: print a line every ``config.report_every`` iterations.
-        iterations: overrides ``config.iterations``.
-        max_scores: overrides ``config.max_scores``; counts requested scores over all starts.
-        max_seconds: overrides ``config.max_seconds``; counts training time over all starts.
+        progress: print a line every ``limits.report_every`` iterations.
+        iterations: overrides ``limits.iterations``.
+        max_scores: overrides ``limits.max_scores``; counts requested scores over all starts.
+        max_seconds: overrides ``limits.max_seconds``; counts training time over all starts.
         on_iteration: called after each iteration with the row of metrics and the policy.
 
     Raises:
@@ -103,19 +103,23 @@ def train(
         RuntimeError: if the remote runners deliver nothing.
     """
     given = {"iterations": iterations, "max_scores": max_scores, "max_seconds": max_seconds}
-    config = config.replace(**{name: limit for name, limit in given.items() if limit is not None})
-    if config.iterations is config.max_scores is config.max_seconds is None:
-        raise ValueError("this run would never end; set iterations, max_scores or max_seconds")
+    limits = {f"limits.{name}": limit for name, limit in given.items() if limit is not None}
+    config = config.replace(**limits)
+    if all(getattr(config.limits, name) is None for name in given):
+        raise ValueError(
+            "this run would never end; set limits.iterations, limits.max_scores or "
+            "limits.max_seconds"
+        )
     config = _absolute(config)
     _check_inputs(config, init_policy)
     folder = open_run_folder(out)
     folder.begin(config, resume=resume)
-    lines = ProgressLines(config.report_every if progress else 0)
-    with _quiet(), _threads(config.torch_threads), ray_session(actor_cpus(config)):
+    lines = ProgressLines(config.limits.report_every if progress else 0)
+    with _quiet(), _threads(config.resources.torch_threads), ray_session(actor_cpus(config)):
         start, imitation = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
             settings = algorithm_config(config, pool=pool, init_policy=start)
-            check_room(settings, config.start_timeout)  # RLlib waits without a timeout
+            check_room(settings, config.resources.start_timeout)  # RLlib waits without a timeout
             algorithm = settings.build_algo()
             try:
                 loop = _Loop(config, folder, algorithm, lines, on_iteration)
@@ -147,20 +151,21 @@ def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
     wanted = policy_config(config, source)
     if init_policy is not None:
         load_policy(str(init_policy), wanted)
-    budget = config.budget if isinstance(config.budget, int) else (config.budget or (0, 0))[0]
-    if budget > source.max_tokens:
+    budget = config.rules.budget
+    if (budget if isinstance(budget, int) else (budget or (0, 0))[0]) > source.max_tokens:
         raise ValueError(
-            f"budget {config.budget} asks for more tokens than the {source.max_tokens} of "
+            f"rules.budget {budget} asks for more tokens than the {source.max_tokens} of "
             f"{config.source}; lower it"
         )
-    if config.scorer == "lvlm":
+    if config.scoring.scorer == "lvlm":
         _check_lvlm(config, source)
     free = ("none", *HEURISTICS)
-    missing = config.demonstrator not in free and not source.has_channel(config.demonstrator)
+    channel = config.imitation.demonstrator
+    missing = channel not in free and not source.has_channel(channel)
     if missing and init_policy is None:
         raise ValueError(
-            f"demonstrator {config.demonstrator!r} needs a channel that {config.source} does not "
-            f"hold; encode it with --question-attention, or set demonstrator to {', '.join(free)}"
+            f"imitation.demonstrator {channel!r} needs a channel that {config.source} does not "
+            f"hold; encode it with --question-attention, or set it to {', '.join(free)}"
         )
 
 
@@ -190,11 +195,11 @@ def _start_policy(
     source = shared_source(config.source)
     if init_policy is not None:
         return str(Path(init_policy).resolve()), None
-    if config.demonstrator == "none":
+    if config.imitation.demonstrator == "none":
         return None, None
     report = None
     if not (folder.imitated_policy / "config.json").is_file():  # else a killed run had finished it
-        lines.say(f"imitating {config.demonstrator} for {config.imitation_steps} steps")
+        lines.say(f"imitating {config.imitation.demonstrator} for {config.imitation.steps} steps")
         report = imitate(config, source, folder.imitated_policy)
         lines.say(
             f"imitation took {report.seconds:.0f} s: loss {report.final_loss:.3f}, "
@@ -247,11 +252,11 @@ class _Loop:
 
     def _limit(self) -> str:
         """Name of the limit that is reached, empty if none."""
-        config, done = self.config, self.progress
+        limits, done = self.config.limits, self.progress
         reached = {"iterations": done.iteration, "max_scores": done.scores}
         reached["max_seconds"] = done.seconds  # type: ignore[assignment]
         for name, value in reached.items():
-            limit = getattr(config, name)
+            limit = getattr(limits, name)
             if limit is not None and value >= limit:
                 return name
         return ""
@@ -269,12 +274,12 @@ class _Loop:
             logger.warning("no runner delivered in this iteration; trying again")
         raise RuntimeError(
             f"the env runners delivered nothing in {_EMPTY_ITERATIONS} iterations; their logs say "
-            "why (ray logs), and sample_timeout may be too short for the scorers"
+            "why (ray logs), and resources.sample_timeout may be too short for the scorers"
         )
 
     def _due(self, saved: int) -> bool:
-        often = self.progress.iteration - saved >= self.config.checkpoint_every
-        return often and time.monotonic() - self._saved_at >= self.config.checkpoint_seconds
+        often = self.progress.iteration - saved >= self.config.limits.checkpoint_every
+        return often and time.monotonic() - self._saved_at >= self.config.limits.checkpoint_seconds
 
     def _save(self) -> int:
         self.folder.save_checkpoint(self.progress, self.policy(), self.algorithm.save_to_path)
@@ -301,20 +306,21 @@ class _Loop:
 @contextlib.contextmanager
 def _scorers(config: TrainConfig, lines: ProgressLines) -> Iterator[PoolAddress | None]:
     """Address of the run's scorer actors; None where the runners score in their own process."""
-    if not config.num_scorers:
+    resources, scoring = config.resources, config.scoring
+    if not resources.num_scorers:
         yield None
         return
-    lines.say(f"starting {config.num_scorers} scorers")
+    lines.say(f"starting {resources.num_scorers} scorers")
     pool = ScorerPool.start(
         scorer_spec(config),
-        config.num_scorers,
-        num_cpus=config.scorer_cpus,
-        num_gpus=config.scorer_gpus,
-        resources=config.scorer_resources,
-        start_timeout=config.start_timeout,
-        max_outstanding=config.max_outstanding,
-        max_crashes_per_row=config.max_crashes_per_row,
-        cache_size=config.cache_size,
+        resources.num_scorers,
+        num_cpus=resources.scorer_cpus,
+        num_gpus=resources.scorer_gpus,
+        resources=resources.scorer_resources,
+        start_timeout=resources.start_timeout,
+        max_outstanding=scoring.max_outstanding,
+        max_crashes_per_row=scoring.max_crashes_per_row,
+        cache_size=scoring.cache_size,
     )
     with contextlib.closing(pool):
         yield pool.address
