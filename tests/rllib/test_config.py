@@ -309,7 +309,8 @@ def test_a_run_of_one_step_says_so(tmp_path: Path):
         PruningPolicy(policy_config(config, source)).save_pretrained(tmp_path)
         saved = json.loads((tmp_path / "config.json").read_text())
         assert saved["trained_steps"] == steps and "max_steps" not in saved
-    shown = policy_config(
+    fields = {"rules.max_steps": 2, "policy.step_input": True}
+    shown = policy_config(load_config("smoke", fields), source)
         load_config("smoke", {"rules.max_steps": 2, "policy.step_input": True}), source
     )
     assert (shown.max_steps, shown.trained_steps) == (2, 2)
