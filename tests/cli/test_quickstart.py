@@ -7,6 +7,7 @@ import pytest
 
 from tprl_env.cli.quickstart import run_quickstart
 from tprl_env.evaluation.builtin_stores import QuickstartSettings
+from tprl_env.evaluation.compare_on_store import training_of
 from tprl_env.evaluation.results import read_results
 
 SMALL = {"max_scores": "10240", "samples": "8", "draws": "4", "imitation_steps": "400"}
@@ -33,6 +34,8 @@ def test_everything_that_people_read_is_there(finished):
     assert results["task"] == "sparse"
     assert results["full"]["questions"] == 48
     assert results["training"]["lvlm_scores"] >= 512
+    assert results["training"]["preset"] == "recommended"
+    assert results["training"] == training_of(settings.out / "train" / "policy")
     names = {row["name"] for row in results["methods"]}
     assert {"policy", "imitation only", "DivPrune", "VisPruner", "random", "uniform grid"} <= names
     page = (settings.out / "report.html").read_text()

@@ -143,27 +143,19 @@ def autoencoder(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a policy with RLlib."""
-    from tprl_env.files import write_json
     from tprl_env.rllib.config import load_config
 
     config = load_config(args.config, overrides(args.overrides))
-    from tprl_env.rllib.run.mirror import open_run_folder
     from tprl_env.rllib.run.train import train as run  # ray takes seconds to load
 
-    folder = open_run_folder(args.out)
-    result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
-    imitation = 0.0 if result.imitation is None else result.imitation.seconds
-    record = {
-        "algorithm": config.algorithm.upper(),
-        "preset": Path(args.config).stem,
-        "seconds": round(result.progress.seconds + imitation, 2),
-        "lvlm_scores": result.progress.scores,
-        "env_steps": result.progress.env_steps,
-        "seed": config.seed,
-    }
-    write_json(result.policy_path / "training.json", record)  # read by `tprl evaluate`
-    folder.publish()
-    print(f"policy in {folder.where}/policy; metrics in {folder.where}")
+    result = run(
+        config,
+        args.out,
+        resume=args.resume,
+        init_policy=args.init_policy,
+        preset=Path(args.config).stem,
+    )
+    print(f"policy in {result.where}/policy; metrics in {result.where}")
     return 0
 
 

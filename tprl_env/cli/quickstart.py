@@ -115,20 +115,13 @@ def run_quickstart(
             settings.out / "train",
             resume=(settings.out / "train" / "config.json").is_file(),
             init_policy=None if imitation is None else settings.out / "imitation",
+            preset=Path(settings.preset).stem,
             on_iteration=curve_hook(curve, imitation, config.max_scores or 50_000),
         )
-    training = {
-        "algorithm": config.algorithm.upper(),
-        "preset": settings.preset,
-        "seconds": round(result.progress.seconds, 2),
-        "lvlm_scores": result.progress.scores,
-        "env_steps": result.progress.env_steps,
-        "seed": settings.seed,
-    }
     policies = {"policy": PruningPolicy.from_pretrained(result.policy_path)}
     if imitation is not None:
         policies["imitation only"] = imitation
-    return _finish(settings, config, lvlm, stores, policies, training, curve, watch)
+    return _finish(settings, config, lvlm, stores, policies, result.record, curve, watch)
 
 
 def _finish(
