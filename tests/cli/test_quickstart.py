@@ -1,6 +1,8 @@
 """The whole chain at smoke size, through Ray actors, on the shipped LVLM."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +60,16 @@ def test_learning_curve_starts_at_imitation(finished):
     used = [point["lvlm_scores"] for point in points]
     assert used[0] == 0
     assert np.all(np.diff(used) > 0)
+
+
+def test_without_scorer_actors_the_test_split_is_scored_here(finished, tmp_path):
+    settings, _ = finished
+    for made in ("stores", "autoencoder", "imitation"):
+        shutil.copytree(settings.out / made, tmp_path / made)
+    small = SMALL | {"num_scorers": "0", "max_scores": "5120"}
+    results = run_quickstart(dataclasses.replace(settings, out=tmp_path), small)
+    assert read_results(tmp_path / "results.json") == json.loads(json.dumps(results))
+    assert results["training"]["lvlm_scores"] >= 256
 
 
 def test_an_unknown_task_writes_nothing(tmp_path):

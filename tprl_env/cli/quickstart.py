@@ -7,14 +7,15 @@ when a finished one of the same settings is there already, so an interrupted run
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.builtin_stores import (
     QuickstartSettings,
     Stopwatch,
@@ -124,6 +125,23 @@ def run_quickstart(
     return _finish(settings, config, lvlm, stores, policies, result.record, curve, watch)
 
 
+@contextmanager
+def _scorer(config: TrainConfig, lvlm: LVLM, store: FeatureStore) -> Iterator[Scorer]:
+    """Exact-match scorer of a store: in as many actors as the run's, in this process without."""
+    from tprl_env.rllib.config import scorer_spec
+    from tprl_env.scoring.pool import ScorerPool
+
+    if not config.num_scorers:
+        yield local_scorer(lvlm, store)
+        return
+    spec = scorer_spec(config.replace(source=str(store.path.resolve()), score_kind="exact"))
+    with (
+        ray_session(actor_cpus(config)),
+        closing(ScorerPool.start(spec, config.num_scorers)) as pool,
+    ):
+        yield pool
+
+
 def _finish(
     settings: QuickstartSettings,
     config: TrainConfig,
@@ -135,9 +153,6 @@ def _finish(
     watch: Stopwatch,
 ) -> dict[str, Any]:
     """Evaluate on the test split and write everything that people read."""
-    from tprl_env.rllib.config import scorer_spec
-    from tprl_env.scoring.pool import ScorerPool
-
     test = stores["test"]
     samples = np.arange(len(test), dtype=np.int64)
     with watch.stage("calibration", "choosing the redundancy penalty on calibration questions"):
@@ -151,12 +166,8 @@ def _finish(
         **{name: pruners.__getitem__ for name, pruners in tuned.items()},
         **available_pruners(test),
     }
-    spec = scorer_spec(config.replace(source=str(test.path.resolve()), score_kind="exact"))
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
-        with (
-            ray_session(actor_cpus(config)),
-            closing(ScorerPool.start(spec, config.num_scorers)) as scorer,
-        ):
+        with _scorer(config, lvlm, test) as scorer:
             rows = compare(test, scorer, entries, BUDGETS, samples)
             drawn = draw_examples(
                 test,
