@@ -136,8 +136,10 @@ def test_a_scorer_that_raises_stops_training(tmp_path: Path):
     )
     with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
         train(config, tmp_path / "local", progress=False)
-    with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
+    with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError") as caught:
         train(config.replace(num_env_runners=1), tmp_path / "remote", progress=False)
+    assert type(caught.value) is ScoringError  # not Ray's, whose text is a traceback
+    assert "Traceback" not in str(caught.value)
 
 
 def test_demonstrated_weights_reach_all_and_a_killed_runner_comes_back(tmp_path: Path):
