@@ -115,7 +115,24 @@ def ray_session(cpus: float) -> Iterator[None]:
 
     Args:
         cpus: that the actors of the run ask for together.
+
+    Raises:
+        BaseException: what a worker raised, itself: Ray wraps it in an error of the same class
+            whose text is the worker's whole traceback.
     """
+    from ray.exceptions import RayTaskError
+
+    with _session(cpus):
+        try:
+            yield
+        except RayTaskError as error:
+            if isinstance(error.cause, BaseException) and error.cause is not error:
+                raise error.cause from error
+            raise
+
+
+@contextlib.contextmanager
+def _session(cpus: float) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():

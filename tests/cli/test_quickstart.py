@@ -1,12 +1,15 @@
 """The whole chain at smoke size, through Ray actors, on the shipped LVLM."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from tprl_env.cli.quickstart import run_quickstart
 from tprl_env.evaluation.builtin_stores import QuickstartSettings
+from tprl_env.evaluation.compare_on_store import training_of
 from tprl_env.evaluation.results import read_results
 
 SMALL = {
@@ -38,6 +41,8 @@ def test_everything_that_people_read_is_there(finished):
     assert results["task"] == "sparse"
     assert results["full"]["questions"] == 48
     assert results["training"]["lvlm_scores"] >= 512
+    assert results["training"]["preset"] == "recommended"
+    assert results["training"] == training_of(settings.out / "train" / "policy")
     names = {row["name"] for row in results["methods"]}
     assert {"policy", "imitation only", "DivPrune", "VisPruner", "random", "uniform grid"} <= names
     page = (settings.out / "report.html").read_text()
@@ -60,6 +65,16 @@ def test_learning_curve_starts_at_imitation(finished):
     used = [point["lvlm_scores"] for point in points]
     assert used[0] == 0
     assert np.all(np.diff(used) > 0)
+
+
+def test_without_scorer_actors_the_test_split_is_scored_here(finished, tmp_path):
+    settings, _ = finished
+    for made in ("stores", "autoencoder", "imitation"):
+        shutil.copytree(settings.out / made, tmp_path / made)
+    small = SMALL | {"num_scorers": "0", "max_scores": "5120"}
+    results = run_quickstart(dataclasses.replace(settings, out=tmp_path), small)
+    assert read_results(tmp_path / "results.json") == json.loads(json.dumps(results))
+    assert results["training"]["lvlm_scores"] >= 256
 
 
 def test_an_unknown_task_writes_nothing(tmp_path):

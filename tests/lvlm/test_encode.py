@@ -77,8 +77,22 @@ def test_tower_can_be_left_out(tmp_path: Path):
 def test_values_that_are_not_finite_are_named(tmp_path: Path, poison: str, message: str):
     with pytest.raises(StoreError, match=message):
         encode_dataset(FakeLVLM(poison=poison), make_samples(2), tmp_path / "s", **SMALL)
-    with pytest.raises(StoreError, match=r"unfinished|is not a feature store"):
-        FeatureStore.open(tmp_path / "s")
+    assert not (tmp_path / "s").exists()  # a failure that committed nothing leaves nothing behind
+
+
+def test_a_failure_removes_only_what_it_made(tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(StoreError, match="not finite"):
+        encode_dataset(FakeLVLM(poison="query"), make_samples(2), tmp_path / "mine", **SMALL)
+    assert (tmp_path / "mine").is_dir()
+    with pytest.raises(Interrupt):
+        encode_dataset(FakeLVLM(), crashing(make_samples(7, 3), 11), tmp_path / "some", **SMALL)
+    assert (tmp_path / "some" / "encoding.json").is_file()  # something was committed
+    with pytest.raises(StoreError, match=r"unfinished"):
+        FeatureStore.open(tmp_path / "some")
+    with pytest.raises(Interrupt):
+        encode_dataset(FakeLVLM(), crashing(make_samples(7, 3), 2), tmp_path / "none", **SMALL)
+    assert not (tmp_path / "none").exists()
 
 
 def test_no_samples_doubled_ids_and_confused_images(tmp_path: Path):
@@ -307,6 +321,14 @@ def test_ray_gives_the_same_files(tmp_path: Path):
 
         with pytest.raises(StoreError, match="'s0-0': query_tokens has values that are not finite"):
             encode_dataset_ray(poisoned, few[:4], tmp_path / "p", **SMALL)
+
+        def unloadable() -> fake_lvlm.FakeLVLM:
+            raise OSError("no such checkpoint")
+
+        with pytest.raises(StoreError, match=r"^an encoding worker failed \(") as caught:
+            encode_dataset_ray(unloadable, few[:4], tmp_path / "u", **SMALL)
+        assert len(str(caught.value).splitlines()) == 1
+        assert not (tmp_path / "p").exists() and not (tmp_path / "u").exists()
     finally:
         if started_here:
             ray.shutdown()

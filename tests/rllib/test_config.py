@@ -271,10 +271,10 @@ def test_checkpoints_are_whole_or_absent_and_the_oldest_go(tmp_path: Path):
         raise OSError("disk full")
 
     for iteration in (2, 4, 6, 8):
-        folder.save_checkpoint(Progress(iteration, scores=iteration * 10), policy, save)
+        folder.save_checkpoint(Progress(iteration, scores=iteration * 10), policy, save, {})
     assert [path.name[-1] for path in folder.checkpoints()] == ["4", "6", "8"]
     with pytest.raises(OSError, match="disk full"):
-        folder.save_checkpoint(Progress(10), policy, fail)
+        folder.save_checkpoint(Progress(10), policy, fail, {})
     path, progress = folder.newest()
     assert path.name == "iteration_000008" and progress == Progress(8, scores=80)
     assert PruningPolicy.from_pretrained(folder.policy).config == policy.config
@@ -311,6 +311,4 @@ def test_a_run_of_one_step_says_so(tmp_path: Path):
         assert saved["trained_steps"] == steps and "max_steps" not in saved
     fields = {"rules.max_steps": 2, "policy.step_input": True}
     shown = policy_config(load_config("smoke", fields), source)
-        load_config("smoke", {"rules.max_steps": 2, "policy.step_input": True}), source
-    )
     assert (shown.max_steps, shown.trained_steps) == (2, 2)

@@ -127,7 +127,8 @@ def save(folder: RunFolder, iteration: int) -> None:
     with folder.metrics_writer(after=iteration - 10) as write:
         for number in range(iteration - 9, iteration + 1):
             write({"iteration": number, "score": 0.5})
-    folder.save_checkpoint(Progress(iteration=iteration), policy(), state)
+    progress = Progress(iteration=iteration)
+    folder.save_checkpoint(progress, policy(), state, {"lvlm_scores": iteration})
 
 
 def started(storage: Storage, resume: object = "auto") -> MirroredRunFolder:
@@ -170,7 +171,7 @@ def test_the_last_start_owns_the_run(storage: Storage):
     assert list(storage.folders("checkpoints")) == ["iteration_000010"]
     save(second, 20)
     with pytest.raises(RunTakenOverError):
-        first.publish()
+        save(first, 30)
 
 
 def test_resume_must_may_or_must_not_find_a_run(storage: Storage):
@@ -183,13 +184,14 @@ def test_resume_must_may_or_must_not_find_a_run(storage: Storage):
     started(storage, resume="auto")
 
 
-def test_the_exported_policy_is_published_with_its_additions(storage: Storage, tmp_path: Path):
+def test_the_exported_policy_says_how_it_was_trained(storage: Storage, tmp_path: Path):
     folder = started(storage)
     save(folder, 10)
-    (folder.policy / "training.json").write_text("{}")
-    folder.publish()
     storage.fetch_folder("policy", tmp_path / "policy")
-    assert (tmp_path / "policy" / "training.json").read_text() == "{}"
+    assert json.loads((tmp_path / "policy" / "training.json").read_text()) == {"lvlm_scores": 10}
+    save(folder, 20)
+    again = started(storage)
+    assert json.loads((again.policy / "training.json").read_text()) == {"lvlm_scores": 20}
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700  # others must not plant a pickle
 
 

@@ -20,6 +20,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
+from tprl_env.evaluation.compare_on_store import training_of
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import load_config, policy_config, scorer_spec
@@ -83,6 +84,28 @@ def test_without_scorer_actors_the_runner_scores_and_the_scores_are_the_same(tmp
     assert second[-1]["busy_share"] <= 1.05
 
 
+def test_the_record_of_a_training_counts_all_starts_and_the_imitation(tmp_path: Path):
+    demonstrated = {"demonstrator": "divprune", "imitation_steps": 20, "num_scorers": 0}
+    config = load_config("smoke", {"iterations": 2, "seed": 5, **demonstrated})
+    first = train(config, tmp_path / "run", preset="smoke", progress=False)
+    assert first.imitation is not None and first.imitation.seconds > 0
+    imitation = round(first.imitation.seconds, 2)
+    file = first.policy_path / "training.json"
+    assert json.loads(file.read_text()) == first.record == training_of(first.policy_path)
+    assert first.record["seconds"] == pytest.approx(first.progress.seconds + imitation, abs=0.011)
+    known = {"algorithm": "PPO", "preset": "smoke", "lvlm_scores": 512, "env_steps": 512, "seed": 5}
+    assert first.record.items() >= known.items()
+    again = train(config, tmp_path / "run", resume=True, iterations=3, progress=False)
+    assert again.imitation is None and again.record["lvlm_scores"] == 768
+    assert again.record["seconds"] == pytest.approx(again.progress.seconds + imitation, abs=0.011)
+    assert json.loads(file.read_text()) == again.record
+    # the same, where the imitation was made before and handed over
+    start = tmp_path / "run" / "imitated_policy"
+    other = train(config, tmp_path / "other", init_policy=start, iterations=1, progress=False)
+    assert other.record["seconds"] == pytest.approx(other.progress.seconds + imitation, abs=0.011)
+    assert other.record["preset"] == "custom"
+
+
 def test_bernoulli_actions_learn_with_a_count_loss(tmp_path: Path):
     config = load_config(
         "smoke",
@@ -113,10 +136,11 @@ def test_a_scorer_that_raises_stops_training(tmp_path: Path):
     )
     with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
         train(config, tmp_path / "local", progress=False)
-    with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError"):
-        train(
-            config.replace(**{"resources.num_env_runners": 1}), tmp_path / "remote", progress=False
-        )
+    remote = config.replace(**{"resources.num_env_runners": 1})
+    with pytest.raises(ScoringError, match=r"'toy-11' \(number 11\): ArithmeticError") as caught:
+        train(remote, tmp_path / "remote", progress=False)
+    assert type(caught.value) is ScoringError  # not Ray's, whose text is a traceback
+    assert "Traceback" not in str(caught.value)
 
 
 def test_demonstrated_weights_reach_all_and_a_killed_runner_comes_back(tmp_path: Path):

@@ -10,8 +10,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,6 @@ from tprl_env.env.scorer import ScoringError
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 BUDGETS = (48, 29, 14, 7, 4)
-
-
-@contextmanager
-def _nothing_left_behind(out: Path) -> Iterator[None]:
-    """Remove a store's folder that a failed encoding made but committed nothing to.
-
-    What was committed stays, because the same command continues it.
-    """
-    there_before = out.exists()
-    try:
-        yield
-    except USER_ERRORS:
-        if out.is_dir() and not there_before:
-            from tprl_env.data.features.manifest import JOURNAL_NAME
-
-            if not (out / JOURNAL_NAME).exists():
-                for path in out.iterdir():
-                    path.unlink()
-                out.rmdir()
-        raise
 
 
 def quickstart(args: argparse.Namespace) -> int:
@@ -78,16 +57,17 @@ def encode(args: argparse.Namespace) -> int:
         "progress": sys.stderr.isatty(),
     }
     lvlm: Any = None
-    with _nothing_left_behind(args.out):
-        if args.engine == "ray":
-            find_lvlm(args.lvlm, args.revision)  # refused here rather than in every worker
-            options |= {"num_gpus": args.num_gpus, "concurrency": args.concurrency}
-            store = _encode_on_ray(load, samples, args.out, options)
-        else:
-            from tprl_env.lvlm.encoding.encode import encode_dataset
+    if args.engine == "ray":
+        find_lvlm(args.lvlm, args.revision)  # refused here rather than in every worker
+        from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
 
-            lvlm = load()
-            store = encode_dataset(lvlm, samples, args.out, **options)
+        options |= {"num_gpus": args.num_gpus, "concurrency": args.concurrency}
+        store = encode_dataset_ray(load, samples, args.out, **options)
+    else:
+        from tprl_env.lvlm.encoding.encode import encode_dataset
+
+        lvlm = load()
+        store = encode_dataset(lvlm, samples, args.out, **options)
     if args.question_attention and not store.has_channel("question_attention"):
         from tprl_env.lvlm.encoding.encode import add_question_attention
 
@@ -98,20 +78,6 @@ def encode(args: argparse.Namespace) -> int:
         f"tokens {float(store.full_scores('exact').mean()):.4f}{left_out}"
     )
     return 0
-
-
-def _encode_on_ray(load: Any, samples: Any, out: Path, options: dict[str, Any]) -> Any:
-    """``encode_dataset_ray``, with a worker's failure as one sentence instead of its traceback."""
-    from ray.exceptions import RayError
-
-    from tprl_env.data.features.manifest import StoreError
-    from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
-
-    try:
-        return encode_dataset_ray(load, samples, out, **options)
-    except RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise StoreError(f"an encoding worker failed ({reason})") from error
 
 
 def autoencoder(args: argparse.Namespace) -> int:
@@ -143,27 +109,19 @@ def autoencoder(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a policy with RLlib."""
-    from tprl_env.files import write_json
     from tprl_env.rllib.config import load_config
 
     config = load_config(args.config, overrides(args.overrides))
-    from tprl_env.rllib.run.mirror import open_run_folder
     from tprl_env.rllib.run.train import train as run  # ray takes seconds to load
 
-    folder = open_run_folder(args.out)
-    result = run(config, folder, resume=args.resume, init_policy=args.init_policy)
-    imitation = 0.0 if result.imitation is None else result.imitation.seconds
-    record = {
-        "algorithm": config.algorithm.name.upper(),
-        "preset": Path(args.config).stem,
-        "seconds": round(result.progress.seconds + imitation, 2),
-        "lvlm_scores": result.progress.scores,
-        "env_steps": result.progress.env_steps,
-        "seed": config.seed,
-    }
-    write_json(result.policy_path / "training.json", record)  # read by `tprl evaluate`
-    folder.publish()
-    print(f"policy in {folder.where}/policy; metrics in {folder.where}")
+    result = run(
+        config,
+        args.out,
+        resume=args.resume,
+        init_policy=args.init_policy,
+        preset=Path(args.config).stem,
+    )
+    print(f"policy in {result.where}/policy; metrics in {result.where}")
     return 0
 
 
@@ -356,10 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        # Ray wraps what a worker raised in an error whose text is the worker's whole traceback.
-        cause = getattr(error, "cause", None)
-        reason = cause if isinstance(cause, BaseException) else error
-        print(f"tprl: {' '.join(str(reason).split())}", file=sys.stderr)
+        print(f"tprl: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tprl: interrupted; the same command continues where it can", file=sys.stderr)

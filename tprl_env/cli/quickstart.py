@@ -7,14 +7,15 @@ if a finished one with the same settings exists, so the same command resumes an 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.builtin_stores import (
     QuickstartSettings,
     Stopwatch,
@@ -117,20 +118,32 @@ def run_quickstart(
             settings.out / "train",
             resume=(settings.out / "train" / "config.json").is_file(),
             init_policy=None if imitation is None else settings.out / "imitation",
+            preset=Path(settings.preset).stem,
             on_iteration=curve_hook(curve, imitation, config.limits.max_scores or 50_000),
         )
-    training = {
-        "algorithm": config.algorithm.name.upper(),
-        "preset": settings.preset,
-        "seconds": round(result.progress.seconds, 2),
-        "lvlm_scores": result.progress.scores,
-        "env_steps": result.progress.env_steps,
-        "seed": settings.seed,
-    }
     policies = {"policy": PruningPolicy.from_pretrained(result.policy_path)}
     if imitation is not None:
         policies["imitation only"] = imitation
-    return _finish(settings, config, lvlm, stores, policies, training, curve, watch)
+    return _finish(settings, config, lvlm, stores, policies, result.record, curve, watch)
+
+
+@contextmanager
+def _scorer(config: TrainConfig, lvlm: LVLM, store: FeatureStore) -> Iterator[Scorer]:
+    """Exact-match scorer of a store: in as many actors as the run's, in this process without."""
+    from tprl_env.rllib.config import scorer_spec
+    from tprl_env.scoring.pool import ScorerPool
+
+    if not config.resources.num_scorers:
+        yield local_scorer(lvlm, store)
+        return
+    spec = scorer_spec(
+        config.replace(**{"source": str(store.path.resolve()), "rules.score_kind": "exact"})
+    )
+    with (
+        ray_session(actor_cpus(config)),
+        closing(ScorerPool.start(spec, config.resources.num_scorers)) as pool,
+    ):
+        yield pool
 
 
 def _finish(
@@ -144,9 +157,6 @@ def _finish(
     watch: Stopwatch,
 ) -> dict[str, Any]:
     """Evaluate on the test split and write everything that people read."""
-    from tprl_env.rllib.config import scorer_spec
-    from tprl_env.scoring.pool import ScorerPool
-
     test = stores["test"]
     samples = np.arange(len(test), dtype=np.int64)
     with watch.stage("calibration", "choosing the redundancy penalty on calibration questions"):
@@ -160,14 +170,8 @@ def _finish(
         **{name: pruners.__getitem__ for name, pruners in tuned.items()},
         **available_pruners(test),
     }
-    spec = scorer_spec(
-        config.replace(**{"source": str(test.path.resolve()), "rules.score_kind": "exact"})
-    )
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
-        with (
-            ray_session(actor_cpus(config)),
-            closing(ScorerPool.start(spec, config.resources.num_scorers)) as scorer,
-        ):
+        with _scorer(config, lvlm, test) as scorer:
             rows = compare(test, scorer, entries, BUDGETS, samples)
             drawn = draw_examples(
                 test,

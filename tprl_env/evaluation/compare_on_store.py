@@ -32,7 +32,7 @@ from tprl_env.evaluation.measure import (
     write_per_question,
 )
 from tprl_env.evaluation.report import plot_accuracy, plot_learning_curve, write_report
-from tprl_env.evaluation.results import check_results, check_training
+from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
 from tprl_env.evaluation.trajectories import choose_examples, draw_examples
 from tprl_env.files import versions, write_json
 from tprl_env.policy.pruner import PolicyPruner
@@ -188,7 +188,7 @@ def training_of(policy: str | Path | None) -> dict[str, Any]:
     Raises:
         ValueError: The file is damaged or incomplete.
     """
-    path = None if policy is None else Path(policy) / "training.json"
+    path = None if policy is None else Path(policy) / TRAINING_NAME
     if path is None or not path.is_file():
         return {}
     try:

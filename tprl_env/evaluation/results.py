@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+TRAINING_NAME = "training.json"
+"""File beside a policy's weights that says how it was trained; `tprl_env.rllib` writes it."""
 KNOWLEDGE = ("policy", "heuristic", "oracle", "random")
 TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
     "algorithm": str,
@@ -19,6 +21,15 @@ TRAINING_FIELDS: dict[str, type | tuple[type, ...]] = {
     "env_steps": int,
     "seed": int,
 }
+"""Fields of ``training.json`` and of ``training`` in a results file.
+
+    algorithm    PPO, GRPO or MAPO
+    preset       name of the config, "custom" where it has none
+    seconds      of training over all starts of the run, with the imitation it began from
+    lvlm_scores  scores asked for, over all starts
+    env_steps    steps of all episodes
+    seed         of the run
+"""
 METHOD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str,
     "knowledge": str,

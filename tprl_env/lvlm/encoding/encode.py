@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.journal import Journal, UnitEntry, unit_names
-from tprl_env.data.features.manifest import StoreError, describe_file
+from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
 from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
 from tprl_env.data.sample import Sample
@@ -191,6 +192,23 @@ def full_disk_as_store_error(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Remove a store's folder that a failed encoding made but committed nothing to.
+
+    What was committed stays, because the same call continues it.
+    """
+    there_before = folder.exists()
+    finished = False
+    try:
+        yield
+        finished = True
+    finally:
+        if not (finished or there_before or (folder / JOURNAL_NAME).exists()):
+            # a worker may still be writing there: the error that is on its way says more
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def encode_dataset(
     lvlm: LVLM,
     samples: Iterable[Sample],
@@ -224,7 +242,8 @@ def encode_dataset(
 
     Raises:
         StoreError: ``out`` holds something else (another LVLM, dataset, settings), a value is
-            not finite, there are no samples, or the disk is full; the state stays resumable.
+            not finite, there are no samples, or the disk is full. What was committed stays
+            resumable, a new folder without anything committed goes.
         BadSampleError: A sample cannot be read, or asks for a grader that is not computed, and
             ``skip_bad`` is off.
         ValueError: A size is below one.
@@ -234,7 +253,7 @@ def encode_dataset(
     settings = {"tower": tower, "shard_images": shard_images}
     reader = SkippingReader(samples, skip_bad)
     total = count_samples(samples)
-    with full_disk_as_store_error(folder):
+    with nothing_left_behind(folder), full_disk_as_store_error(folder):
         dataset = describe_dataset(description, samples)
         journal = Journal.start(folder, dataset, settings, resume=resume)
         journal.identify(lvlm_identity(lvlm))

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from tprl_env.lvlm.encoding.encode import (
     check_sizes,
     full_disk_as_store_error,
     lvlm_identity,
+    nothing_left_behind,
     to_numpy,
     write_unit,
 )
@@ -129,7 +131,7 @@ def encode_dataset_ray(
         The finished store.
 
     Raises:
-        StoreError: As for ``encode_dataset``.
+        StoreError: As for ``encode_dataset``, or a worker failed.
         BadSampleError: As for ``encode_dataset``.
         ValueError: A size is below one, or the cluster has too few resources for one worker.
     """
@@ -141,12 +143,12 @@ def encode_dataset_ray(
     reader = SkippingReader(samples, skip_bad)
     total = count_samples(samples)
     dataset = describe_dataset(description, samples)
-    journal = Journal.start(folder, dataset, settings, resume=resume)
     worker = (lvlm, str(folder), batch_size, tower)
     resources = {"num_gpus": num_gpus, "num_cpus": num_cpus, "concurrency": concurrency}
     units = 0
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
-    with bar, full_disk_as_store_error(folder):
+    with nothing_left_behind(folder), bar, full_disk_as_store_error(folder), _one_sentence():
+        journal = Journal.start(folder, dataset, settings, resume=resume)
         for wave in _waves(plan_units(reader, shard_images), wave_bytes):
             units += len(wave)
             for unit in wave:
@@ -161,6 +163,22 @@ def encode_dataset_ray(
     if reader.skipped:
         logger.warning("%d samples were left out of %s", reader.skipped, folder)
     return FeatureStore.open(folder)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn a worker's failure into one sentence; Ray's text is the worker's whole traceback.
+
+    Raises:
+        StoreError: a worker failed.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise StoreError(f"an encoding worker failed ({reason})") from error
 
 
 def _waves(units: Iterable[Unit], wave_bytes: int) -> Iterator[list[Unit]]:

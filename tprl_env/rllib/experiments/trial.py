@@ -20,7 +20,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.experiments.definition import Trial
 from tprl_env.rllib.experiments.places import ExperimentPaths
-from tprl_env.rllib.run.imitate import imitate
+from tprl_env.rllib.run.imitate import MARK, imitate
 from tprl_env.rllib.run.train import train
 from tprl_env.scoring import local_scorer
 
@@ -32,11 +32,9 @@ TUNING_QUESTIONS = 300
 
 def run_imitation(place: ExperimentPaths, trial: Trial, folder: Path) -> None:
     """One imitation, marked by ``imitated.json``, and its accuracy, ``measured.json``."""
-    config, done = place.config(trial), folder / "imitated.json"
+    config, done = place.config(trial), folder / MARK
     if not done.is_file():
-        report = imitate(config, FeatureStore.open(config.source), folder)
-        seconds, agreement = round(report.seconds, 1), round(report.agreement, 4)
-        write_json(done, {"seconds": seconds, "agreement": agreement})
+        imitate(config, FeatureStore.open(config.source), folder)
     measured = _measure(PruningPolicy.from_pretrained(folder), place, trial)
     write_json(folder / "measured.json", {**measured, **json.loads(done.read_text("utf-8"))})
 

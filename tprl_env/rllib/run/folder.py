@@ -6,7 +6,8 @@
     tensorboard/       the same for TensorBoard
     checkpoints/       iteration_000020/{rllib, policy, progress.json}; a folder is whole or absent
     imitated_policy/        the policy after imitation
-    policy/            the newest policy, safetensors + config.json
+    policy/            the newest policy, safetensors + config.json, and training.json: how it was
+                       trained
 
 RLlib's checkpoints hold pickles: resume only runs you made yourself. ``policy/`` holds none.
 """
@@ -21,16 +22,17 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tprl_env.evaluation.results import TRAINING_NAME
 from tprl_env.files import JsonLog, versions, write_json
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
 
-__all__ = ["Progress", "Resume", "RunFolder"]
+__all__ = ["Progress", "Resume", "RunFolder", "training_record"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Progress:
         scores: requested scores.
         computed: scores that the LVLM computed (the others were equal, remembered or trivial).
         seconds: training time over all starts.
+        imitation_seconds: of the imitation that made the policy the run started from.
     """
 
     iteration: int = 0
@@ -69,6 +72,19 @@ class Progress:
     scores: int = 0
     computed: int = 0
     seconds: float = 0.0
+    imitation_seconds: float = 0.0
+
+
+def training_record(config: TrainConfig, progress: Progress, preset: str) -> dict[str, Any]:
+    """How a policy was trained; the fields are those of `evaluation.results.TRAINING_FIELDS`."""
+    return {
+        "algorithm": config.algorithm.name.upper(),
+        "preset": preset,
+        "seconds": round(progress.seconds + progress.imitation_seconds, 2),
+        "lvlm_scores": progress.scores,
+        "env_steps": progress.env_steps,
+        "seed": config.seed,
+    }
 
 
 class RunFolder:
@@ -133,16 +149,17 @@ class RunFolder:
             table = ", ".join(f"{n} {old_table[n]!r}, now {new_table[n]!r}" for n in changed)
             logger.warning("the run in %s resumes with other settings: %s", self.where, table)
 
-    def publish(self) -> None:
-        """Make what was written after training visible where the run lives; here it is already."""
-
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         found = self._checkpoints.glob(f"{_PREFIX}*/progress.json")
         return sorted(path.parent for path in found)
 
     def save_checkpoint(
-        self, progress: Progress, policy: PruningPolicy, save: Callable[[str], Any]
+        self,
+        progress: Progress,
+        policy: PruningPolicy,
+        save: Callable[[str], Any],
+        record: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint beside its final place, rename it, drop the oldest.
 
@@ -150,6 +167,7 @@ class RunFolder:
             progress: of the run.
             policy: the policy.
             save: writes the algorithm's own state into the folder it is given.
+            record: how the policy was trained, for ``training.json`` beside it.
         """
         self._checkpoints.mkdir(exist_ok=True)
         final = self._checkpoints / f"{_PREFIX}{progress.iteration:06d}"
@@ -157,14 +175,14 @@ class RunFolder:
             shutil.rmtree(stale)
         draft = Path(tempfile.mkdtemp(prefix=".writing-", dir=self._checkpoints))
         save(str((draft / "rllib").resolve()))
-        policy.save_pretrained(draft / "policy")
+        _export(policy, draft / "policy", record)
         write_json(draft / "progress.json", asdict(progress))
         if final.exists():
             shutil.rmtree(final)
         os.replace(draft, final)
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
-        policy.save_pretrained(self.policy)
+        _export(policy, self.policy, record)
         return final
 
     def load_checkpoint(self, path: Path, load: Callable[[str], Any]) -> None:
@@ -214,6 +232,11 @@ class RunFolder:
                         board.add_scalar(name, value, row["iteration"])
 
             yield write
+
+
+def _export(policy: PruningPolicy, folder: Path, record: Mapping[str, Any]) -> None:
+    policy.save_pretrained(folder)
+    write_json(folder / TRAINING_NAME, record)
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 
 from tprl_env.data.features.source import TokenSource
+from tprl_env.files import write_json
 from tprl_env.policy.demonstrations import nested_masks, pruner_budgets, saliency_demonstrator
 from tprl_env.policy.imitation import ImitationReport, pretrain
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.reducers import DivPrune, Pruner, VisPruner
 from tprl_env.rllib.config import TrainConfig, policy_config
 
-__all__ = ["HEURISTICS", "imitate"]
+__all__ = ["HEURISTICS", "MARK", "imitate", "imitation_seconds"]
+
+MARK = "imitated.json"  # written last, so that it marks a finished imitation
 
 # Demonstrators that read pictures only; every other name is a per-sample channel of the store.
 HEURISTICS: dict[str, type[Pruner]] = {"vispruner": VisPruner, "divprune": DivPrune}
@@ -28,7 +32,7 @@ def imitate(
     folder: Path,
     progress: Callable[[int, float], None] | None = None,
 ) -> ImitationReport:
-    """Train a fresh policy on demonstrations and save it.
+    """Train a fresh policy on demonstrations and save it, with its time and agreement.
 
     Args:
         config: names the demonstrator and its settings.
@@ -56,7 +60,17 @@ def imitate(
         progress=progress,
     )
     policy.save_pretrained(folder)
+    seconds, agreement = round(report.seconds, 2), round(report.agreement, 4)
+    write_json(folder / MARK, {"seconds": seconds, "agreement": agreement})
     return report
+
+
+def imitation_seconds(folder: str | Path | None) -> float:
+    """Seconds of the imitation that made the policy in a folder, 0 where none did."""
+    mark = None if folder is None else Path(folder) / MARK
+    if mark is None or not mark.is_file():
+        return 0.0
+    return float(json.loads(mark.read_text(encoding="utf-8"))["seconds"])
 
 
 def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:

@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +94,18 @@ class MirroredRunFolder(RunFolder):
         self.storage.drop_torn(_CHECKPOINTS)
 
     def save_checkpoint(
-        self, progress: Progress, policy: PruningPolicy, save: Callable[[str], Any]
+        self,
+        progress: Progress,
+        policy: PruningPolicy,
+        save: Callable[[str], Any],
+        record: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint here and upload it; the oldest ones go.
 
         Raises:
             RunTakenOverError: another start owns the run now.
         """
-        final = super().save_checkpoint(progress, policy, save)
+        final = super().save_checkpoint(progress, policy, save, record)
         self._check_owner()
         if self.imitated_policy.is_dir() and self.imitated_policy.name not in self.storage.folders(
             ""
@@ -115,15 +119,6 @@ class MirroredRunFolder(RunFolder):
         for old in list(self.storage.folders(_CHECKPOINTS))[:-KEPT_CHECKPOINTS]:
             self.storage.drop_folder(f"{_CHECKPOINTS}/{old}")
         return final
-
-    def publish(self) -> None:
-        """Upload the exported policy again, with what was written into it after training.
-
-        Raises:
-            RunTakenOverError: another start owns the run now.
-        """
-        self._check_owner()
-        self.storage.push_folder(self.policy, self.policy.name)
 
     def _push_files(self, names: tuple[str, ...]) -> None:
         for name in names:

@@ -25,8 +25,8 @@ from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
 from tprl_env.rllib.rollout.module import load_policy
-from tprl_env.rllib.run.folder import Progress, Resume, RunFolder
-from tprl_env.rllib.run.imitate import HEURISTICS, imitate
+from tprl_env.rllib.run.folder import Progress, Resume, RunFolder, training_record
+from tprl_env.rllib.run.imitate import HEURISTICS, imitate, imitation_seconds
 from tprl_env.rllib.run.metrics_row import IterationRow, ProgressLines, iteration_row
 from tprl_env.rllib.run.mirror import open_run_folder
 from tprl_env.rllib.run.placement import actor_cpus, check_room
@@ -54,8 +54,10 @@ class TrainResult:
     """What a call of `train` has reached.
 
     Attributes:
-        out: the run's folder.
-        policy_path: exported policy (safetensors + config.json).
+        out: the run's folder on this machine.
+        where: the run's place as it was given, a path or a URI.
+        policy_path: exported policy (safetensors + config.json + training.json).
+        record: how the policy was trained, the content of its ``training.json``.
         progress: iterations, steps and scores over all starts.
         metrics: row of the last iteration.
         stopped_by: ``"iterations"``, ``"max_scores"`` or ``"max_seconds"``.
@@ -63,7 +65,9 @@ class TrainResult:
     """
 
     out: Path
+    where: str
     policy_path: Path
+    record: dict[str, Any]
     progress: Progress
     metrics: dict[str, Any]
     stopped_by: str
@@ -76,6 +80,7 @@ def train(
     *,
     resume: Resume = False,
     init_policy: str | Path | None = None,
+    preset: str = "custom",
     progress: bool = True,
     iterations: int | None = None,
     max_scores: int | None = None,
@@ -90,6 +95,7 @@ def train(
         resume: from the newest complete checkpoint in ``out``; ``"auto"`` starts a run if there
             is none.
         init_policy: policy folder to start from instead of imitation or random weights.
+        preset: name of the config, for ``training.json`` beside the exported policy.
         progress: print a line every ``limits.report_every`` iterations.
         iterations: overrides ``limits.iterations``.
         max_scores: overrides ``limits.max_scores``; counts requested scores over all starts.
@@ -122,11 +128,21 @@ def train(
             check_room(settings, config.resources.start_timeout)  # RLlib waits without a timeout
             algorithm = settings.build_algo()
             try:
-                loop = _Loop(config, folder, algorithm, lines, on_iteration)
+                begun = Progress(imitation_seconds=imitation_seconds(start))
+                loop = _Loop(config, folder, algorithm, lines, on_iteration, begun, preset)
                 stopped_by = loop.run()
             finally:
                 algorithm.stop()
-    return TrainResult(folder.path, folder.policy, loop.progress, loop.row, stopped_by, imitation)
+    return TrainResult(
+        out=folder.path,
+        where=folder.where,
+        policy_path=folder.policy,
+        record=loop.record(),
+        progress=loop.progress,
+        metrics=loop.row,
+        stopped_by=stopped_by,
+        imitation=imitation,
+    )
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -218,10 +234,12 @@ class _Loop:
         algorithm: Algorithm,
         lines: ProgressLines,
         on_iteration: OnIteration | None,
+        begun: Progress,
+        preset: str,
     ) -> None:
         self.config, self.folder, self.algorithm = config, folder, algorithm
         self.lines, self.on_iteration = lines, on_iteration
-        self.progress, self.row = Progress(), {"iteration": 0}
+        self.progress, self.row, self.preset = begun, {"iteration": 0}, preset
         self._saved_at = time.monotonic()
         newest = folder.newest()
         if newest is not None:
@@ -282,9 +300,14 @@ class _Loop:
         return often and time.monotonic() - self._saved_at >= self.config.limits.checkpoint_seconds
 
     def _save(self) -> int:
-        self.folder.save_checkpoint(self.progress, self.policy(), self.algorithm.save_to_path)
+        save = self.algorithm.save_to_path
+        self.folder.save_checkpoint(self.progress, self.policy(), save, self.record())
         self._saved_at = time.monotonic()
         return self.progress.iteration
+
+    def record(self) -> dict[str, Any]:
+        """How the policy was trained so far."""
+        return training_record(self.config, self.progress, self.preset)
 
     def policy(self) -> PruningPolicy:
         """The learner's policy, on the CPU."""
