@@ -1,15 +1,19 @@
 """Reference returns: literal values, whose MDP and scorer they come from, what they leave alone."""
 
+from dataclasses import replace
 from math import comb
 
 import gymnasium
 import numpy as np
 import pytest
+from fake_lvlm import FakeLVLM, make_samples
 
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.features.toy import ToyScorer, ToyStore
 from tprl_env.env.scorer import ScoringError
 from tprl_env.env.single import TokenPruningEnv
 from tprl_env.env.vector import TokenPruningVectorEnv
+from tprl_env.lvlm.encoding.encode import encode_dataset
 
 IDS = ("tprl_env/TokenPruning-v0", "tprl_env/TokenPruningToy-v0")
 DEFAULT, TOY = IDS
@@ -161,6 +165,27 @@ def test_without_relevance_there_is_no_best_rule(make, episodes):
     found = make(source, Fixed()).reference_returns(episodes=episodes, seed=0)
     assert ("best_rule" in found) == (episodes == 8)
     assert {"keep_all", "random"} <= found.keys()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_feature_store_is_asked_for_its_relevance(tmp_path, known):
+    samples = make_samples(images=4, questions=1)
+    if known:
+        samples = [
+            replace(s, relevance=(np.arange(s.image.size // 48) < 1).astype(np.float32))
+            for s in samples
+        ]
+    store = encode_dataset(FakeLVLM(), samples, tmp_path / "store", progress=False)
+    store.write_channel(
+        "codes", [store.tokens(i) for i in range(4)], meta={"fingerprint": "x"}, dtype="float16"
+    )
+    store = FeatureStore.open(tmp_path / "store")
+    env = TokenPruningEnv(store, Fixed(1.0), alpha=0.0, beta=1.0, max_steps=1)
+    found = env.reference_returns(episodes=4)
+    if known:  # one token of 4, 6, 8 and 10 is kept
+        assert found["best_rule"] == pytest.approx(1 - (1 / 4 + 1 / 6 + 1 / 8 + 1 / 10) / 4)
+    else:
+        assert found.keys() == {"keep_all", "random"}
 
 
 # --- what it leaves alone ----------------------------------------------------------------------
