@@ -36,7 +36,7 @@ def test_the_readmes_own_loop_solves_the_toy(seed, capsys):
     assert learned > ENOUGH > max(references["keep_all"], references["random"]) + 0.5
     assert learned <= references["best_rule"] + 1e-6
     printed = capsys.readouterr().out
-    assert f"learned {learned:.3f}" in printed and "'best_rule': 0.8125" in printed
+    assert f"learned {learned:.4f}" in printed and "'best_rule': 0.8125" in printed
 
 
 @pytest.mark.parametrize(
