@@ -53,6 +53,29 @@ def test_the_environment_runs_on_numpy_and_gymnasium_alone():
     assert run(USE, blocked=HEAVY) == []
 
 
+FIND = """
+import gymnasium
+try:
+    gymnasium.spec({bare!r})
+except gymnasium.error.NamespaceNotFound:
+    print("unknown")
+{importing}
+env, envs = gymnasium.make({name!r}), gymnasium.make_vec({name!r}, num_envs=2)
+print(env.spec.id)
+"""
+
+
+@pytest.mark.parametrize("bare", ["tprl_env/TokenPruning-v0", "tprl_env/TokenPruningToy-v0"])
+@pytest.mark.parametrize(("importing", "prefix"), [("import tprl_env", ""), ("", "tprl_env:")])
+def test_gymnasium_finds_an_id_in_two_ways(bare, importing, prefix):
+    code = FIND.format(bare=bare, importing=importing, name=prefix + bare)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["unknown", bare], done.stderr
+    assert done.stderr == ""
+
+
 def test_few_names_are_exported():
     assert len(tprl_env.__all__) <= 8 and set(tprl_env.__all__) <= set(dir(tprl_env))
 

@@ -1,7 +1,8 @@
 """Token pruning for vision-language models as a reinforcement-learning environment (TPRL).
 
-Importing the package registers the environment id and loads nothing heavy; the names below are
-imported the first time they are used.
+Importing the package registers the environment ids and loads nothing heavy; the names below are
+imported the first time they are used. Gymnasium finds an id only after this import, which
+``gym.make("tprl_env:tprl_env/TokenPruning-v0")`` does by itself.
 
 >>> import gymnasium as gym
 >>> import tprl_env
@@ -28,25 +29,29 @@ _EXPORTS = {
     "open_source": "tprl_env.data.features",
 }
 
-# id -> (class of one environment, class of the vector environment).
-_ENVIRONMENTS = {
-    "tprl_env/TokenPruning-v0": (
-        "tprl_env.env:TokenPruningEnv",
-        "tprl_env.env:TokenPruningVectorEnv",
-    ),
+# id -> arguments of the environment; all ids are one class and one vector class.
+_ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "tprl_env/TokenPruning-v0": {},
+    "tprl_env/TokenPruningToy-v0": {
+        "source": "toy:samples=64,tokens=8",
+        "max_steps": 1,
+        "beta": 1.0,
+    },
 }
 
 __all__ = ["register", *_EXPORTS]
 
 
 def register() -> None:
-    """Register every id with gymnasium; ids already there are left alone.
-
-    Called on import and through the entry point group ``gymnasium.envs``, in either order.
-    """
-    for env_id, (single, vector) in _ENVIRONMENTS.items():
+    """Register every id with gymnasium, as the import does; ids already there are left alone."""
+    for env_id, arguments in _ENVIRONMENTS.items():
         if env_id not in gymnasium.registry:
-            gymnasium.register(id=env_id, entry_point=single, vector_entry_point=vector)
+            gymnasium.register(
+                id=env_id,
+                entry_point="tprl_env.env:TokenPruningEnv",
+                vector_entry_point="tprl_env.env:TokenPruningVectorEnv",
+                kwargs=arguments,
+            )
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ import tprl_env
 from tprl_env.data.features.toy import ToyScorer, ToyStore
 from tprl_env.env.scorer import ScoringError
 from tprl_env.env.single import TokenPruningEnv
+from tprl_env.env.vector import TokenPruningVectorEnv
 
 IDS = sorted(name for name in gymnasium.registry if name.startswith("tprl_env/"))
 VARIANTS = [
@@ -49,16 +50,30 @@ def assert_same(first, second):
 # --- contracts over every id -------------------------------------------------------------------
 
 
-def test_an_id_is_registered():
-    assert IDS == ["tprl_env/TokenPruning-v0"]
+def test_the_ids_are_registered():
+    assert IDS == ["tprl_env/TokenPruning-v0", "tprl_env/TokenPruningToy-v0"]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_both_forms_of_an_id_have_one_setting(env_id):
+    single = gymnasium.make(env_id).unwrapped
+    many = gymnasium.make_vec(env_id, num_envs=2).unwrapped
+    assert isinstance(many, TokenPruningVectorEnv)
+    assert single.rules == many.rules and single.source.location == many.source.location
+
+
+def test_the_toy_setting_is_one_step_of_eight_tokens():
+    env = gymnasium.make("tprl_env/TokenPruningToy-v0").unwrapped
+    assert (env.rules.max_steps, env.rules.beta, env.source.max_tokens) == (1, 1.0, 8)
+    assert gymnasium.make("tprl_env/TokenPruningToy-v0", beta=0.5).unwrapped.rules.beta == 0.5
 
 
 def test_registering_twice_neither_warns_nor_replaces():
-    spec = gymnasium.spec(IDS[0])
+    specs = [gymnasium.spec(env_id) for env_id in IDS]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tprl_env.register()
-    assert gymnasium.spec(IDS[0]) is spec
+    assert all(gymnasium.spec(spec.id) is spec for spec in specs)
 
 
 @pytest.mark.parametrize("arguments", VARIANTS)
@@ -80,11 +95,11 @@ def test_rollouts_are_determined_by_the_seed(env_id, arguments):
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize("env_id", IDS)
 def test_a_copy_goes_on_as_the_original(env_id, clone):
-    env = gymnasium.make(env_id, budget=(2, 8)).unwrapped
+    env = gymnasium.make(env_id, budget=(2, 8), max_steps=3).unwrapped
     env.reset(seed=3)
-    env.step(np.ones(16, bool))
+    env.step(np.ones(env.action_space.n, bool))
     other = clone(env)
-    action = np.arange(16) % 2
+    action = np.arange(env.action_space.n) % 2
     for _ in range(2):
         assert_same(env.step(action), other.step(action))
     assert_same(env.reset(), other.reset())
@@ -105,7 +120,7 @@ def test_rgb_frames_have_one_size(env_id):
 
 @pytest.mark.parametrize("env_id", IDS)
 def test_ansi_shows_the_mask(env_id):
-    env = gymnasium.make(env_id, render_mode="ansi")
+    env = gymnasium.make(env_id, source="toy", render_mode="ansi")
     env.reset(seed=0, options={"sample": 2})
     env.step(np.arange(16) < 5)
     text = env.render()
@@ -113,20 +128,23 @@ def test_ansi_shows_the_mask(env_id):
     assert "5 of 16 tokens (31.2 %)" in text and "step 1" in text
 
 
-def test_frames_can_be_collected_by_a_wrapper():
-    env = gymnasium.wrappers.RenderCollection(gymnasium.make(IDS[0], render_mode="rgb_array"))
+@pytest.mark.parametrize("env_id", IDS)
+def test_frames_can_be_collected_by_a_wrapper(env_id):
+    env = gymnasium.wrappers.RenderCollection(gymnasium.make(env_id, render_mode="rgb_array"))
     env.reset(seed=0)
-    env.step(np.ones(16, int))
+    env.step(np.ones(env.action_space.n, int))
     assert len(env.render()) == 2
 
 
-def test_runs_under_sync_vector_env():
-    envs = gymnasium.make_vec(IDS[0], num_envs=3, vectorization_mode="sync")
+@pytest.mark.parametrize("env_id", IDS)
+def test_runs_under_sync_vector_env(env_id):
+    envs = gymnasium.make_vec(env_id, num_envs=3, vectorization_mode="sync")
     envs.reset(seed=0)
     for _ in range(5):
         observation, *_, infos = envs.step(envs.action_space.sample())
-    assert observation["tokens"].shape == (3, 16, 8)
-    assert infos["id"].dtype == object and infos["mask"].shape == (3, 16)
+    count = envs.single_action_space.n
+    assert observation["tokens"].shape == (3, count, 8)
+    assert infos["id"].dtype == object and infos["mask"].shape == (3, count)
 
 
 # --- the numbers of an episode -----------------------------------------------------------------
@@ -457,7 +475,8 @@ def test_the_documentation_page_has_gymnasiums_order():
     headings = [line[3:] for line in lines if line.startswith("## ")]
     assert headings == [
         "Description", "Action Space", "Observation Space", "Rewards", "Starting State",
-        "Episode End", "Information", "Arguments", "Render", "References", "Version History",
+        "Episode End", "Information", "Arguments", "Reference Returns", "Render", "References",
+        "Version History",
     ]  # fmt: skip
 
 

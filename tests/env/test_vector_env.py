@@ -15,6 +15,7 @@ from tprl_env.env.single import TokenPruningEnv
 from tprl_env.env.vector import TokenPruningVectorEnv
 
 ID = "tprl_env/TokenPruning-v0"
+IDS = sorted(name for name in gymnasium.registry if name.startswith("tprl_env/"))
 VARYING = "toy:samples=24,tokens=17,vary=1"
 
 
@@ -119,10 +120,11 @@ def test_final_scoring_asks_for_ended_episodes_only():
     assert infos["_score"].tolist() == [False, True]
 
 
-def test_infos_have_the_form_of_gymnasiums_own_vector_env():
+@pytest.mark.parametrize("env_id", IDS)
+def test_infos_have_the_form_of_gymnasiums_own_vector_env(env_id):
     arguments = {"source": VARYING, "budget": (2, 6)}
     native, sync = (
-        gymnasium.make_vec(ID, num_envs=3, vectorization_mode=mode, **arguments)
+        gymnasium.make_vec(env_id, num_envs=3, vectorization_mode=mode, **arguments)
         for mode in ("vector_entry_point", "sync")
     )
     infos = [env.reset(seed=0)[1] for env in (native, sync)]
@@ -134,10 +136,11 @@ def test_infos_have_the_form_of_gymnasiums_own_vector_env():
             assert found[name].dtype == expected[name].dtype, name
 
 
-def test_make_vec_gives_it_without_a_warning():
+@pytest.mark.parametrize("env_id", IDS)
+def test_make_vec_gives_it_without_a_warning(env_id):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = gymnasium.make_vec(ID, num_envs=4, vectorization_mode="vector_entry_point")
+        env = gymnasium.make_vec(env_id, num_envs=4, vectorization_mode="vector_entry_point")
         observation, _ = env.reset(seed=0)
         assert isinstance(env, TokenPruningVectorEnv)
         assert env.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP

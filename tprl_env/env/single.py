@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
+from tprl_env.env.reference_returns import reference_returns
 from tprl_env.env.rules import (
     EpisodeRules,
     Query,
@@ -40,6 +41,11 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
     or a rule makes no difference. Without arguments a small generated source with
     a rule that can be learned is used, in which the relevant tokens are those of the colour that
     the question asks for.
+
+    The id `tprl_env/TokenPruning-v0` is this class with its defaults, `tprl_env/TokenPruningToy-v0`
+    with `source="toy:samples=64,tokens=8"`, `max_steps=1` and `beta=1.0`: small enough to see
+    within seconds whether an algorithm learns. Gymnasium knows both once `tprl_env` is imported;
+    the form `gym.make("tprl_env:tprl_env/TokenPruning-v0")` imports it.
 
     ## Action Space
     `MultiBinary(N)`: 1 keeps, 0 prunes the token at that place. Arrays of bool, int or float
@@ -110,6 +116,21 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
     (True, False)
 
     ```
+
+    ## Reference Returns
+    `env.unwrapped.reference_returns()` plays three rules in an environment of any source and scorer
+    and gives their mean undiscounted returns: `keep_all` never prunes, `random` keeps each token
+    with probability 1/2 in each step, `best_rule` keeps the relevant tokens and no others from the
+    first step on (absent where the source does not know them).
+
+    | id | `keep_all` | `random` | `best_rule` |
+    | --- | --- | --- | --- |
+    | `tprl_env/TokenPruning-v0` | 0 | -0.73 | 0.084 |
+    | `tprl_env/TokenPruningToy-v0` | 0 | 0.00 | 0.8125 |
+
+    No policy earns more than `best_rule` in `TokenPruningToy-v0`. With several steps, as in
+    `TokenPruning-v0`, one that prunes the other tokens in parts earns more, because the shares
+    saved per step add up; and there an untrained policy falls far below doing nothing.
 
     ## Render
     "rgb_array" gives the picture with pruned tokens faded and kept regions outlined above a
@@ -233,6 +254,26 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         masks = np.ones((self.source.max_tokens, 2), bool)
         masks[:, 1] = self._episodes.alive[0]
         return masks.reshape(-1)
+
+    def reference_returns(self, episodes: int = 256, seed: int = 0) -> dict[str, float]:
+        """Mean undiscounted returns of fixed rules: what a learned policy has to beat.
+
+        The running episode and its random numbers are not touched.
+
+        Args:
+            episodes: episodes per rule; passes over the source in random order.
+            seed: seeds the episodes and the random rule.
+
+        Returns:
+            "keep_all", "random" (each token kept with probability 1/2 in each step) and, where the
+            source knows which tokens are relevant, "best_rule" (these and no others are kept from
+            the first step on).
+
+        Raises:
+            ValueError: if an argument is out of range.
+            ScoringError: if the scorer fails.
+        """
+        return reference_returns(self.source, self.scorer, self.rules, episodes, seed)
 
     def render(self) -> Any:
         """Draw the present state: uint8 (H, W, 3) or a string, by `render_mode`.

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
+from tprl_env.env.reference_returns import reference_returns
 from tprl_env.env.rewards import batch_mean_reward
 from tprl_env.env.rules import (
     EpisodeRules,
@@ -182,6 +183,26 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         """Allowed values per bit: bool (B, 2 N), [may be 0, may be 1] per token."""
         alive = self._episodes.alive
         return np.stack([np.ones_like(alive), alive], axis=-1).reshape(self.num_envs, -1)
+
+    def reference_returns(self, episodes: int = 256, seed: int = 0) -> dict[str, float]:
+        """Mean undiscounted returns of fixed rules: what a learned policy has to beat.
+
+        The running episodes and their random numbers are not touched.
+
+        Args:
+            episodes: episodes per rule; passes over the source in random order.
+            seed: seeds the episodes and the random rule.
+
+        Returns:
+            "keep_all", "random" (each token kept with probability 1/2 in each step) and, where the
+            source knows which tokens are relevant, "best_rule" (these and no others are kept from
+            the first step on).
+
+        Raises:
+            ValueError: if an argument is out of range.
+            ScoringError: if the scorer fails.
+        """
+        return reference_returns(self.source, self.scorer, self.rules, episodes, seed)
 
     def render(self) -> tuple[Any, ...] | None:
         """Draw every sub-environment, as `TokenPruningEnv.render`.
