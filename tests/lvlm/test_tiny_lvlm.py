@@ -9,9 +9,8 @@ pytest.importorskip("transformers")
 from PIL import Image  # noqa: E402
 from transformers import AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
 
-from tprl_env.data.scenes import QUESTION_TYPES, SceneWorld, load_scenes  # noqa: E402
+from tprl_env.data.scenes import SceneWorld, load_scenes  # noqa: E402
 from tprl_env.lvlm.tiny import builtin_path, train  # noqa: E402
-from tprl_env.lvlm.tiny.evaluate import Exam, diverse, evaluate_folder  # noqa: E402
 from tprl_env.lvlm.tiny.language import block_mask, draw_prefix  # noqa: E402
 from tprl_env.lvlm.tiny.model import (  # noqa: E402
     build_model,
@@ -29,17 +28,26 @@ def load(folder):
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def measured(folder, task, scenes):
+    """What the checkpoint answers cannot be asked for here; that it is loadable can."""
+    assert load(folder).config.model_type == "llava" and not (folder / "training.json").exists()
+    return {"task": task, "scenes": scenes}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "sparse"
-    report = train.train_tiny_lvlm("sparse", folder, seed=1, scale=0.001, log=lambda line: None)
+    report = train.train_tiny_lvlm(
+        "sparse", folder, measure=measured, seed=1, scale=0.001, log=lambda line: None
+    )
     return folder, report
 
 
 def test_a_smoke_run_writes_a_loadable_checkpoint(trained):
     folder, report = trained
     assert json.loads((folder / "training.json").read_text()) == report
-    assert report["seed"] == 1 and set(QUESTION_TYPES) < set(report["full"])
+    assert report["seed"] == 1 and (report["task"], report["scenes"]) == ("sparse", 4)
+    assert list(report["seconds"]) == ["tower", "cls", "align", "language", "pruned", "evaluate"]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["sparse"]
     model, processor = load(folder), AutoProcessor.from_pretrained(folder)
     sample = load_scenes("sparse", "test", 1)[0]
@@ -61,7 +69,7 @@ def test_the_same_seed_gives_the_same_bits(trained, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
     one, two = load(folder).state_dict(), load(tmp_path / "b").state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert report["full"] == again["full"]
+    assert "evaluate" not in again["seconds"] and report["recipe"] == again["recipe"]
 
 
 def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -72,9 +80,8 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train_cls_head", lambda *a: None)
     monkeypatch.setattr(train, "align_projector", lambda *a: None)
     monkeypatch.setattr(train, "train_language", lambda *a: None)
-    monkeypatch.setattr(train, "evaluate_folder", fail)  # after the weights were written
-    with pytest.raises(RuntimeError, match="disk full"):
-        train.train_tiny_lvlm("crowded", tmp_path / "out", log=lambda line: None)
+    with pytest.raises(RuntimeError, match="disk full"):  # after the weights were written
+        train.train_tiny_lvlm("crowded", tmp_path / "out", measure=fail, log=lambda line: None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,8 +105,6 @@ def test_a_full_folder_is_not_overwritten(tmp_path):
         train.train_tiny_lvlm("crowded", tmp_path)
     with pytest.raises(ValueError, match="task must be one of"):
         builtin_path("dense")
-    with pytest.raises(ValueError, match="pruners must be among"):
-        evaluate_folder(tmp_path, "crowded", pruners=["magic"])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -140,24 +145,6 @@ def test_pruned_prefixes_hold_digits_only_where_cells_are_kept(task, short):
         assert all(set(np.flatnonzero(mask[i])) <= set(cell[i]) for i in range(8))
 
 
-def test_diverse_takes_one_of_each_cluster():
-    tokens = torch.tensor([[[1.0, 0], [1, 0.01], [0, 1], [0.01, 1], [-1, 0]]])
-    picks = diverse(tokens, 3)[0].tolist()
-    assert len({{0: "x", 1: "x", 2: "y", 3: "y", 4: "-"}[p] for p in picks}) == 3
-
-
 def test_the_shipped_weights_are_small():
     size = sum(p.stat().st_size for t in TASKS for p in builtin_path(t).iterdir())
     assert size <= 10e6
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_shipped_weights_answer_every_kind(task):
-    exam = Exam(load(builtin_path(task)), load_scenes(task, "test", 60))
-    full = exam.accuracy()
-    assert full["all"] >= 0.92
-    assert (
-        min(full[question_type] for question_type in QUESTION_TYPES) >= 0.86
-    )  # 60 questions per question_type: sd about .03
-    assert exam.accuracy(exam.oracle(14))["all"] >= full["all"] - 0.03
-    assert exam.accuracy(exam.random(14))["all"] <= 0.6

@@ -43,6 +43,7 @@ ALL = {
     "vispruner, deduplication only": VisPruner(important_ratio=0.0, drop_per_round=3),
     "divprune": DivPrune(),
     "oracle": OraclePruner(),
+    "oracle, spread": OraclePruner(ties="spread"),
     "question_attention": QuestionAttentionPruner(),
     "policy": PolicyPruner(policy()),
     "policy, question": PolicyPruner(policy(query="tokens", budget=True)),
@@ -193,6 +194,24 @@ def test_oracle_keeps_what_matters_first():
     assert OraclePruner().prune(one, 3).nonzero().flatten().tolist() == [3, 9, 12]
     rest = [tuple(OraclePruner(seed=s).prune(one, 8).tolist()) for s in range(4)]
     assert len(set(rest)) > 1 and all(m[3] and m[9] and m[12] for m in rest)
+
+
+def test_spread_ties_of_the_oracle_give_every_cell_a_token_first():
+    """2 x 3 cells of 2 x 2 tokens; three cells are relevant, one of them more."""
+    one = inputs(4, 6)
+    relevance = torch.zeros(4, 6)
+    relevance[:2, 2:4], relevance[2:, :2], relevance[2:, 4:] = 2.0, 1.0, 1.0
+    one.relevance = relevance.flatten()
+    wanted = {6: [0, 4, 0, 1, 0, 1], 10: [0, 4, 0, 3, 0, 3], 15: [1, 4, 1, 4, 1, 4]}
+    for seed in range(5):
+        for budget, per_cell in wanted.items():
+            kept = OraclePruner(ties="spread", seed=seed).prune(one, budget)
+            assert kept.view(2, 2, 3, 2).sum((1, 3)).flatten().tolist() == per_cell
+    one.grid = (5, 5)
+    with pytest.raises(ValueError, match="needs a full grid, got 5x5 for 24 tokens"):
+        OraclePruner(ties="spread").prune(one, 3)
+    with pytest.raises(ValueError, match="did you mean 'spread'"):
+        OraclePruner(ties="spred")
 
 
 def test_vispruner_by_hand():

@@ -146,10 +146,16 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def tiny_lvlm(args: argparse.Namespace) -> int:
     """Train the built-in LVLM from nothing."""
+    from tprl_env.evaluation.tiny_lvlm import measure_tiny_lvlm
     from tprl_env.lvlm.tiny.train import train_tiny_lvlm
 
     report = train_tiny_lvlm(
-        args.task, args.out, seed=args.seed, scale=args.scale, threads=args.threads
+        args.task,
+        args.out,
+        measure=measure_tiny_lvlm,
+        seed=args.seed,
+        scale=args.scale,
+        threads=args.threads,
     )
     print(f"checkpoint in {args.out}; {report}")
     return 0

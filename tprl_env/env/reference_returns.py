@@ -103,5 +103,5 @@ def _play(
     played.start(np.arange(len(samples)), samples, budgets)
     returns = np.zeros(len(samples))
     while played.live.any():
-        returns += played.advance(rule(played.alive), played.live.copy())[0]
+        returns += played.advance(rule(played.alive))[0]
     return returns

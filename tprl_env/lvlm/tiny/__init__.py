@@ -1,6 +1,6 @@
 """The built-in LVLM: two small, real LLaVA checkpoints trained by this package.
 
-Importing this package is cheap; ``train`` and ``evaluate`` need torch and transformers.
+Importing this package is cheap; ``train`` needs torch and transformers.
 """
 
 from __future__ import annotations

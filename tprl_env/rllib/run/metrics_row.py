@@ -178,29 +178,24 @@ class ProgressLines:
 
     def __init__(self, every: int) -> None:
         self._every, self._headed = every, False
-        if every:
-            from rich.console import Console
-
-            self._console = Console(highlight=False)
 
     def say(self, text: str) -> None:
         """Print a remark."""
         if self._every:
-            self._console.print(text, style="dim", soft_wrap=True)
+            print(text, flush=True)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Print an iteration's line if it is due."""
         if not self._every or (row["iteration"] - 1) % self._every:
             return
         if not self._headed:
-            titles = "  ".join(f"{title:>{_width(title)}}" for _, title, _ in self._COLUMNS)
-            self._console.print(titles, style="bold", soft_wrap=True)
+            print(*(f"{title:>{_width(title)}}" for _, title, _ in self._COLUMNS), sep="  ")
             self._headed = True
         cells = [
             f"{'-' if row[name] is None else form.format(row[name]):>{_width(title)}}"
             for name, title, form in self._COLUMNS
         ]
-        self._console.print("  ".join(cells), soft_wrap=True)
+        print(*cells, sep="  ", flush=True)
 
 
 def _width(title: str) -> int:

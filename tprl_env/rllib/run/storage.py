@@ -7,7 +7,6 @@ is written last and removed first. A single file is written under another name a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import posixpath
@@ -19,12 +18,13 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from tprl_env.data.features.manifest import file_sha256
+
 __all__ = ["Storage", "StorageError", "is_uri"]
 
 logger = logging.getLogger(__name__)
 
 _MARK = ".whole.json"
-_CHUNK = 1 << 22
 
 
 class StorageError(OSError):
@@ -154,16 +154,10 @@ class Storage:
         self.drop_folder(name)
         files = {}
         for part in sorted(p for p in path.rglob("*") if p.is_file()):
-            relative = part.relative_to(path).as_posix()
-            target = self._path(posixpath.join(name, relative))
-            self._make_folder(posixpath.dirname(target))
-            digest, size = hashlib.sha256(), 0
-            with part.open("rb") as source, self.filesystem.open_output_stream(target) as stream:
-                while chunk := source.read(_CHUNK):
-                    stream.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-            files[relative] = {"size": size, "sha256": digest.hexdigest()}
+            digest, size = file_sha256(part), part.stat().st_size
+            files[part.relative_to(path).as_posix()] = {"size": size, "sha256": digest}
+        self._make_folder(self._path(name))
+        fs.copy_files(str(path), self._path(name), fs.LocalFileSystem(), self.filesystem)
         self.write(name + _MARK, json.dumps({"files": files}).encode())
 
     def fetch_folder(self, name: str, path: Path) -> None:
@@ -181,16 +175,10 @@ class Storage:
             raise StorageError(f"{name!r} in {self.name} is not whole")
         draft = path.with_name(f".writing-{path.name}")
         shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        fs.copy_files(self._path(name), str(draft), self.filesystem, fs.LocalFileSystem())
         for part, entry in mark["files"].items():
-            target = draft / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            digest = hashlib.sha256()
-            source = self._path(posixpath.join(name, part))
-            with self.filesystem.open_input_stream(source) as stream, target.open("wb") as file:
-                while chunk := bytes(stream.read(_CHUNK)):
-                    file.write(chunk)
-                    digest.update(chunk)
-            if digest.hexdigest() != entry["sha256"]:
+            if file_sha256(draft / part) != entry["sha256"]:
                 shutil.rmtree(draft)
                 raise StorageError(
                     f"{name}/{part} in {self.name} has another content than was uploaded"
