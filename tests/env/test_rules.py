@@ -7,7 +7,8 @@ import pytest
 from gymnasium import spaces
 
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.env.rules import VALUE_LIMIT, EpisodeRules, check_choice, check_options, coerce_action
+from tprl_env.env.observations import VALUE_LIMIT
+from tprl_env.env.rules import EpisodeRules, check_choice, check_options, coerce_action
 
 
 def test_rules_are_frozen_and_have_the_papers_defaults():
