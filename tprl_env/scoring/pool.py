@@ -45,6 +45,7 @@ class PendingScores:
     def __init__(self, pool: ScorerPool, plan: Plan) -> None:
         self._pool, self._plan = pool, plan
         self.request = Request(plan.samples, plan.keep, plan.packed)
+        self._scores: NDArray[np.float32] | None = None
 
     @property
     def done(self) -> bool:
@@ -58,11 +59,14 @@ class PendingScores:
             ScoringError: if the scorer raised, answered nonsense, or its actors cannot be kept
                 alive; the message names samples and actor.
         """
+        if self._scores is not None:  # a plan is finished, and counted, once
+            return self._scores
         while not self.request.done:
             self._pool.poll(_POLL_SECONDS)
         if self.request.error is not None:
             raise self.request.error
-        return self._pool.cache.finish(self._plan, self.request.scores)
+        self._scores = self._pool.cache.finish(self._plan, self.request.scores)
+        return self._scores
 
 
 class ScorerPool:
