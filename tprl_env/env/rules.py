@@ -38,6 +38,9 @@ QUERIES: tuple[str, ...] = get_args(Query)
 class EpisodeRules:
     """Settings of the MDP; the arguments of the environments under the same names.
 
+    The environments write them out again instead of taking ``**rules``, so that ``help`` and
+    editors show users each argument with its default; a test compares the two.
+
     Raises:
         ValueError: for a value outside its range, naming the argument.
     """
