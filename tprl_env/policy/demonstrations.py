@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.files import write_atomically
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.vispruner import VisPruner
@@ -176,7 +177,7 @@ def log_uniform(
 
 
 def saliency_demonstrator(
-    source: Any,
+    source: TokenSource,
     saliency: str | RankingPruner,
     low: int,
     high: int,
@@ -214,7 +215,7 @@ def saliency_demonstrator(
 
 
 def sampled_budgets(
-    source: Any,
+    source: TokenSource,
     saliency: str | RankingPruner,
     low: int,
     high: int,
@@ -228,7 +229,7 @@ def sampled_budgets(
 
 
 def pruner_budgets(
-    source: Any,
+    source: TokenSource,
     pruner: Pruner,
     low: int,
     high: int,
@@ -265,7 +266,7 @@ def pruner_budgets(
 
 
 def nested_masks(
-    source: Any,
+    source: TokenSource,
     rates: Sequence[float] = (0.75, 0.5),
     nest: Nest = "restrict",
     samples: Sequence[int] | npt.NDArray[np.int64] | None = None,

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.env.scorer import (
     BoolArray,
     FloatArray,
     IntArray,
     NamedFailures,
-    ScoredSource,
     Scorer,
     ScorerStats,
     check_request,
@@ -81,7 +81,7 @@ class ScoreCache:
         ValueError: ``size`` is negative.
     """
 
-    def __init__(self, source: ScoredSource, score_kind: str, size: int = 200_000) -> None:
+    def __init__(self, source: TokenSource, score_kind: str, size: int = 200_000) -> None:
         if size < 0:
             raise ValueError(f"cache_size must be 0 (off) or positive, got {size}")
         self.source, self.score_kind, self._size = source, score_kind, size
@@ -186,7 +186,7 @@ class CachedScorer(ScoreCache):
     """
 
     def __init__(
-        self, inner: Scorer, source: ScoredSource, score_kind: str, cache_size: int = 200_000
+        self, inner: Scorer, source: TokenSource, score_kind: str, cache_size: int = 200_000
     ) -> None:
         super().__init__(source, score_kind, cache_size)
         self.inner = inner

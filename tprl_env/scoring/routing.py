@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +141,6 @@ class Router:
         self._source, self._batch_size, self._limits = source, batch_size, limits
         self._waiting: deque[_Chunk] = deque()
         self.retries = 0
-        self._image: Callable[[int], int] = getattr(source, "image_number", int)  # toys have none
         self.queue_peak = 0
 
     def submit(self, request: Request) -> None:
@@ -166,7 +164,7 @@ class Router:
         usable = np.isfinite(load)
         share = (load[usable].sum() + work.sum()) / usable.sum()
         distinct, inverse = np.unique(samples, return_inverse=True)
-        images = np.array([self._image(int(sample)) for sample in distinct], np.int64)
+        images = np.array([self._source.image_number(int(sample)) for sample in distinct], np.int64)
         groups, inverse = np.unique(images[inverse], return_inverse=True)
         group_work = np.bincount(inverse, work)
         target = np.empty(len(groups), np.int64)
