@@ -74,7 +74,7 @@ class OneByOne:
 
     def __init__(self, config: TrainConfig, episodes: int, answer: Answer) -> None:
         self._episodes, self._rules, self._answer = episodes, config.rules, answer
-        self._source: Any = shared_source(config.source)
+        self._source = shared_source(config.source)
         self._full = self._source.full_scores("exact")
         self._lvlm = open_lvlm(config.lvlm)
         self._module = new_module(config)

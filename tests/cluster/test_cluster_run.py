@@ -28,7 +28,6 @@ from ray_heads import (
 from two_hosts import two_hosts  # noqa: F401  a fixture
 
 from tprl_env.data.features.store import open_source
-from tprl_env.env.scorer import ScorerStats
 from tprl_env.rllib.algorithms import algorithm_config
 from tprl_env.rllib.config import load_config, scorer_spec
 from tprl_env.rllib.run.placement import actor_bundles
@@ -67,11 +66,11 @@ def test_a_sample_has_the_same_scorer_in_every_client_and_request():
     homes: dict[int, set[int]] = {}
     for seed in range(6):  # clients of equal load, requests in any order
         actors = [ActorState(str(number), None) for number in range(4)]
-        router = Router(actors, source, 128, ScorerStats(), Limits())
+        router = Router(actors, source, 128, Limits())
         generator = np.random.default_rng(seed)
         samples = np.repeat(generator.permutation(64), 8)  # groups of eight draws
         keep = np.zeros((len(samples), 16), bool)
-        for chunk in router._cut(Request(samples, keep)):
+        for chunk in router._cut(Request(samples, keep, np.packbits(keep, axis=1))):
             for sample in chunk.samples:
                 homes.setdefault(int(sample), set()).add(chunk.preferred)
     assert len(homes) == 64 and all(len(places) == 1 for places in homes.values())

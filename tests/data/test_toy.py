@@ -94,3 +94,12 @@ def test_the_rule_needs_the_question():
     weights = np.linalg.lstsq(np.c_[blind, np.ones(len(blind))], target, rcond=None)[0]
     explained = 1 - (target - np.c_[blind, np.ones(len(blind))] @ weights).var() / target.var()
     assert explained < 0.05
+
+
+def test_channels_are_the_codes_alone():
+    store = ToyStore(samples=4, tokens=9, vary=True)
+    count = int(store.exists([2]).sum())
+    assert store.has_channel("codes") and not store.has_channel("question_attention")
+    np.testing.assert_array_equal(store.channel("codes", 2), store.codes([2])[0, :count])
+    with pytest.raises(ValueError, match="no channel 'question_attention'; it holds 'codes' only"):
+        store.channel("question_attention", 2)

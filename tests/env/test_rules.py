@@ -1,13 +1,16 @@
 """Settings and spaces that both environments share."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 from gymnasium import spaces
 
 from tprl_env.data.features.toy import ToyStore
-from tprl_env.env.rules import VALUE_LIMIT, EpisodeRules, check_choice, check_options, coerce_action
+from tprl_env.env import TokenPruningEnv, TokenPruningVectorEnv
+from tprl_env.env.observations import VALUE_LIMIT
+from tprl_env.env.rules import EpisodeRules, check_choice, check_options, coerce_action
 
 
 def test_rules_are_frozen_and_have_the_papers_defaults():
@@ -15,6 +18,14 @@ def test_rules_are_frozen_and_have_the_papers_defaults():
     assert (rules.max_steps, rules.alpha, rules.beta, rules.min_tokens) == (3, 1.0, 0.1, 1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         rules.alpha = 2.0
+
+
+@pytest.mark.parametrize("environment", [TokenPruningEnv, TokenPruningVectorEnv])
+def test_the_environments_take_every_rule_with_its_default(environment):
+    taken = inspect.signature(environment).parameters
+    for rule in dataclasses.fields(EpisodeRules):
+        assert taken[rule.name].default == rule.default
+        assert taken[rule.name].annotation == rule.type
 
 
 def test_a_budget_list_becomes_a_tuple():

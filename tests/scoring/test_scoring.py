@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tprl_env.env.scorer import ScorerStats, ScoringError, check_scores
-from tprl_env.scoring.cache import CachedScorer
+from tprl_env.scoring.cache import CachedScorer, ScoreCache
 
 
 class Source:
@@ -66,6 +66,37 @@ def test_padding_is_ignored_and_full_means_all_existing_tokens():
     scores = scorer(np.array([4, 4, 4, 4]), masks("111100", "111111", "110011", "110000"))
     np.testing.assert_allclose(scores, [0.9, 0.9, 1 / 3, 1 / 3])
     assert inner.asked == [(4, [True, True, False, False, False, False])]
+
+
+def test_a_plan_leaves_what_nobody_knows_and_finish_answers_everything():
+    cache = ScoreCache(Source(), "exact")
+    keep = masks("110000", "111111", "110000", "111111", "100011", "111111")
+    plan = cache.plan(np.array([0, 1, 0, 1, 4, 2]), keep)
+    assert plan.samples.tolist() == [0, 4]
+    np.testing.assert_array_equal(plan.keep, masks("110000", "100000"))  # padding cleared
+    np.testing.assert_array_equal(plan.packed, np.packbits(plan.keep, axis=1))
+    assert cache.stats.requests == 0  # counts once it is answered
+    scores = cache.finish(plan, np.array([0.25, 0.75], np.float32))
+    np.testing.assert_allclose(scores, [0.25, 0.6, 0.25, 0.6, 0.75, 0.7])
+    stats = cache.stats
+    assert (stats.requests, stats.scores, stats.computed) == (1, 6, 2)
+    assert (stats.duplicates, stats.cache_hits, stats.full_hits) == (1, 0, 3)  # full rows: hits
+    again = cache.plan(np.array([4, 0]), masks("100000", "110001"))
+    assert again.samples.tolist() == [0] and again.counted.cache_hits == 1
+
+
+def test_two_requests_under_way_compute_their_common_mask_twice():
+    cache, one = ScoreCache(Source(), "exact"), masks("100000")
+    plans = [cache.plan(np.array([0]), one) for _ in range(2)]
+    found = [cache.finish(plan, np.array([0.5], np.float32)).tolist() for plan in plans]
+    assert found == [[0.5], [0.5]] and cache.stats.computed == 2
+
+
+def test_stored_full_scores_are_checked():
+    source = Source()
+    source.full_scores = lambda score_kind: np.array([0.5, np.nan, 0.7, 0.8, 0.9])
+    with pytest.raises(ScoringError, match=r"full_scores\('exact'\) returned nan for sample 's1'"):
+        ScoreCache(source, "exact").plan(np.array([0, 1]), masks("111111", "111111"))
 
 
 def test_cache_drops_the_least_recently_used():
@@ -196,5 +227,7 @@ def test_a_copied_cache_scores_the_same_from_an_empty_cache():
     samples, keep = np.arange(4), np.eye(4, 9, dtype=bool)
     expected = scorer(samples, keep)
     for twin in (copy.deepcopy(scorer), pickle.loads(pickle.dumps(scorer))):
-        assert twin.stats.computed == 0
+        assert type(twin) is CachedScorer and twin.stats.computed == 0
         np.testing.assert_array_equal(twin(samples, keep), expected)
+    cache = pickle.loads(pickle.dumps(ScoreCache(store, "likelihood", 3)))
+    assert len(cache.plan(samples, keep).keys) == 4

@@ -20,13 +20,13 @@ from tprl_env.data.features.source import TokenSource
 from tprl_env.data.features.store import open_source
 from tprl_env.data.features.toy import ToyScorer, ToyStore
 from tprl_env.env import rewards
+from tprl_env.env.observations import Observation, look_up, progress
 from tprl_env.env.rules import EpisodeRules, check_integer
 from tprl_env.env.scorer import NamedFailures, check_scores
 
 __all__ = ["Episodes", "Transition", "choose_episode", "open_environment"]
 
 ScorerLike = Callable[[NDArray[np.int64], NDArray[np.bool_]], ArrayLike]
-Observation = dict[str, NDArray[Any]]
 
 
 def open_environment(
@@ -176,9 +176,7 @@ class Episodes:
         self.score = np.zeros(count, np.float32)
         self.budget = np.zeros(count, np.int64)
         self.live = np.zeros(count, bool)
-        self._codes = np.zeros((0, tokens, 0), np.float32)  # allocated by the first observation
-        self._query = np.zeros((0,), np.float32)
-        self._query_mask = np.zeros((0, 0), np.int8)
+        self._looked_up: Observation = {}  # filled by `observation`
         self._unseen = np.ones(count, bool)  # began after the last `observation`
 
     def start(
@@ -287,31 +285,19 @@ class Episodes:
         Codes and questions are looked up here, once per episode: a rollout that only needs masks
         does not pay for them.
         """
-        self._look_up(np.flatnonzero(self._unseen))
-        parts: Observation = {"tokens": self._codes.copy(), "query": self._query.copy()}
-        if self.rules.query == "tokens":
-            parts["query_mask"] = self._query_mask.copy()
-        parts["alive"] = self.alive.astype(np.int8)
-        parts["step"] = self.step.astype(np.float32)[:, None]
-        if self.rules.budget is not None:
-            parts["budget"] = self.budget.astype(np.float32)[:, None]
-        return parts
+        if self._unseen.any():
+            self._look_up(np.flatnonzero(self._unseen))
+        budget = None if self.rules.budget is None else self.budget
+        parts = {name: part.copy() for name, part in self._looked_up.items()}
+        return parts | progress(self.alive, self.step, budget, masks=np.int8)
 
     def _look_up(self, slots: NDArray[np.int64]) -> None:
         """Read codes and questions of episodes that began after the last observation."""
-        if not len(slots):
-            return
-        source, samples = self.source, self.samples[slots]
-        if not len(self._codes):
-            self._codes = np.zeros((self.count, source.max_tokens, source.code_width), np.float32)
-            words = (source.max_question_tokens,) if self.rules.query == "tokens" else ()
-            self._query = np.zeros((self.count, *words, source.query_width), np.float32)
-            self._query_mask = np.zeros((self.count, source.max_question_tokens), np.int8)
-        self._codes[slots] = source.codes(samples)
-        if self.rules.query == "mean":
-            self._query[slots] = source.query(samples)
-        else:
-            self._query[slots], self._query_mask[slots] = source.query_tokens(samples)
+        found = look_up(self.source, self.samples[slots], self.rules.query, masks=np.int8)
+        for name, part in found.items():
+            if name not in self._looked_up:
+                self._looked_up[name] = np.zeros((self.count, *part.shape[1:]), part.dtype)
+            self._looked_up[name][slots] = part
         self._unseen[slots] = False
 
     def info(self) -> dict[str, tuple[NDArray[Any], NDArray[np.bool_]]]:

@@ -1,14 +1,11 @@
-"""Settings of the token-pruning MDP, and what the environments accept from their user.
-
-Legend: N = ``max_tokens``, d code width, Q question tokens, d_q query width.
-"""
+"""Settings of the token-pruning MDP, and what the environments accept from their user."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from gymnasium import spaces
@@ -17,11 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from tprl_env.checks import check_choice, check_integer
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env import rewards
+from tprl_env.env.observations import observation_space
 
 __all__ = [
     "QUERIES",
     "SCORE_KINDS",
-    "VALUE_LIMIT",
     "EpisodeRules",
     "Query",
     "ScoreKind",
@@ -35,12 +32,14 @@ Query = Literal["mean", "tokens"]
 ScoreSteps = Literal["all", "final"]
 SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
 QUERIES: tuple[str, ...] = get_args(Query)
-VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
 
 
 @dataclass(frozen=True)
 class EpisodeRules:
     """Settings of the MDP; the arguments of the environments under the same names.
+
+    The environments write them out again instead of taking ``**rules``, so that ``help`` and
+    editors show users each argument with its default; a test compares the two.
 
     Attributes:
         max_steps: T, steps per episode.
@@ -107,22 +106,7 @@ class EpisodeRules:
 
     def observation_space(self, source: TokenSource) -> spaces.Dict:
         """Space of one observation for tokens of this source."""
-        count = source.max_tokens
-
-        def box(*shape: int, low: float = -VALUE_LIMIT, high: float = VALUE_LIMIT) -> spaces.Box:
-            return spaces.Box(low, high, shape, np.float32)
-
-        parts: dict[str, spaces.Space[Any]] = {"tokens": box(count, source.code_width)}
-        if self.query == "mean":
-            parts["query"] = box(source.query_width)
-        else:
-            parts["query"] = box(source.max_question_tokens, source.query_width)
-            parts["query_mask"] = spaces.Box(0, 1, (source.max_question_tokens,), np.int8)
-        parts["alive"] = spaces.Box(0, 1, (count,), np.int8)
-        parts["step"] = box(1, low=0.0, high=float(self.max_steps))
-        if self.budget is not None:
-            parts["budget"] = box(1, low=1.0, high=float(count))
-        return spaces.Dict(parts)
+        return observation_space(source, self.query, self.max_steps, self.budget is not None)
 
     def draw_budget(self, generator: np.random.Generator) -> int:
         """One wanted count, log-uniform over the integers of the range (docs/method.md, "Budgets").

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.source import TokenSource
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -32,28 +34,6 @@ class Scorer(Protocol):
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
         """Score ``samples`` (B,) int64 with ``keep`` (B, N) bool; returns (B,) float32."""
-        ...
-
-
-class ScoredSource(Protocol):
-    """The part of a ``TokenSource`` that scoring needs."""
-
-    max_tokens: int
-
-    def __len__(self) -> int:
-        """Number of samples S."""
-        ...
-
-    def id(self, sample: int) -> str:
-        """Name of the sample, used in error messages."""
-        ...
-
-    def exists(self, samples: IntArray) -> BoolArray:
-        """(B, N), False where padding."""
-        ...
-
-    def full_scores(self, score_kind: str) -> FloatArray:
-        """(S,) scores with all tokens."""
         ...
 
 
@@ -97,7 +77,7 @@ class ScorerStats:
 
 
 def check_request(
-    samples: Any, keep: Any, source: ScoredSource
+    samples: Any, keep: Any, source: TokenSource
 ) -> tuple[IntArray, BoolArray, BoolArray]:
     """Validate the arguments of a scorer call.
 
@@ -131,7 +111,7 @@ def check_request(
 
 
 def check_scores(
-    scores: Any, samples: IntArray, source: ScoredSource, *, scorer: str = "the scorer"
+    scores: Any, samples: IntArray, source: TokenSource, *, scorer: str = "the scorer"
 ) -> FloatArray:
     """Return ``scores`` as float32 (B,), or refuse them.
 
@@ -169,7 +149,7 @@ def check_scores(
 class NamedFailures:
     """Context that turns any failure inside it into a :class:`ScoringError` naming the samples."""
 
-    def __init__(self, samples: IntArray, source: ScoredSource, scorer: str) -> None:
+    def __init__(self, samples: IntArray, source: TokenSource, scorer: str) -> None:
         """Remember what is being scored by whom."""
         self._samples, self._source, self._scorer = samples, source, scorer
 
@@ -190,7 +170,7 @@ class NamedFailures:
             ) from error
 
 
-def name_samples(samples: IntArray, source: ScoredSource, most: int = 8) -> str:
+def name_samples(samples: IntArray, source: TokenSource, most: int = 8) -> str:
     """Ids of the first few samples, for an error message."""
     shown = ", ".join(repr(source.id(int(s))) for s in samples[:most])
     rest = len(samples) - most

@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.vispruner import VisPruner
 
@@ -143,7 +144,7 @@ def log_uniform(
 
 
 def saliency_demonstrator(
-    source: Any,
+    source: TokenSource,
     saliency: str | RankingPruner,
     low: int,
     high: int,
@@ -181,7 +182,7 @@ def saliency_demonstrator(
 
 
 def pruner_budgets(
-    source: Any,
+    source: TokenSource,
     pruner: Pruner,
     low: int,
     high: int,
@@ -218,7 +219,7 @@ def pruner_budgets(
 
 
 def nested_masks(
-    source: Any,
+    source: TokenSource,
     rates: Sequence[float] = (0.75, 0.5),
     nest: Nest = "restrict",
     samples: Sequence[int] | npt.NDArray[np.int64] | None = None,

@@ -1,4 +1,9 @@
-"""Observations for a policy outside the environment: from a store, or from prune inputs.
+"""Observations as tensors for a policy outside the environment: from a store or prune inputs.
+
+Keys and types are those of `tprl_env.env.observations`, which this module calls where there is a
+store. `observe_inputs` and `with_progress` have twins there and stay apart: prune inputs are
+tensors of unequal length without a store, and a mask that the policy has just drawn is on its
+device, where numpy cannot reach it without a copy.
 
 Shapes: B batch, N tokens (padded), d code width, Q question tokens, d_q query width.
 """
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tprl_env.data.features.source import TokenSource
+from tprl_env.env.observations import Observation, look_up, progress
 from tprl_env.policy.network import PolicyConfig
 
 if TYPE_CHECKING:
@@ -40,31 +46,29 @@ def observe(
         ``config.query == "tokens"``, ``query_mask``.
     """
     numbers = np.asarray(samples, dtype=np.int64)
-    obs = {
-        "tokens": torch.from_numpy(np.array(source.codes(numbers), np.float32)),
-        "alive": torch.from_numpy(np.array(source.exists(numbers), np.bool_)),
-        "step": torch.zeros(len(numbers), 1),
+    parts = look_up(source, numbers, config.query) | progress(source.exists(numbers), step=0)
+    return to_tensors(parts, device)
+
+
+def to_tensors(parts: Observation, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Arrays as tensors on a device; memory is shared where the array allows it."""
+    return {
+        name: torch.from_numpy(np.require(part, requirements=["C", "W"])).to(device)
+        for name, part in parts.items()
     }
-    if config.query == "tokens":
-        question, mask = source.query_tokens(numbers)
-        obs["query"] = torch.from_numpy(np.array(question, np.float32))
-        obs["query_mask"] = torch.from_numpy(np.array(mask, np.bool_))
-    else:
-        obs["query"] = torch.from_numpy(np.array(source.query(numbers), np.float32))
-    return {key: value.to(device) for key, value in obs.items()}
 
 
 def observe_inputs(
     inputs: Sequence[PruneInputs], config: PolicyConfig, *, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """The same from prune inputs, padded to the longest of them."""
-    rows = [_field(one, "codes") for one in inputs]
-    tokens, alive = _pad(rows)
-    obs = {"tokens": tokens, "alive": alive, "step": torch.zeros(len(rows), 1)}
+    tokens, alive = _pad([_field(one, "codes") for one in inputs])
+    obs = {"tokens": tokens}
     if config.query == "tokens":
         obs["query"], obs["query_mask"] = _pad([_field(one, "query_tokens") for one in inputs])
     else:
         obs["query"] = torch.stack([_field(one, "query") for one in inputs])
+    obs = with_progress(obs, alive=alive, step=0, budget=None)
     return {key: value.to(device) for key, value in obs.items()}
 
 

@@ -1,4 +1,9 @@
-"""Published ways to use fewer tokens: one file per method, one line each in ``PRUNERS``."""
+"""Published ways to use fewer tokens: one file per method, one line each in ``PRUNERS``.
+
+Reducers stand one step above ``data``: they read stores through the protocol
+`tprl_env.data.features.source.TokenSource` and import nothing else from there; ``data`` never
+imports ``reducers``.
+"""
 
 from __future__ import annotations
 

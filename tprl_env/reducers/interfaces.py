@@ -9,12 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.selection import top_k_mask
 
 Knowledge = Literal["policy", "heuristic", "oracle", "random"]
@@ -67,23 +68,8 @@ class PruneInputs:
 _PER_TOKEN = ("tokens", "codes", "tower", "cls_attention", "relevance", "question_attention")
 
 
-class PrunableSource(Protocol):
-    """The part of a store that pruners read; FeatureStore and ToyStore have it."""
-
-    def exists(self, samples: Any) -> Any: ...  # noqa: D102
-    def codes(self, samples: Any) -> Any: ...  # noqa: D102
-    def query(self, samples: Any) -> Any: ...  # noqa: D102
-    def query_tokens(self, samples: Any) -> Any: ...  # noqa: D102
-    def grid(self, sample: int) -> tuple[int, int]: ...  # noqa: D102
-    def tokens(self, sample: int) -> Any: ...  # noqa: D102
-    def tower(self, sample: int) -> Any: ...  # noqa: D102
-    def cls_attention(self, sample: int) -> Any: ...  # noqa: D102
-    def relevance(self, sample: int) -> Any: ...  # noqa: D102
-    def has_channel(self, name: str) -> bool: ...  # noqa: D102
-
-
 def prune_inputs(
-    source: PrunableSource, sample: int, needs: Sequence[str] | None = None
+    source: TokenSource, sample: int, needs: Sequence[str] | None = None
 ) -> PruneInputs:
     """Read one sample for a pruner.
 
@@ -109,8 +95,7 @@ def prune_inputs(
     if source.has_channel("codes") and (wanted("codes") or inputs.tokens is None):
         inputs.codes = _tensor(source.codes(row)[0][source.exists(row)[0]])
     if wanted("question_attention") and source.has_channel("question_attention"):
-        channel: Any = source  # only stores that have the channel have the method
-        inputs.question_attention = _tensor(channel.channel("question_attention", sample))
+        inputs.question_attention = _tensor(source.channel("question_attention", sample))
     return inputs
 
 

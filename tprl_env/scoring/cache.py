@@ -1,9 +1,13 @@
-"""The cache in front of a scorer.
+"""What need not be computed again: the one cache in front of every scorer.
 
-The LVLM is frozen, so a score is a pure function of (sample, keep); :class:`CachedScorer` uses that
-three times: equal rows of a request, masks scored earlier, and the mask with all tokens.
+The LVLM is frozen, so a score is a pure function of (sample, keep); `ScoreCache` uses that three
+times: equal rows of a request, masks scored earlier, and the mask with all tokens. It is cut in
+two, because the pool computes the middle elsewhere: `ScoreCache.plan` leaves the masks that nobody
+knows, `ScoreCache.finish` joins their scores with the known ones. `CachedScorer` has a scorer for
+the middle.
 
-Shapes: B rows of a request, N = ``source.max_tokens`` visual tokens, S samples of the source.
+Shapes: B rows of a request, N = ``source.max_tokens`` visual tokens, U distinct rows among them,
+M rows that must be computed.
 """
 
 from __future__ import annotations
@@ -11,69 +15,191 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from tprl_env.data.features.source import TokenSource
 from tprl_env.env.scorer import (
     BoolArray,
     FloatArray,
     IntArray,
     NamedFailures,
-    ScoredSource,
     Scorer,
     ScorerStats,
     check_request,
     check_scores,
 )
 
+__all__ = ["CachedScorer", "Plan", "ScoreCache"]
 
-class CachedScorer:
-    """Answers what is known already and passes the rest to ``inner`` in one call.
+
+@dataclass
+class Plan:
+    """A request of B rows reduced to M masks that must be computed.
+
+    Attributes:
+        samples: int64 (M,), sample numbers to compute.
+        keep: bool (M, N), their masks, padding cleared.
+        packed: uint8 (M, ceil(N / 8)), `numpy.packbits` of ``keep``.
+        keys: M cache keys.
+        known: float32 (U,), scores of the distinct rows, NaN where not known yet.
+        missing: int64 (M,), places of the computed rows among the distinct ones.
+        inverse: int64 (B,), distinct row of each row.
+        counted: what the request adds to the counters once it is answered.
+    """
+
+    samples: IntArray
+    keep: BoolArray
+    packed: npt.NDArray[np.uint8]
+    keys: list[bytes]
+    known: FloatArray
+    missing: IntArray
+    inverse: IntArray
+    counted: ScorerStats
+
+
+class ScoreCache:
+    """Deduplication, full-token shortcut and memory of earlier masks.
 
     In this order: a row that keeps every existing token is answered from
     ``source.full_scores(score_kind)``; equal rows of one request are computed once; masks scored by
-    earlier requests come from an LRU cache keyed by (sample, packed mask bits). Entries of
+    earlier requests come from an LRU memory keyed by (sample, packed mask bits). Entries of
     ``keep`` beyond a sample's own tokens are ignored.
 
-    Safe to call from several threads; the inner scorer runs outside the lock, so two threads that
-    ask for the same new mask at the same moment both compute it (and get the same number).
+    Safe to call from several threads. Nothing is locked between `plan` and `finish`, so two threads
+    that ask for the same new mask at the same moment both compute it (and get the same number).
+
+    Args:
+        source: where sample numbers point; gives the scores with all tokens.
+        score_kind: ``"exact"`` or ``"likelihood"``.
+        size: masks remembered (about 150 bytes each at 144 tokens); 0 switches the memory off.
+
+    Raises:
+        ValueError: ``size`` is negative.
     """
 
-    def __init__(
-        self, inner: Scorer, source: ScoredSource, score_kind: str, cache_size: int = 200_000
-    ) -> None:
-        """Wrap ``inner``.
-
-        Args:
-            inner: Computes scores; may be any callable with the ``Scorer`` signature.
-            source: Where sample numbers point.
-            score_kind: ``"exact"`` or ``"likelihood"``, the score_kind that ``inner`` computes.
-            cache_size: Masks remembered (about 150 bytes each at 144 tokens); 0 switches it off.
-
-        Raises:
-            ValueError: ``cache_size`` is negative.
-        """
-        if cache_size < 0:
-            raise ValueError(f"cache_size must be 0 (off) or positive, got {cache_size}")
-        self.inner = inner
-        self.source = source
-        self.score_kind = score_kind
-        self._name = getattr(inner, "__name__", type(inner).__name__)
-        self._cache_size = cache_size
-        self._cache: OrderedDict[tuple[int, bytes], float] = OrderedDict()
+    def __init__(self, source: TokenSource, score_kind: str, size: int = 200_000) -> None:
+        if size < 0:
+            raise ValueError(f"cache_size must be 0 (off) or positive, got {size}")
+        self.source, self.score_kind, self._size = source, score_kind, size
+        self._full = np.asarray(source.full_scores(score_kind))
+        self._memory: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
         self._stats = ScorerStats()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles start with an empty cache: a lock cannot be copied."""
-        return CachedScorer, (self.inner, self.source, self.score_kind, self._cache_size)
+        """Copies and pickles start with an empty memory: a lock cannot be copied."""
+        return ScoreCache, (self.source, self.score_kind, self._size)
+
+    @property
+    def stats(self) -> ScorerStats:
+        """Snapshot of the counters; a request counts once it is answered."""
+        with self._lock:
+            return ScorerStats().add(self._stats)
+
+    def plan(self, samples: IntArray, keep: BoolArray) -> Plan:
+        """Reduce a request.
+
+        Args:
+            samples: int (B,), sample numbers.
+            keep: bool (B, N); entries beyond a sample's tokens are ignored.
+
+        Raises:
+            ValueError: The request is malformed.
+            ScoringError: The source's score with all tokens is not a score.
+        """
+        samples, keep, exists = check_request(samples, keep, self.source)
+        packed = np.packbits(keep, axis=1)
+        keys, first, inverse = _distinct(_keys(samples, packed))
+        whole = (keep == exists).all(axis=1)
+        full, full_hits = whole[first], int(whole.sum())
+        known = np.full(len(first), np.nan, np.float32)
+        if full_hits:
+            asked = samples[first[full]]
+            name = f"full_scores({self.score_kind!r})"
+            known[full] = check_scores(self._full[asked], asked, self.source, scorer=name)
+        partial = (~full).nonzero()[0].tolist()
+        missing = self._look_up(keys, partial, known)
+        rows = first[missing]
+        counted = ScorerStats(
+            requests=1,
+            scores=len(samples),
+            computed=len(missing),
+            duplicates=len(samples) - full_hits - len(partial),
+            cache_hits=len(partial) - len(missing),
+            full_hits=full_hits,
+        )
+        wanted = [keys[place] for place in missing.tolist()]
+        return Plan(
+            samples[rows], keep[rows], packed[rows], wanted, known, missing, inverse, counted
+        )
+
+    def _look_up(self, keys: list[bytes], places: list[int], known: FloatArray) -> IntArray:
+        """Fill in remembered scores; returns the places that nobody has scored yet."""
+        missing = []
+        with self._lock:
+            for place in places:
+                score = self._memory.get(keys[place])
+                if score is None:
+                    missing.append(place)
+                else:
+                    self._memory.move_to_end(keys[place])
+                    known[place] = score
+        return np.array(missing, np.int64)
+
+    def finish(self, plan: Plan, scores: FloatArray) -> FloatArray:
+        """Answer a request and remember what was computed for it.
+
+        Args:
+            plan: from `plan`; every plan is finished once.
+            scores: float32 (M,), checked scores of ``plan.samples`` and ``plan.keep``.
+
+        Returns:
+            float32 (B,), scores of the whole request.
+        """
+        plan.known[plan.missing] = scores
+        with self._lock:
+            self._stats.add(plan.counted)
+            if self._size:
+                for key, score in zip(plan.keys, scores.tolist(), strict=True):
+                    self._memory[key] = score
+                    self._memory.move_to_end(key)
+                while len(self._memory) > self._size:
+                    self._memory.popitem(last=False)
+        return plan.known[plan.inverse]
+
+
+class CachedScorer(ScoreCache):
+    """A scorer behind its cache: what is not known yet is computed in one call of ``inner``.
+
+    Args:
+        inner: Computes scores; may be any callable with the ``Scorer`` signature.
+        source: Where sample numbers point.
+        score_kind: ``"exact"`` or ``"likelihood"``, the score_kind that ``inner`` computes.
+        cache_size: Masks remembered, as `ScoreCache` says; 0 switches the memory off.
+
+    Raises:
+        ValueError: ``cache_size`` is negative.
+    """
+
+    def __init__(
+        self, inner: Scorer, source: TokenSource, score_kind: str, cache_size: int = 200_000
+    ) -> None:
+        super().__init__(source, score_kind, cache_size)
+        self.inner = inner
+        self._name = getattr(inner, "__name__", type(inner).__name__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles start with an empty memory: a lock cannot be copied."""
+        return CachedScorer, (self.inner, self.source, self.score_kind, self._size)
 
     @property
     def stats(self) -> ScorerStats:
         """Snapshot of the counters, with the batch counters of ``inner`` when it has any."""
-        with self._lock:
-            total = ScorerStats().add(self._stats)
+        total = super().stats
         below = getattr(self.inner, "stats", None)
         if isinstance(below, ScorerStats):
             total.batches, total.batch_rows = below.batches, below.batch_rows
@@ -87,72 +213,32 @@ class CachedScorer:
             ValueError: The request is malformed.
             ScoringError: ``inner`` raised, or returned something that is not a score.
         """
-        numbers, masks, exists = check_request(samples, keep, self.source)
-        counted = ScorerStats(requests=1, scores=len(numbers))
-        scores = np.zeros(len(numbers), np.float32)
-        full = (masks == exists).all(1)
-        if full.any():
-            stored = self.source.full_scores(self.score_kind)[numbers[full]]
-            scores[full] = check_scores(
-                stored, numbers[full], self.source, scorer=f"full_scores({self.score_kind!r})"
-            )
-        counted.full_hits = int(full.sum())
-
-        packed = np.packbits(masks, axis=1)
-        wanted: dict[tuple[int, bytes], list[int]] = {}
-        for row in np.flatnonzero(~full).tolist():
-            wanted.setdefault((int(numbers[row]), packed[row].tobytes()), []).append(row)
-        missing = self._look_up(wanted, scores, counted)
-        if missing:
-            self._compute(missing, wanted, numbers, masks, scores, counted)
-        with self._lock:
-            self._stats.add(counted)
-        return scores
-
-    def _look_up(
-        self,
-        wanted: dict[tuple[int, bytes], list[int]],
-        scores: FloatArray,
-        counted: ScorerStats,
-    ) -> list[tuple[int, bytes]]:
-        """Fill in remembered scores; returns the keys without a score."""
-        missing = []
-        with self._lock:
-            for key, rows in wanted.items():
-                known = self._cache.get(key)
-                counted.duplicates += len(rows) - 1
-                if known is None:
-                    missing.append(key)
-                    continue
-                self._cache.move_to_end(key)
-                counted.cache_hits += 1
-                scores[rows] = known
-        return missing
-
-    def _compute(
-        self,
-        missing: list[tuple[int, bytes]],
-        wanted: dict[tuple[int, bytes], list[int]],
-        numbers: IntArray,
-        masks: BoolArray,
-        scores: FloatArray,
-        counted: ScorerStats,
-    ) -> None:
-        """Ask ``inner`` once for all missing keys and remember its answers."""
-        first = np.array([wanted[key][0] for key in missing])
+        plan = self.plan(samples, keep)
+        if not plan.keys:
+            return self.finish(plan, np.zeros(0, np.float32))
         began = time.perf_counter()
-        with NamedFailures(numbers[first], self.source, self._name):
-            found = self.inner(numbers[first], masks[first])
-        counted.busy_seconds = time.perf_counter() - began
-        counted.computed = len(missing)
-        values = check_scores(found, numbers[first], self.source, scorer=self._name)
-        for key, value in zip(missing, values, strict=True):
-            scores[wanted[key]] = value
-        if not self._cache_size:
-            return
-        with self._lock:
-            for key, value in zip(missing, values.tolist(), strict=True):
-                self._cache[key] = value
-                self._cache.move_to_end(key)
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+        with NamedFailures(plan.samples, self.source, self._name):
+            found = self.inner(plan.samples, plan.keep)
+        plan.counted.busy_seconds = time.perf_counter() - began
+        return self.finish(plan, check_scores(found, plan.samples, self.source, scorer=self._name))
+
+
+def _keys(samples: IntArray, packed: npt.NDArray[np.uint8]) -> list[bytes]:
+    """Bytes of (sample, mask) of each row; numpy cuts a void array into bytes at C speed."""
+    numbers = np.ascontiguousarray(samples).view(np.uint8).reshape(-1, 8)
+    rows = np.concatenate([numbers, packed], axis=1)
+    keys: list[bytes] = rows.view(f"V{rows.shape[1]}")[:, 0].tolist()
+    return keys
+
+
+def _distinct(keys: list[bytes]) -> tuple[list[bytes], IntArray, IntArray]:
+    """Distinct keys (U), the first row of each (U,), and the distinct one of each row (B,)."""
+    places: dict[bytes, int] = {}
+    first: list[int] = []
+    inverse: list[int] = []
+    for row, key in enumerate(keys):
+        place = places.setdefault(key, len(first))
+        inverse.append(place)
+        if place == len(first):
+            first.append(row)
+    return list(places), np.array(first, np.int64), np.array(inverse, np.int64)

@@ -13,19 +13,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.env.scorer import (
     BoolArray,
     FloatArray,
     IntArray,
     NamedFailures,
-    ScoredSource,
     ScorerStats,
     check_request,
     check_scores,
@@ -33,32 +31,6 @@ from tprl_env.env.scorer import (
 from tprl_env.lvlm.protocol import LVLM, Positions, Prompt
 
 SCORE_KINDS = ("exact", "likelihood")
-
-
-class ScorableStore(ScoredSource, Protocol):
-    """The part of a ``FeatureStore`` that an :class:`LVLMScorer` reads."""
-
-    manifest: Any
-
-    def image_number(self, sample: int) -> int:
-        """Image of a sample; samples may share one."""
-        ...
-
-    def tokens(self, sample: int) -> npt.NDArray[np.float16]:
-        """(n, D) visual tokens."""
-        ...
-
-    def prompt_ids(self, sample: int) -> IntArray:
-        """(P,) prompt ids with one image placeholder."""
-        ...
-
-    def question_span(self, sample: int) -> tuple[int, int]:
-        """(start, stop) of the question in the prompt ids."""
-        ...
-
-    def answer_ids(self, sample: int) -> list[IntArray]:
-        """Accepted answers, end token included."""
-        ...
 
 
 class LVLMScorer:
@@ -71,7 +43,7 @@ class LVLMScorer:
     def __init__(
         self,
         lvlm: LVLM,
-        store: ScorableStore,
+        store: FeatureStore,
         score_kind: str = "exact",
         batch_size: int = 128,
         *,

@@ -28,7 +28,7 @@ from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
 from tprl_env.ray_session import requested_and_available
 from tprl_env.scoring.actor import ScorerActor
-from tprl_env.scoring.pool_cache import Plan, ScoreCache
+from tprl_env.scoring.cache import Plan, ScoreCache
 from tprl_env.scoring.routing import ActorState, Limits, Request, Router, first_lines
 from tprl_env.scoring.spec import PoolAddress, ScorerSpec
 
@@ -44,7 +44,8 @@ class PendingScores:
 
     def __init__(self, pool: ScorerPool, plan: Plan) -> None:
         self._pool, self._plan = pool, plan
-        self.request = Request(plan.samples, plan.keep)
+        self.request = Request(plan.samples, plan.keep, plan.packed)
+        self._scores: NDArray[np.float32] | None = None
 
     @property
     def done(self) -> bool:
@@ -58,11 +59,14 @@ class PendingScores:
             ScoringError: if the scorer raised, answered nonsense, or its actors cannot be kept
                 alive; the message names samples and actor.
         """
+        if self._scores is not None:  # a plan is finished, and counted, once
+            return self._scores
         while not self.request.done:
             self._pool.poll(_POLL_SECONDS)
         if self.request.error is not None:
             raise self.request.error
-        return self._pool.cache.finish(self._plan, self.request.scores)
+        self._scores = self._pool.cache.finish(self._plan, self.request.scores)
+        return self._scores
 
 
 class ScorerPool:
@@ -93,7 +97,7 @@ class ScorerPool:
             ActorState(name, ray.get_actor(name, namespace=address.namespace))
             for name in address.names
         ]
-        self._router = Router(actors, source, self.spec.batch_size, self.cache.stats, limits)
+        self._router = Router(actors, source, self.spec.batch_size, limits)
         self._started = time.monotonic()
 
     @classmethod
@@ -212,7 +216,8 @@ class ScorerPool:
             ``restarts`` (that this client has seen), ``actors``, ``busy_share`` (busy seconds over
             actors times wall seconds).
         """
-        router, table = self._router, dict(self.cache.stats.as_dict())
+        router = self._router
+        table = self.cache.stats.add(router.stats).as_dict()
         wall = max(time.monotonic() - self._started, 1e-9)
         places = max(table["batches"], 1) * self.spec.batch_size
         return table | {

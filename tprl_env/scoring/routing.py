@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,10 +59,13 @@ class Request:
     Args:
         samples: int64 (M,), sample numbers.
         keep: bool (M, N), masks.
+        packed: uint8 (M, ceil(N / 8)), `numpy.packbits` of the masks, which is what travels.
     """
 
-    def __init__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> None:
-        self.samples, self.keep = samples, keep
+    def __init__(
+        self, samples: NDArray[np.int64], keep: NDArray[np.bool_], packed: NDArray[np.uint8]
+    ) -> None:
+        self.samples, self.packed = samples, packed
         self.work = keep.sum(axis=1) + _PROMPT_WORK
         self.scores = np.full(len(samples), np.nan, np.float32)
         self.left = len(samples)
@@ -122,8 +124,10 @@ class Router:
         actors: the pool's actors.
         source: names the samples in errors.
         batch_size: most rows of a chunk.
-        stats: counters of the passes are added here.
         limits: bounds.
+
+    Attributes:
+        stats: what the actors report of their passes, summed.
     """
 
     def __init__(
@@ -131,14 +135,12 @@ class Router:
         actors: list[ActorState],
         source: TokenSource,
         batch_size: int,
-        stats: ScorerStats,
         limits: Limits,
     ) -> None:
-        self.actors, self.stats = actors, stats
+        self.actors, self.stats = actors, ScorerStats()
         self._source, self._batch_size, self._limits = source, batch_size, limits
         self._waiting: deque[_Chunk] = deque()
         self.retries = 0
-        self._image: Callable[[int], int] = getattr(source, "image_number", int)  # toys have none
         self.queue_peak = 0
 
     def submit(self, request: Request) -> None:
@@ -162,7 +164,7 @@ class Router:
         usable = np.isfinite(load)
         share = (load[usable].sum() + work.sum()) / usable.sum()
         distinct, inverse = np.unique(samples, return_inverse=True)
-        images = np.array([self._image(int(sample)) for sample in distinct], np.int64)
+        images = np.array([self._source.image_number(int(sample)) for sample in distinct], np.int64)
         groups, inverse = np.unique(images[inverse], return_inverse=True)
         group_work = np.bincount(inverse, work)
         target = np.empty(len(groups), np.int64)
@@ -214,7 +216,7 @@ class Router:
                 if not chunk.alone:
                     break  # every actor is full
                 continue
-            packed = np.packbits(chunk.request.keep[chunk.places], axis=1)
+            packed = chunk.request.packed[chunk.places]
             # No retry by Ray: it would hide how often a request has killed its actor.
             ref = actor.handle.score.options(max_task_retries=0).remote(
                 chunk.samples, packed, chunk.alone

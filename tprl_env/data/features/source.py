@@ -1,6 +1,11 @@
-"""The interface between encoded samples and everything that learns from them.
+"""The one interface between encoded samples and everything that reads them.
 
-Shapes: B batch, S samples, N ``max_tokens``, d code width, Q question tokens, d_q query width.
+The environment, the policy, the scorers and the pruners of `tprl_env.reducers` take a
+``TokenSource``; ``FeatureStore`` and ``ToyStore`` are two. What only a real LVLM can read (prompts
+and answers as token ids) belongs to ``FeatureStore`` alone.
+
+Shapes: B batch, S samples, N ``max_tokens``, n tokens of one sample, D token width, Dv tower width,
+d code width, Q question tokens, d_q query width.
 """
 
 from __future__ import annotations
@@ -56,6 +61,40 @@ class TokenSource(Protocol):
         self, samples: npt.ArrayLike
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Return the question's token embeddings ``(B, Q, d_q)`` and which exist ``(B, Q)``."""
+        ...
+
+    def image_number(self, sample: int) -> int:
+        """Return the number of the sample's image; samples may share one."""
+        ...
+
+    def tokens(self, sample: int) -> npt.NDArray[np.float16]:
+        """Return the visual tokens as the LLM gets them, ``(n, D)``."""
+        ...
+
+    def tower(self, sample: int) -> npt.NDArray[np.float16] | None:
+        """Return the vision tower's features, ``(n, Dv)``, or None where there are none."""
+        ...
+
+    def cls_attention(self, sample: int) -> npt.NDArray[np.float32] | None:
+        """Return the tower's [CLS] attention, ``(n,)``, or None where there is none."""
+        ...
+
+    def relevance(self, sample: int) -> npt.NDArray[np.float32] | None:
+        """Return the dataset's answer-blind relevance, ``(n,)``, or None where unknown."""
+        ...
+
+    def has_channel(self, name: str) -> bool:
+        """Return whether there is such a channel: one array per image or sample, by name."""
+        ...
+
+    def channel(self, name: str, index: int) -> npt.NDArray[np.float32]:
+        """Return one array of a channel, ``(n,)`` or ``(n, width)``.
+
+        ``index`` is the image number for a per-image channel, else the sample number.
+
+        Raises:
+            ValueError: There is no such channel.
+        """
         ...
 
     def full_scores(self, score_kind: str) -> npt.NDArray[np.float32]:

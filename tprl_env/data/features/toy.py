@@ -204,6 +204,16 @@ class ToyStore:
         """Return whether a channel was written: only ``"codes"`` exists here."""
         return name == "codes"
 
+    def channel(self, name: str, index: int) -> npt.NDArray[np.float32]:
+        """Return one picture's array of a channel, ``(n, width)``: its codes.
+
+        Raises:
+            ValueError: ``name`` is another one.
+        """
+        if not self.has_channel(name):
+            raise ValueError(f"the toy source has no channel {name!r}; it holds 'codes' only")
+        return self._codes[index, : self._counts[index]]
+
 
 class ToyScorer:
     """Score of a keep-mask on a ``ToyStore``: the fraction of relevant tokens that it keeps.

@@ -32,9 +32,11 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
 
+from tprl_env.policy.observations import to_tensors
 from tprl_env.rllib.algorithms.losses import ROW_WEIGHT
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory, Key
 from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns, join_columns
+from tprl_env.rllib.rollout.observations import numbered_observation
 
 __all__ = ["Judge", "MixtureReport", "Weights", "mix", "mixture_weights"]
 
@@ -196,7 +198,7 @@ class _Part:
             packed = [each.masks for several in found for each in several]
             inside, owner = _rows(packed, obs, first[place])
             inputs, row_logp = judge(
-                _tensors(inside[Columns.OBS]), _tensor(inside[Columns.ACTIONS])
+                to_tensors(inside[Columns.OBS]), torch.from_numpy(inside[Columns.ACTIONS])
             )
             inside[Columns.ACTION_LOGP] = row_logp.cpu().numpy()
             if Columns.ACTION_DIST_INPUTS in columns:
@@ -259,14 +261,9 @@ def _rows(
     row = like[owner]
     before = np.concatenate([masks[:1], masks[:-1]])  # the mask after the step before
     state = np.where(step == 0, obs["state"][row], _NEW_STATES + np.arange(len(owner)))
-    result = {
-        "sample": obs["sample"][row],
-        "alive": np.where(step[:, None] == 0, obs["alive"][row], before),
-        "step": step[:, None].astype(np.float32),
-        "state": state.astype(np.int64),
-    }
-    if "budget" in obs:
-        result["budget"] = obs["budget"][row]
+    alive = np.where(step[:, None] == 0, obs["alive"][row], before)
+    budget = obs["budget"][row, 0] if "budget" in obs else None
+    result = numbered_observation(obs["sample"][row], state, alive, step, budget)
     return {Columns.OBS: result, Columns.ACTIONS: masks.astype(np.int8)}, owner
 
 
@@ -275,11 +272,3 @@ def _few(columns: dict[str, Any], rows: NDArray[np.int64]) -> dict[str, Any]:
         name: _few(part, rows) if isinstance(part, dict) else part[rows]
         for name, part in columns.items()
     }
-
-
-def _tensor(part: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(part))
-
-
-def _tensors(obs: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    return {name: _tensor(part) for name, part in obs.items()}

@@ -25,9 +25,11 @@ from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from torch import Tensor
 
 from tprl_env.data.features import shared_source
+from tprl_env.env.observations import look_up
 from tprl_env.env.rewards import step_budgets
 from tprl_env.policy.alive_only import Forward, forward_alive_only
 from tprl_env.policy.network import PolicyConfig, PolicyOutput, PruningPolicy
+from tprl_env.policy.observations import to_tensors
 from tprl_env.rllib.rollout.distributions import (
     BernoulliActions,
     ExactActions,
@@ -193,16 +195,8 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """Complete an observation of sample numbers from the source."""
         source = shared_source(self.model_config["source"])
         samples = obs["sample"].reshape(-1).cpu().numpy().astype(np.int64)
-        parts: dict[str, Any] = {"tokens": source.codes(samples)}
-        if self.pruning_policy.config.query == "tokens":
-            parts["query"], parts["query_mask"] = source.query_tokens(samples)
-        else:
-            parts["query"] = source.query(samples)
-        looked_up = {
-            name: torch.from_numpy(np.ascontiguousarray(part)).to(self.device)
-            for name, part in parts.items()
-        }
-        return {**obs, **looked_up}
+        parts = look_up(source, samples, self.pruning_policy.config.query)
+        return {**obs, **to_tensors(parts, self.device)}
 
     def _counts(self, alive: Tensor, budget: Tensor, step: Tensor) -> Tensor:
         """Tokens to keep in this step, int64: equal ratios from what is alive to the budget.

@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.utils.seeding import np_random
@@ -40,35 +39,11 @@ from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.advantages import estimate
 from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout, learner_columns
 from tprl_env.rllib.rollout.module import Acted, TokenPruningModule
+from tprl_env.rllib.rollout.observations import NumberedSpaces, numbered_observation
 from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
 from tprl_env.rllib.rollout.scorers import open_scorer
 
 __all__ = ["TokenPruningRunner"]
-
-
-class _Spaces:
-    """Replaces the environment that this runner does not have: spaces and a size."""
-
-    def __init__(self, tokens: int, budget: bool, num_envs: int) -> None:
-        box = gymnasium.spaces.Box
-        parts: dict[str, gymnasium.Space[Any]] = {
-            "sample": box(0, np.iinfo(np.int64).max, (), np.int64),
-            "alive": gymnasium.spaces.MultiBinary(tokens),
-            "step": box(0.0, np.inf, (1,), np.float32),
-            "state": box(0, np.iinfo(np.int64).max, (), np.int64),
-        }
-        if budget:
-            parts["budget"] = box(1.0, float(tokens), (1,), np.float32)
-        self.single_observation_space = self.observation_space = gymnasium.spaces.Dict(parts)
-        self.single_action_space = self.action_space = gymnasium.spaces.MultiBinary(tokens)
-        self.num_envs = num_envs
-
-    @property
-    def unwrapped(self) -> _Spaces:
-        return self
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class TokenPruningRunner(SingleAgentEnvRunner):
@@ -94,7 +69,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         self.num_envs = self._groups * self.train_config.rollout.draws
         self._episodes = Episodes(self.source, self.scorer, self.rules, self.num_envs)
         has_budget = self.rules.budget is not None
-        self.env = _Spaces(self.source.max_tokens, has_budget, self.num_envs)
+        self.env = NumberedSpaces(self.source.max_tokens, has_budget, self.num_envs)
         self._report = ScorerReport()
         self._needs_initial_reset = True
         self.np_random = np_random(self._seed)[0]
@@ -245,15 +220,8 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Sample numbers and masks; draws of one sample share their state before the first step."""
         alive, step = self._episodes.alive, len(rollout.live)
         states = rollout.group[rows] if step == 0 else step * len(alive) + rows
-        obs = {
-            "sample": rollout.samples[rows],
-            "alive": alive[rows],
-            "step": np.full((len(rows), 1), step, np.float32),
-            "state": states.astype(np.int64),
-        }
-        if self.rules.budget is not None:
-            obs["budget"] = rollout.budget[rows].astype(np.float32)[:, None]
-        return obs
+        budget = None if self.rules.budget is None else rollout.budget[rows]
+        return numbered_observation(rollout.samples[rows], states, alive[rows], step, budget)
 
     def _finish(
         self,

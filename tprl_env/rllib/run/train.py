@@ -18,7 +18,7 @@ from ray.rllib.core import (
     DEFAULT_MODULE_ID,
 )
 
-from tprl_env.data.features import shared_source
+from tprl_env.data.features import TokenSource, shared_source
 from tprl_env.policy.imitation import ImitationReport
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.ray_session import ray_session
@@ -163,7 +163,7 @@ def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
         FileNotFoundError: for a missing LVLM.
     """
     scorer_spec(config)
-    source: Any = shared_source(config.source)
+    source = shared_source(config.source)
     wanted = policy_config(config, source)
     if init_policy is not None:
         load_policy(str(init_policy), wanted)
@@ -185,7 +185,7 @@ def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
         )
 
 
-def _check_lvlm(config: TrainConfig, source: Any) -> None:
+def _check_lvlm(config: TrainConfig, source: TokenSource) -> None:
     """Refuse an LVLM that cannot be loaded, or another one than the store was encoded with.
 
     Raises:

@@ -1,0 +1,102 @@
+"""What an observation holds: its keys, their types and where they come from, once for everyone.
+
+An observation has a part that the sample alone decides (`look_up`) and one that changes with the
+episode (`progress`). The environments show both; a store's rows become tensors for the policy from
+both (`tprl_env.policy.observations`); the fast path of RLlib carries the second with sample numbers
+and looks the first up in its module.
+
+Legend: B rows, N = ``max_tokens``, d code width, Q question tokens, d_q query width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+
+from tprl_env.data.features.source import TokenSource
+
+__all__ = ["VALUE_LIMIT", "Observation", "look_up", "observation_space", "progress"]
+
+Observation = dict[str, NDArray[Any]]
+Mask = type[np.bool_] | type[np.int8]
+
+VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
+
+
+def look_up(
+    source: TokenSource, samples: NDArray[np.int64], query: str, masks: Mask = np.bool_
+) -> Observation:
+    """The part of an observation that the sample alone decides.
+
+    Args:
+        source: the samples.
+        samples: int64 (B,), sample numbers.
+        query: "mean" or "tokens".
+        masks: type of ``query_mask``; Gymnasium's spaces want int8.
+
+    Returns:
+        ``tokens`` float32 (B, N, d) and ``query`` float32 (B, d_q), or, for ``query="tokens"``,
+        ``query`` float32 (B, Q, d_q) and ``query_mask`` (B, Q).
+    """
+    parts = {"tokens": np.asarray(source.codes(samples), np.float32)}
+    if query == "tokens":
+        question, exists = source.query_tokens(samples)
+        parts["query"] = np.asarray(question, np.float32)
+        parts["query_mask"] = np.asarray(exists, masks)
+    else:
+        parts["query"] = np.asarray(source.query(samples), np.float32)
+    return parts
+
+
+def progress(
+    alive: ArrayLike, step: ArrayLike, budget: ArrayLike | None = None, masks: Mask = np.bool_
+) -> Observation:
+    """The part of an observation that changes with the episode.
+
+    Args:
+        alive: bool (B, N), tokens still in play.
+        step: steps taken so far, a number or (B,).
+        budget: count wanted at the end, a number or (B,); None leaves it out.
+        masks: type of ``alive``; Gymnasium's spaces want int8.
+
+    Returns:
+        ``alive`` (B, N), ``step`` float32 (B, 1) and, with a budget, ``budget`` float32 (B, 1);
+        new arrays.
+    """
+    parts: Observation = {"alive": np.array(alive, masks)}
+    rows = len(parts["alive"])
+    parts["step"] = _column(step, rows)
+    if budget is not None:
+        parts["budget"] = _column(budget, rows)
+    return parts
+
+
+def observation_space(
+    source: TokenSource, query: str, max_steps: int, has_budget: bool
+) -> spaces.Dict:
+    """Space of one row of ``look_up(..., masks=np.int8) | progress(..., masks=np.int8)``."""
+    count = source.max_tokens
+
+    def box(*shape: int, low: float = -VALUE_LIMIT, high: float = VALUE_LIMIT) -> spaces.Box:
+        return spaces.Box(low, high, shape, np.float32)
+
+    parts: dict[str, spaces.Space[Any]] = {"tokens": box(count, source.code_width)}
+    if query == "tokens":
+        parts["query"] = box(source.max_question_tokens, source.query_width)
+        parts["query_mask"] = spaces.Box(0, 1, (source.max_question_tokens,), np.int8)
+    else:
+        parts["query"] = box(source.query_width)
+    parts["alive"] = spaces.Box(0, 1, (count,), np.int8)
+    parts["step"] = box(1, low=0.0, high=float(max_steps))
+    if has_budget:
+        parts["budget"] = box(1, low=1.0, high=float(count))
+    return spaces.Dict(parts)
+
+
+def _column(value: ArrayLike, rows: int) -> NDArray[np.float32]:
+    column = np.empty((rows, 1), np.float32)
+    column[:, 0] = value
+    return column
