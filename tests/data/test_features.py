@@ -164,7 +164,7 @@ def test_flipped_byte_is_found_by_checksums(copy: Path, name: str):
 
 
 def test_unknown_verify(made: Path):
-    with pytest.raises(ValueError, match="'sizes' or 'checksums', got 'maybe'"):
+    with pytest.raises(ValueError, match="'sizes', 'checksums', got 'maybe'"):
         FeatureStore.open(made, verify="maybe")  # type: ignore[arg-type]
 
 

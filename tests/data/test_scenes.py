@@ -144,8 +144,8 @@ def test_relevance_marks_the_asked_cells_and_the_line_of_exists():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("dense", "test", 1), "task must be one of crowded, sparse, got 'dense'"),
-        (("sparse", "val", 1), "split must be one of train, calibration, test, got 'val'"),
+        (("dense", "test", 1), "task must be one of 'crowded', 'sparse', got 'dense'"),
+        (("sparse", "val", 1), "split must be one of 'train', 'calibration', 'test', got 'val'"),
         (("sparse", "test", 0), "scenes must be at least 1, got 0"),
         (("sparse", "test", 1, 0), "questions_per_scene must be at least 1, got 0"),
     ],
@@ -158,7 +158,7 @@ def test_bad_arguments_are_named(arguments, sentence):
 def test_ask_refuses_unknown_kinds_and_empty_scenes(world):
     _, classes, colors = world.batch(1)
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="question_types must be among at, color"):
+    with pytest.raises(ValueError, match="question_types must be one of 'at', 'color'"):
         ask(classes[0], colors[0], 1, rng, ["count"])
     with pytest.raises(ValueError, match="at least 3 digits"):
         ask(np.full((6, 6), 11), colors[0], 1, rng)

@@ -88,7 +88,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"task": "dense"}, "task must be one of crowded, sparse, got 'dense'"),
+        ({"task": "dense"}, "task must be one of 'crowded', 'sparse', got 'dense'"),
         ({"scale": 0}, "scale must be positive, got 0"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
     ],

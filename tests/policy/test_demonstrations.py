@@ -79,7 +79,9 @@ def test_nested_masks_with_padding_and_errors():
     for rates in ((), (0.5, 0.75), (0.5, 0.5), (1.2, 0.5), (0.5, 0.0)):
         with pytest.raises(ValueError, match="rates must fall"):
             nested_masks(store, rates)
-    with pytest.raises(ValueError, match="nest must be restrict or intersect, got 'union'"):
+    with pytest.raises(
+        ValueError, match="nest must be one of 'restrict', 'intersect', got 'union'"
+    ):
         nested_masks(store, nest="union")
     with pytest.raises(ValueError, match="needs tower, cls_attention"):
         nested_masks(ToyStore(samples=2))

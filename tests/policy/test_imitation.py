@@ -123,7 +123,7 @@ def test_errors_are_named():
     d = relevant_only(store, range(4))
     with pytest.raises(ValueError, match="steps and batch_size must be at least 1"):
         pretrain(policy, store, d, steps=0)
-    with pytest.raises(ValueError, match="pos_weight must be one of sqrt, balanced, none"):
+    with pytest.raises(ValueError, match="pos_weight must be one of 'sqrt', 'balanced', 'none'"):
         pretrain(policy, store, d, steps=1, pos_weight="focal")
     with pytest.raises(ValueError, match="no token is alive"):
         demonstration_loss(torch.zeros(1, 2), torch.zeros(1, 2).bool(), torch.zeros(1, 2).bool())

@@ -360,7 +360,7 @@ def test_thresholded_rollout_discounts_each_step():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mode": "beam"}, "mode must be one of topk, threshold, multistep"),
+        ({"mode": "beam"}, "mode must be one of 'topk', 'threshold', 'multistep'"),
         ({"threshold": 0.0}, r"threshold must lie in \(0, 1\), got 0.0"),
         ({"threshold": 1.0}, r"threshold must lie in \(0, 1\)"),
         ({"discount": 0.0}, "discount must lie"),

@@ -11,12 +11,13 @@ The splits share nothing: each has its own scans, band of the photographs and se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import check_choice
 from tprl_env.data.sample import Sample
 
 CELL, GRID = 16, 6
@@ -85,15 +86,9 @@ class Question:
         return grid.repeat(2, axis=0).repeat(2, axis=1).reshape(-1)
 
 
-def check_known(what: str, name: str, known: Iterable[str]) -> None:
-    """Refuse a ``name`` that is not among the ``known`` ones with a ValueError that lists them."""
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
-
-
 def scan_indices(split: str) -> Ints:
     """Indices into ``load_digits()`` that belong to ``split``."""
-    check_known("split", split, SPLITS)
+    check_choice("split", split, SPLITS)
     order = np.random.default_rng(_SPLIT_SEED).permutation(sum(SCANS.values()))
     ends = np.cumsum([SCANS[name] for name in SPLITS])
     return np.split(order, ends[:-1])[SPLITS.index(split)]
@@ -205,8 +200,8 @@ class SceneWorld:
     ) -> None:
         from sklearn.datasets import load_digits
 
-        check_known("task", task, TASKS)
-        check_known("split", split, SPLITS)
+        check_choice("task", task, TASKS)
+        check_choice("split", split, SPLITS)
         self.digits = digits or TASKS[task][0]
         self.decoys = decoys or TASKS[task][1]
         self.rng = np.random.default_rng(seed_sequence(task, split, seed, stream=0))
@@ -333,18 +328,15 @@ def ask(
         )
     if question_types is None:
         question_types = [QUESTION_TYPES[k] for k in rng.integers(len(QUESTION_TYPES), size=n)]
-    unknown = sorted(set(question_types) - set(QUESTION_TYPES))
-    if unknown:
-        raise ValueError(
-            f"question question_types must be among {', '.join(QUESTION_TYPES)}, got {unknown}"
-        )
+    for question_type in question_types:
+        check_choice("question_types", question_type, QUESTION_TYPES)
     return [asker.ask(question_types[i % len(question_types)]) for i in range(n)]
 
 
 def load_scenes(
     task: str, split: str, scenes: int, questions_per_scene: int = 6, seed: int = 0
 ) -> list[Sample]:
-    """Build the samples of a split, every question question_type equally often as far as possible.
+    """Build the samples of a split, every question type equally often as far as possible.
 
     Fully determined by the arguments; asking for more scenes keeps the earlier ones as they are.
 
@@ -358,8 +350,8 @@ def load_scenes(
     Raises:
         ValueError: Unknown task or split, or a number below one.
     """
-    check_known("task", task, TASKS)
-    check_known("split", split, SPLITS)
+    check_choice("task", task, TASKS)
+    check_choice("split", split, SPLITS)
     for name, value in (("scenes", scenes), ("questions_per_scene", questions_per_scene)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

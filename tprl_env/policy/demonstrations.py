@@ -9,12 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.vispruner import VisPruner
@@ -245,8 +246,7 @@ def nested_masks(
     Raises:
         ValueError: on rates that do not fall or lie outside (0, 1], or an unknown ``nest``.
     """
-    if nest not in ("restrict", "intersect"):
-        raise ValueError(f"nest must be restrict or intersect, got {nest!r}")
+    check_choice("nest", nest, get_args(Nest))
     falling = all(a > b for a, b in itertools.pairwise(rates))
     if not rates or not falling or not 0.0 < rates[-1] <= rates[0] <= 1.0:
         raise ValueError(f"rates must fall and lie in (0, 1], got {tuple(rates)}")

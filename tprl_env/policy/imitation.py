@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.source import TokenSource
 from tprl_env.policy.demonstrations import Demonstrations
 from tprl_env.policy.network import PruningPolicy
@@ -83,10 +84,7 @@ def demonstration_loss(
     Raises:
         ValueError: on an unknown rule, or when nothing is alive.
     """
-    if pos_weight not in get_args(PosWeight):
-        raise ValueError(
-            f"pos_weight must be one of {', '.join(get_args(PosWeight))}, got {pos_weight!r}"
-        )
+    check_choice("pos_weight", pos_weight, get_args(PosWeight))
     if not bool(alive.any()):
         raise ValueError("no token is alive in this batch; drop empty transitions")
     number = alive.sum(1, keepdim=True).to(logits.dtype)

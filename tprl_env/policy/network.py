@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tprl_env.checks import check_choice
 from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
 from tprl_env.policy.weights import load_weights, read_config, save_weights
 
@@ -116,11 +117,7 @@ class PolicyConfig:
             ("fusion", Fusion),
             ("query_norm", Norm),
         ):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(kind))}, "
-                    f"got {getattr(self, name)!r}"
-                )
+            check_choice(name, getattr(self, name), get_args(kind))
         if self.architecture == "attention" and self.inner_width % self.heads:
             raise ValueError(f"heads={self.heads} must divide the width {self.inner_width}")
         if not 0.0 < self.initial_keep < 1.0:

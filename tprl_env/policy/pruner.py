@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.rewards import step_budgets
 from tprl_env.policy.network import PruningPolicy
@@ -96,8 +97,7 @@ class PolicyPruner(Pruner):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot prune."""
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        check_choice("mode", self.mode, get_args(Mode))
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold must lie in (0, 1), got {self.threshold!r}")
         if not 0.0 < self.discount <= 1.0:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tprl_env.checks import check_choice
 from tprl_env.env.scorer import Scorer
 
 __all__ = ["KINDS", "PoolAddress", "ScorerSpec"]
@@ -47,8 +48,7 @@ class ScorerSpec:
 
     def __post_init__(self) -> None:
         """Validate what can be checked without building anything."""
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        check_choice("kind", self.kind, KINDS)
         if self.kind == "lvlm" and not self.lvlm:
             raise ValueError("kind='lvlm' needs lvlm='...', what load_lvlm opens")
         if self.kind == "import" and ":" not in self.factory:

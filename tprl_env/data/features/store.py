@@ -15,11 +15,12 @@ import hashlib
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.arrow import ArrowRows
 from tprl_env.data.features.channels import (
     Channel,
@@ -112,8 +113,7 @@ class FeatureStore:
             StoreError: The store is missing, unfinished, foreign, damaged, or another LVLM's.
             ValueError: ``verify`` is unknown.
         """
-        if verify not in ("sizes", "checksums"):
-            raise ValueError(f"verify must be 'sizes' or 'checksums', got {verify!r}")
+        check_choice("verify", verify, get_args(Verify))
         folder = Path(path).resolve()
         manifest = Manifest.read(folder)
         if lvlm_fingerprint is not None and manifest.lvlm_fingerprint != lvlm_fingerprint:

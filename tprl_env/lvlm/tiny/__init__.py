@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tprl_env.data.scenes import TASKS, check_known
+from tprl_env.checks import check_choice
+from tprl_env.data.scenes import TASKS
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -19,7 +20,7 @@ def builtin_path(task: str) -> Path:
         ValueError: ``task`` is not a built-in task.
         FileNotFoundError: The weights are missing from this installation.
     """
-    check_known("task", task, TASKS)
+    check_choice("task", task, TASKS)
     folder = _WEIGHTS / task
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tprl_env.data.scenes import check_known
+from tprl_env.checks import check_choice
 from tprl_env.lvlm.tiny.language import Phase, align_projector, train_language
 from tprl_env.lvlm.tiny.model import build_model, build_processor, build_tokenizer
 from tprl_env.lvlm.tiny.recipe import RECIPES, Recipe
@@ -57,7 +57,7 @@ def train_tiny_lvlm(
     Raises:
         ValueError: Unknown task, ``scale`` or ``threads`` not positive, or ``out`` is not empty.
     """
-    check_known("task", task, RECIPES)
+    check_choice("task", task, RECIPES)
     recipe = RECIPES[task].scaled(scale)
     scenes = max(4, round(500 * min(1.0, scale)))
     if threads < 1:
