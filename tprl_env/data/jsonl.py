@@ -17,9 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tprl_env.data.sample import Sample
 
 logger = logging.getLogger(__name__)
@@ -117,22 +114,24 @@ class JsonlDataset:
         Raises:
             BadSampleError: It cannot be used.
         """
+        from tprl_env.data.pictures import PictureError, read_picture
+
         record = self._records[index]
         file = self.path.parent / record["image"]
         try:
             return Sample(
                 id=record["id"],
-                image=read_rgb(file),
+                image=read_picture(file),
                 question=record["question"],
                 answers=tuple(record["answers"]),
                 image_id=record.get("image_id", record["image"]),
                 question_type=record.get("question_type", ""),
                 grader=record.get("grader", "exact"),
             )
-        except OSError as error:
+        except PictureError as error:
             raise BadSampleError(
-                f"sample {record['id']!r} of {self.path}: cannot read the image {file} ({error}); "
-                f"repair it or pass skip_bad=True (--skip-bad)"
+                f"sample {record['id']!r} of {self.path}: cannot read the image {error}, or pass "
+                f"skip_bad=True (--skip-bad)"
             ) from error
         except ValueError as error:
             raise BadSampleError(
@@ -166,19 +165,3 @@ class _Reader:
                 f"the first because: {self._dataset.skipped[0]}"
             )
         raise StopIteration
-
-
-def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
-    """Read a picture as RGB, ``(H, W, 3)``; rotation flags are applied, alpha is dropped.
-
-    Raises:
-        OSError: The file is missing, truncated, too large to be a picture, or none at all.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        # Pillow raises these for broken files of some formats.
-        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -242,10 +241,9 @@ class FeatureStore:
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture as it was encoded, ``(H, W, 3)``."""
-        from PIL import Image
+        from tprl_env.data.pictures import read_picture  # Pillow, which rollouts do not need
 
-        data = self._images.value("picture", self.image_number(sample))
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return read_picture(self._images.value("picture", self.image_number(sample)))
 
     def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
         """Return the prompt's token ids with one image placeholder, ``(P,)``."""
