@@ -177,7 +177,8 @@ def test_encode_says_what_it_made(run, tmp_path, capsys):
         ({"answers": []}, "sample 'q0' has no answer"),
         ({"answers": [""]}, "sample 'q0' has no answer"),
         ({"image": "none.png"}, "cannot read the image"),
-        ({"answers": "7"}, "answers must be a list of strings"),
+        ({"answers": {"a": "7"}}, "line 2: the field 'answers' must be a string or a number"),
+        ({"image": "../0.png"}, "--allow-outside"),
         ({"color": "red"}, "unknown fields ['color']"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
 import tprl_env.files
-from tprl_env.data import BadSampleError, load_dataset
+from tprl_env.data import BadSampleError, NoSamplesError, load_dataset
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
@@ -247,6 +247,31 @@ def test_bad_samples_stop_or_are_counted(tmp_path: Path):
         assert [store.id(i) for i in range(3)] == ["0", "1", "3"]
         assert store.manifest.skipped == 1
         assert store.manifest.dataset == "d.jsonl"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("twice", [False, True])
+def test_when_every_sample_is_bad_encoding_ends_with_one_sentence(tmp_path: Path, caplog, twice):
+    rows = [f'{{"id": "{i}", "image": "no.png", "question": "q", "answers": ["a"]}}\n'
+            for i in range(30)]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    dataset = load_dataset(tmp_path / "d.jsonl", skip_bad=twice)
+    with pytest.raises(NoSamplesError, match=r"no sample .*is left: .* first because: .*no.png"):
+        encode_dataset(FakeLVLM(), dataset, tmp_path / "s", skip_bad=True, **SMALL)
+    assert len(caplog.records) <= 11
+
+
+@pytest.mark.timeout(30)
+def test_an_iterator_that_does_not_go_on_is_left(tmp_path: Path):
+    class Stuck:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise BadSampleError("sample 'x' is bad")
+
+    with pytest.raises(BadSampleError, match="'x'"):
+        encode_dataset(FakeLVLM(), Stuck(), tmp_path / "s", skip_bad=True, **SMALL)
 
 
 def test_a_generator_that_dies_is_never_taken_for_its_end(tmp_path: Path):

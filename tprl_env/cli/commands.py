@@ -65,7 +65,12 @@ def encode(args: argparse.Namespace) -> int:
     from tprl_env.lvlm import find_lvlm, load_lvlm
 
     samples = load_dataset(
-        args.data, args.split, limit=args.limit, seed=args.seed, skip_bad=args.skip_bad
+        args.data,
+        args.split,
+        limit=args.limit,
+        seed=args.seed,
+        skip_bad=args.skip_bad,
+        allow_outside=args.allow_outside,
     )
     description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
     load = partial(
@@ -228,6 +233,9 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--batch-size", type=int, default=64)
     sub.add_argument("--skip-bad", action="store_true", help="skip unreadable images, count them")
+    sub.add_argument(
+        "--allow-outside", action="store_true", help="also read pictures outside the data's folder"
+    )
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )

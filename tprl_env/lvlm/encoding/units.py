@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,10 +13,8 @@ import numpy.typing as npt
 
 from tprl_env.data.features.journal import DatasetHash, picture_digest
 from tprl_env.data.features.manifest import StoreError
-from tprl_env.data.jsonl import BadSampleError
+from tprl_env.data.jsonl import BadSampleError, NoSamplesError, log_left_out
 from tprl_env.data.sample import Sample
-
-logger = logging.getLogger(__name__)
 
 _SAMPLES_PER_IMAGE = 16  # a unit holds at most this many samples per image it may hold
 
@@ -103,6 +100,7 @@ class SkippingReader:
         self._source = samples
         self._skip_bad = skip_bad
         self._own = 0
+        self._first = ""
 
     @property
     def skipped(self) -> int:
@@ -115,20 +113,30 @@ class SkippingReader:
         Raises:
             BadSampleError: A sample is bad and ``skip_bad`` is off, or the iterable is a
                 generator, which would end silently at the first bad sample.
+            NoSamplesError: All of them were left out.
         """
         iterator = iter(self._source)
+        read, before = 0, ""
         while True:
             try:
                 sample = next(iterator)
             except StopIteration:
-                return
+                break
             except BadSampleError as error:
-                if not self._skip_bad or inspect.isgenerator(iterator):
+                # the same complaint again is an iterator that does not go on
+                if not self._skip_bad or inspect.isgenerator(iterator) or str(error) == before:
                     raise
+                before = str(error)
+                self._first = self._first or before
                 self._own += 1
-                logger.warning("left out: %s", error)
+                log_left_out(self._own, before)
                 continue
+            read += 1
             yield sample
+        if self._own and not read:
+            raise NoSamplesError(
+                f"no sample is left: every sample was left out, the first because: {self._first}"
+            )
 
 
 def describe_dataset(description: str | Mapping[str, Any] | None, samples: object) -> str:
