@@ -39,7 +39,7 @@ class ArrowRows:
             if found != count:
                 raise StoreError(
                     f"{path} holds {found} rows, its feature store recorded {count}; "
-                    f"encode the store again"
+                    f"encode the store again with --restart"
                 )
             self._batches.extend(batch for batch in batches if batch.num_rows)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
@@ -130,7 +130,7 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
             return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
-            f"{path} is not a readable Arrow file ({error}); encode the store again"
+            f"{path} is not a readable Arrow file ({error}); encode the store again with --restart"
         ) from error
 
 

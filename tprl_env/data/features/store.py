@@ -86,7 +86,9 @@ class FeatureStore:
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
         if self._image_numbers.min() < 0 or self._image_numbers.max() >= self.num_images:
-            raise StoreError(f"{path} names images that it does not hold; encode it again")
+            raise StoreError(
+                f"{path} names images that it does not hold; encode it again with --restart"
+            )
         self._channels = load_channels(path, manifest, checksum=verify == "checksums")
         self.fingerprint = self._fingerprint()
 
@@ -121,7 +123,7 @@ class FeatureStore:
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        checksum, cure = verify == "checksums", "encode the store again"
+        checksum, cure = verify == "checksums", "encode the store again with --restart"
         for name, entry in manifest.files.items():
             check_file(folder / name, entry, checksum=checksum, cure=cure)
         store = cls(folder, manifest, verify)

@@ -35,6 +35,7 @@ from tprl_env.lvlm.encoding.encode import (
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
+    check_unit,
     count_samples,
     describe_dataset,
     plan_units,
@@ -147,11 +148,11 @@ def encode_dataset_ray(
     units = 0
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
     with bar, full_disk_as_store_error(folder):
-        for wave in _waves(plan_units(reader, shard_images), wave_bytes):
+        for wave in _waves(plan_units(reader, shard_images, journal.cuts), wave_bytes):
             units += len(wave)
             for unit in wave:
                 if unit.number < len(journal.units):
-                    journal.check(unit.number, unit.dataset)
+                    check_unit(journal, unit)
             todo = [unit for unit in wave if unit.number >= len(journal.units)]
             bar.update(sum(len(u.samples) for u in wave) - sum(len(u.samples) for u in todo))
             sizes = {unit.number: len(unit.samples) for unit in todo}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.data.features.journal import DatasetHash, picture_digest
+from tprl_env.data.features.journal import DatasetHash, Journal, picture_digest
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.jsonl import BadSampleError, NoSamplesError, log_left_out
 from tprl_env.data.sample import Sample
@@ -40,12 +40,15 @@ class Unit:
     dataset: str = ""
 
 
-def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
+def plan_units(
+    samples: Iterable[Sample], shard_images: int, cuts: Sequence[int] = ()
+) -> Iterator[Unit]:
     """Cut samples into units; the same samples are always cut in the same way.
 
     Args:
         samples: In the order of the store.
         shard_images: Largest number of new images in a unit.
+        cuts: Samples in each unit that is written already.
 
     Raises:
         StoreError: An id occurs twice, or an image id stands for two different pictures.
@@ -61,9 +64,12 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
             raise StoreError(f"the sample id {sample.id!r} occurs twice; make ids unique")
         ids.add(sample.id)
         new = sample.image_id not in numbers
-        if (new and len(unit.new) == shard_images) or (
-            len(unit.samples) == _SAMPLES_PER_IMAGE * shard_images
-        ):
+        if unit.number < len(cuts):
+            full = len(unit.samples) == cuts[unit.number]
+        else:
+            full = new and len(unit.new) == shard_images
+            full = full or len(unit.samples) == _SAMPLES_PER_IMAGE * shard_images
+        if full:
             unit.dataset = running.digest()
             yield unit
             unit = Unit(unit.number + 1, len(numbers))
@@ -87,6 +93,15 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
     if unit.samples:
         unit.dataset = running.digest()
         yield unit
+
+
+def check_unit(journal: Journal, unit: Unit) -> None:
+    """Compare a unit with the one that an earlier run wrote.
+
+    Raises:
+        StoreError: It holds other samples.
+    """
+    journal.check(unit.number, unit.dataset, unit.samples[0].id, unit.samples[-1].id)
 
 
 class SkippingReader:
