@@ -75,6 +75,11 @@ class ArrowRows:
         block, local = self._locate(row)
         return self._batches[block].column(name)[local].as_py()
 
+    def optional(self, name: str, row: int) -> Any:
+        """Return one cell, or None where the row's file was written without that column."""
+        block, _ = self._locate(row)
+        return self.value(name, row) if name in self._batches[block].schema.names else None
+
     def view(self, name: str, row: int) -> npt.NDArray[Any]:
         """Return one list cell as a flat view into the mapped file; empty where it is null."""
         block, local = self._locate(row)

@@ -28,7 +28,7 @@ from tprl_env.data.features.channels import (
     write_channel,
 )
 from tprl_env.data.features.manifest import Manifest, StoreError, check_file
-from tprl_env.data.features.source import TokenSource
+from tprl_env.data.features.source import Box, TokenSource
 from tprl_env.data.features.toy import ToyStore
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
@@ -246,6 +246,22 @@ class FeatureStore:
         from tprl_env.data.pictures import read_picture  # Pillow, which rollouts do not need
 
         return read_picture(self._images.value("picture", self.image_number(sample)))
+
+    def picture_box(self, sample: int) -> Box | None:
+        """Return the part of the picture that the token grid covers; None for all of it.
+
+        Raises:
+            StoreError: It is no box.
+        """
+        box = self._images.optional("box", self.image_number(sample))
+        if box is None:
+            return None
+        if len(box) != 4 or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+            raise StoreError(
+                f"{self.path} holds the picture box {box} for sample {self.id(sample)!r}; encode "
+                f"the store again with --restart"
+            )
+        return (*box,)
 
     def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
         """Return the prompt's token ids with one image placeholder, ``(P,)``."""

@@ -112,7 +112,8 @@ def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[Ima
         features = to_numpy(visual.tower) if tower and visual.tower is not None else None
         attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
         grid = (int(visual.grid[0]), int(visual.grid[1]))
-        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid))
+        box = getattr(visual, "box", None)  # LVLMs that see whole pictures need not know of it
+        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid, box))
     return rows
 
 
