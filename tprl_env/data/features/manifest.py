@@ -128,19 +128,20 @@ class Manifest:
         if content.get("version") != VERSION:
             raise StoreError(
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
-                f"package reads version {VERSION}; encode it again"
+                f"package reads version {VERSION}; encode it again with --restart"
             )
         wanted = {field.name for field in fields(cls)}
         if set(content) != wanted:
             raise StoreError(
                 f"{path} is damaged: fields {sorted(wanted ^ set(content))} are missing or "
-                f"unknown; encode the store again"
+                f"unknown; encode the store again with --restart"
             )
         try:
             content["files"] = {k: FileEntry(**v) for k, v in content["files"].items()}
         except (TypeError, AttributeError) as error:
             raise StoreError(
-                f"{path} is damaged: its table of files is malformed; encode the store again"
+                f"{path} is damaged: its table of files is malformed; encode the store again with "
+                f"--restart"
             ) from error
         return cls(**content)
 
@@ -155,10 +156,12 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(
-            f"{path} is damaged or unreadable ({error}); encode the store again"
+            f"{path} is damaged or unreadable ({error}); encode the store again with --restart"
         ) from error
     if not isinstance(content, dict):
-        raise StoreError(f"{path} is damaged: expected a JSON object; encode the store again")
+        raise StoreError(
+            f"{path} is damaged: expected a JSON object; encode the store again with --restart"
+        )
     return content
 
 

@@ -29,6 +29,7 @@ from tprl_env.data.sample import Sample
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
+    check_unit,
     count_samples,
     describe_dataset,
     plan_units,
@@ -112,7 +113,8 @@ def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[Ima
         features = to_numpy(visual.tower) if tower and visual.tower is not None else None
         attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
         grid = (int(visual.grid[0]), int(visual.grid[1]))
-        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid))
+        box = getattr(visual, "box", None)  # LVLMs that see whole pictures need not know of it
+        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid, box))
     return rows
 
 
@@ -226,8 +228,10 @@ def encode_dataset(
 
     Args:
         lvlm: The model.
-        samples: Read once, in order; the same ones in the same order continue a run.
-        out: Folder of the store: new, empty, or holding an encoding of the same samples.
+        samples: Read once, in order; the same ones in the same order continue a run, and more
+            of them behind those extend it.
+        out: Folder of the store: new, empty, or holding an encoding of these samples or
+            of the first of them.
         batch_size: Images, and questions, per call of the LVLM.
         tower: Store the vision-tower features too (some pruners need them).
         shard_images: Images per file; at most one file is lost when the process is killed.
@@ -241,7 +245,7 @@ def encode_dataset(
         The finished store; at once if ``out`` holds these samples already.
 
     Raises:
-        StoreError: ``out`` holds something else (another LVLM, dataset, settings), a value is
+        StoreError: ``out`` holds something else (another LVLM, samples, settings), a value is
             not finite, there are no samples, or the disk is full. What was committed stays
             resumable, a new folder without anything committed goes.
         BadSampleError: A sample cannot be read, or asks for a grader that is not computed, and
@@ -259,9 +263,9 @@ def encode_dataset(
         journal.identify(lvlm_identity(lvlm))
         units = 0
         with tqdm(total=total, unit=" samples", desc="encode", disable=not progress) as bar:
-            for unit in plan_units(reader, shard_images):
+            for unit in plan_units(reader, shard_images, journal.cuts):
                 if unit.number < len(journal.units):
-                    journal.check(unit.number, unit.dataset)
+                    check_unit(journal, unit)
                 else:
                     earlier = _earlier_tokens(journal, lvlm.token_width)
                     journal.commit(write_unit(lvlm, unit, folder, batch_size, tower, earlier))

@@ -37,6 +37,7 @@ from tprl_env.lvlm.encoding.encode import (
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
+    check_unit,
     count_samples,
     describe_dataset,
     plan_units,
@@ -149,11 +150,11 @@ def encode_dataset_ray(
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
     with nothing_left_behind(folder), bar, full_disk_as_store_error(folder), _one_sentence():
         journal = Journal.start(folder, dataset, settings, resume=resume)
-        for wave in _waves(plan_units(reader, shard_images), wave_bytes):
+        for wave in _waves(plan_units(reader, shard_images, journal.cuts), wave_bytes):
             units += len(wave)
             for unit in wave:
                 if unit.number < len(journal.units):
-                    journal.check(unit.number, unit.dataset)
+                    check_unit(journal, unit)
             todo = [unit for unit in wave if unit.number >= len(journal.units)]
             bar.update(sum(len(u.samples) for u in wave) - sum(len(u.samples) for u in todo))
             sizes = {unit.number: len(unit.samples) for unit in todo}
