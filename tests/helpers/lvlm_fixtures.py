@@ -80,6 +80,7 @@ def save_llava(
     tokenizer: PreTrainedTokenizerFast | None = None,
     chat_template: str | None = None,
     cls_attention_layer: int | None = None,
+    tie_word_embeddings: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a random LLaVA (3 tower and 3 decoder layers, grouped-query attention)."""
@@ -108,12 +109,14 @@ def save_llava(
             eos_token_id=2,
             pad_token_id=0,
             initializer_range=0.3,
+            tie_word_embeddings=tie_word_embeddings,
         ),
         image_token_id=4,
         image_seq_length=NUM_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         pad_token_id=0,
+        tie_word_embeddings=tie_word_embeddings,
         **extra,
     )
     model = LlavaForConditionalGeneration(config)

@@ -174,3 +174,67 @@ def test_without_transformers_one_line_names_the_cure(word_folder):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert out.stdout.strip().endswith('pip install "tprl-env[lvlm]"')
+
+
+# ---------- what the library only reports about loading is refused
+
+
+def edit_weights(folder, change):
+    """Rewrite the checkpoint's weights."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def without(*parts):
+    def change(weights):
+        for key in [key for key in weights if any(part in key for part in parts)]:
+            del weights[key]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("multi_modal_projector"), r"4 missing: .*multi_modal_projector.* and 1 more"),
+        (without("lm_head"), r"1 missing: lm_head\.weight; "),
+        (without("vision_tower"), r"\d\d missing: .*vision_tower"),
+        (without("layers.2.mlp"), r"missing: .*layers\.2\.mlp"),
+        (
+            lambda weights: weights.update({"language_model.model.extra.weight": torch.ones(2)}),
+            r"1 unexpected: .*extra\.weight; ",
+        ),
+        (
+            lambda weights: (
+                weights.update({"lm_head.weight": torch.ones(9, 48)})
+                or weights.pop("language_model.lm_head.weight", None)
+            ),
+            r"1 of another shape: lm_head\.weight \(\(9, 48\) in the file, \(\d\d, 48\) by config",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(word_folder, tmp_path, change, message):
+    """The library fills what is missing with random numbers: two loads were two models."""
+    folder = shutil.copytree(word_folder, tmp_path / "edited")
+    edit_weights(folder, change)
+    for load in (load_lvlm, LlavaLVLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(folder, device="cpu")
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    folder = save_llava(tmp_path / "tied", tie_word_embeddings=True)
+    edit_weights(folder, without("lm_head"))
+    lvlm = load_lvlm(folder, device="cpu")
+    assert torch.equal(lvlm._head, lvlm._text.embed_tokens.weight.float())
+
+
+def test_constants_of_older_releases_are_not_unexpected(word_folder, tmp_path):
+    folder = shutil.copytree(word_folder, tmp_path / "older")
+    old = {"model.language_model.rotary_emb.inv_freq": torch.ones(6)}
+    edit_weights(folder, lambda weights: weights.update(old))
+    assert load_lvlm(folder, device="cpu").token_width == 48

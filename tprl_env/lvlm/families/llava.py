@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -25,6 +24,7 @@ from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, i
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import check_parts, end_ids, pick_device, pick_dtype
 from tprl_env.lvlm.loading.vision import VisionEncoder
+from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
 
 _ATTENTION_ELEMENTS = 1 << 26
@@ -94,7 +94,8 @@ class LlavaLVLM:
 
         Raises:
             FileNotFoundError: No such folder or repository.
-            ValueError: Not a LLaVA, parts that cannot be run, pickle weights, or no such dtype.
+            ValueError: Not a LLaVA, parts that cannot be run, pickle weights, weights that are
+                missing, left over or of another shape, or no such dtype.
         """
         checkpoint = str(checkpoint)
         kind = read_config(checkpoint, revision).get("model_type")
@@ -108,15 +109,14 @@ class LlavaLVLM:
         source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         check_parts(LlavaConfig.from_pretrained(source, **options), checkpoint)
-        try:
-            model = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {checkpoint!r} are damaged ({error}); save or fetch them again"
-            ) from error
-        model.to(device)  # type: ignore[arg-type]
+        model = load_model(
+            LlavaForConditionalGeneration,
+            source,
+            checkpoint=checkpoint,
+            dtype=pick_dtype(dtype, device),
+            **options,
+        )
+        model.to(device)
         processor = LlavaProcessor.from_pretrained(source, **options)
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint

@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 from tprl_env.data.sample import Sample
 from tprl_env.data.scenes import QUESTION_TYPES, TOKENS, Question, load_scenes
+from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.tiny.language import encode_quiz, grade, read_quiz
 from tprl_env.lvlm.tiny.model import (
     HEAD_WIDTH,
@@ -182,8 +183,8 @@ def evaluate_folder(
     known = ("oracle", "oracle_spread", "divprune", "cls", "random")
     if set(pruners) - set(known):
         raise ValueError(f"pruners must be among {', '.join(known)}, got {tuple(pruners)}")
-    model = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True
+    model = load_model(
+        LlavaForConditionalGeneration, str(folder), checkpoint=str(folder), dtype=torch.float32
     ).eval()
     exam = Exam(model, load_scenes(task, split, scenes))
     found: dict[str, Any] = {
