@@ -14,7 +14,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm import FAMILIES, load_lvlm
 from tprl_env.lvlm.families.llava import LlavaLVLM
+from tprl_env.lvlm.loading.checkpoint import folder_fingerprint
 from tprl_env.lvlm.protocol import Prompt
+from tprl_env.lvlm.tiny import builtin_path
 
 torch.set_num_threads(1)
 EOS = 2
@@ -116,6 +118,40 @@ def test_fingerprint_follows_weights_and_config(word_folder, tmp_path):
     assert load_lvlm(copy, device="cpu").fingerprint != first
     other = save_llava(tmp_path / "other", cls_attention_layer=-1, seed=5)
     assert load_lvlm(other, device="cpu").fingerprint != first
+
+
+def test_only_what_is_loaded_counts(word_folder, tmp_path):
+    """A stranger's file made every store "encoded by another LVLM"."""
+    first = load_lvlm(word_folder, device="cpu").fingerprint
+    copy = shutil.copytree(word_folder, tmp_path / "copy")
+    (copy / "notes.txt").write_text("mine")
+    (copy / "results.json").write_text("{}")
+    (copy / "training.json").write_text('{"lr": 1}')
+    (copy / "adapter.safetensors").write_bytes(b"x")
+    assert load_lvlm(copy, device="cpu").fingerprint == first
+    for name in ("tokenizer.json", "processor_config.json", "generation_config.json"):
+        (copy / name).write_text((copy / name).read_text() + "\n")
+        assert load_lvlm(copy, device="cpu").fingerprint != first
+        shutil.copy(word_folder / name, copy / name)
+
+
+def test_shards_count_as_the_index_names_them(word_folder, tmp_path):
+    copy = shutil.copytree(word_folder, tmp_path / "copy")
+    model = LlavaForConditionalGeneration.from_pretrained(copy, dtype=torch.float32)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="60KB")
+    shards = sorted(copy.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    first = folder_fingerprint(copy)
+    (copy / "model-old.safetensors").write_bytes(b"x")
+    assert folder_fingerprint(copy) == first == load_lvlm(copy, device="cpu").fingerprint
+    shards[-1].write_bytes(shards[-1].read_bytes() + b" ")
+    assert folder_fingerprint(copy) != first
+
+
+@pytest.mark.parametrize(("task", "start"), [("crowded", "be0da68be0"), ("sparse", "6d6304d841")])
+def test_stores_of_the_built_in_lvlms_still_open(task, start):
+    assert folder_fingerprint(builtin_path(task)).startswith(f"sha256:{start}")
 
 
 def test_refusals(word_folder, tmp_path):
