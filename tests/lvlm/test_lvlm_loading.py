@@ -180,12 +180,28 @@ def test_refusals(word_folder, tmp_path):
     assert set(FAMILIES) == {"llava"}
 
 
+SMALL_VOCABULARY = {"text_config": {"model_type": "llama", "vocab_size": 20, "hidden_size": 64}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"text_config": {"model_type": "gemma2", "head_dim": 12}}, "'gemma2' language model"),
         ({"text_config": {"model_type": "mistral", "sliding_window": 8}}, "sliding window 8"),
+        (
+            {"text_config": {"model_type": "mistral", "sliding_window": 8}},
+            r"sliding_window to null",
+        ),
+        ({"text_config": {"model_type": "gemma2"}}, "CLIP and SigLIP towers with Llama, Mistral"),
+        ({"text_config": {"model_type": "nonsense"}}, "'nonsense' language model"),
+        ({"text_config": 5}, "text_config of config.json must be an object, got 5"),
+        ({"vision_config": {"model_type": "resnet"}}, "'resnet' vision tower"),
+        ({"vision_config": {"model_type": "vit"}}, r"vision_config.model_type of config.json"),
+        ({"vision_config": {"patch_size": "many"}}, r"config.json does not describe a LLaVA \(.*"),
         ({"vision_feature_select_strategy": "full"}, "feeds the CLS token"),
+        ({"image_token_index": 999}, "image_token_id 999 .* beyond the vocabulary of 38 embed"),
+        ({"image_token_index": -1}, "image_token_id -1 "),
+        (SMALL_VOCABULARY, "ids up to 37, but text_config.vocab_size of config.json is 20"),
     ],
 )
 def test_parts_that_cannot_be_run_are_refused_before_loading(
@@ -197,6 +213,21 @@ def test_parts_that_cannot_be_run_are_refused_before_loading(
     (folder / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ValueError, match=message):
         load_lvlm(folder, device="cpu")
+
+
+def test_a_vocabulary_that_does_not_fit_the_embedding(word_folder, tmp_path):
+    folder = shutil.copytree(word_folder, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 60
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"lm_head.weight \(\(38, 48\) in .*vocab_size"):
+        load_lvlm(folder, device="cpu")
+
+
+def test_a_misspelt_built_in_names_the_nearest():
+    for name, nearest in (("spare", "sparse"), ("crowdet", "crowded")):
+        with pytest.raises(ValueError, match=rf"LVLM 'builtin:{name}'.*mean 'builtin:{nearest}'"):
+            load_lvlm(f"builtin:{name}")
 
 
 def test_without_transformers_one_line_names_the_cure(word_folder):
@@ -249,7 +280,7 @@ def without(*parts):
                 weights.update({"lm_head.weight": torch.ones(9, 48)})
                 or weights.pop("language_model.lm_head.weight", None)
             ),
-            r"1 of another shape: lm_head\.weight \(\(9, 48\) in the file, \(\d\d, 48\) by config",
+            r"1 of another shape: lm_head\.weight \(\(9, 48\) in the file, \(\d\d, 48\) by text",
         ),
     ],
 )

@@ -22,7 +22,15 @@ from tprl_env.lvlm.execution.decoder import greedy, run_layers, states_at
 from tprl_env.lvlm.execution.sequence import Layout, check_rows, embed, layout, on_device
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
 from tprl_env.lvlm.loading.prompts import Prompter
-from tprl_env.lvlm.loading.supported import check_parts, end_ids, pick_device, pick_dtype
+from tprl_env.lvlm.loading.supported import (
+    check_kinds,
+    check_parts,
+    check_vocabulary,
+    end_ids,
+    pick_device,
+    pick_dtype,
+    read_llava_config,
+)
 from tprl_env.lvlm.loading.vision import VisionEncoder
 from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
@@ -98,7 +106,8 @@ class LlavaLVLM:
                 missing, left over or of another shape, or no such dtype.
         """
         checkpoint = str(checkpoint)
-        kind = read_config(checkpoint, revision).get("model_type")
+        plain = read_config(checkpoint, revision)
+        kind = plain.get("model_type")
         if kind != "llava":
             raise ValueError(
                 f"{checkpoint!r} has model_type {kind!r}, but LlavaLVLM loads 'llava'; "
@@ -108,7 +117,11 @@ class LlavaLVLM:
         local = check_folder(checkpoint) if is_local(checkpoint) else None
         source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        check_parts(LlavaConfig.from_pretrained(source, **options), checkpoint)
+        check_kinds(plain, checkpoint)
+        config = read_llava_config(LlavaConfig, source, checkpoint, **options)
+        check_parts(config, checkpoint)
+        processor = LlavaProcessor.from_pretrained(source, **options)
+        check_vocabulary(config, processor.tokenizer, checkpoint)
         model = load_model(
             LlavaForConditionalGeneration,
             source,
@@ -117,7 +130,6 @@ class LlavaLVLM:
             **options,
         )
         model.to(device)
-        processor = LlavaProcessor.from_pretrained(source, **options)
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint
         return cls(model, processor, name, local or f"{checkpoint}@{commit or revision}")

@@ -60,7 +60,7 @@ def check_report(report: Mapping[str, Any], checkpoint: str) -> None:
     """
     unexpected = [k for k in report["unexpected_keys"] if not k.endswith(_DERIVED)]
     shapes = [
-        f"{key} ({tuple(found)} in the file, {tuple(wanted)} by config.json)"
+        f"{key} ({tuple(found)} in the file, {tuple(wanted)} by {_decides(key)})"
         for key, found, wanted in report["mismatched_keys"]
     ]
     found = [
@@ -78,6 +78,12 @@ def check_report(report: Mapping[str, Any], checkpoint: str) -> None:
             f"the weights of {checkpoint!r} do not fit its config.json: {'; '.join(found)}; "
             f"save or fetch both again, what is missing would be random"
         )
+
+
+def _decides(key: str) -> str:
+    """What the shape of a weight comes from."""
+    words = key.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return "text_config.vocab_size and hidden_size" if words else "config.json"
 
 
 def _first(label: str, keys: Iterable[str]) -> str:
