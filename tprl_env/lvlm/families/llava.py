@@ -189,8 +189,10 @@ class LlavaLVLM:
         """Teacher-force every distinct answer in ONE padded forward pass.
 
         Greedy decoding gives an answer exactly when each of its tokens, the end token included,
-        is the arg-max at its place, so no decoding is needed. Callers with many rows of mixed
-        length should bucket them (:class:`~tprl_env.scoring.lvlm_scorer.LVLMScorer` does).
+        is the arg-max at its place, so no decoding is needed. At the end place any of the
+        checkpoint's end tokens counts, and their probabilities are added. Callers with many rows
+        of mixed length should bucket them
+        (:class:`~tprl_env.scoring.lvlm_scorer.LVLMScorer` does).
 
         Args:
             prompts: B prompts.
@@ -205,7 +207,7 @@ class LlavaLVLM:
         check_rows(prompts, tokens, keep, answers=answers)
         if not prompts:
             return LVLMScores(np.zeros(0, np.float32), np.zeros(0, np.float32))
-        distinct = [list(dict.fromkeys(tuple(a) for a in row)) for row in answers]
+        distinct = [list(dict.fromkeys(self._one_end(a) for a in row)) for row in answers]
         owner = [b for b, row in enumerate(distinct) for _ in row]
         targets = [answer for row in distinct for answer in row]
         visual = on_device(tokens, self.device, self.dtype, self.token_width)
@@ -223,6 +225,11 @@ class LlavaLVLM:
         np.add.at(likelihood, owner, np.exp(log_likelihood))
         clipped = np.minimum(likelihood, 1.0).astype(np.float32)
         return LVLMScores(exact, clipped, len(targets), plan.padded_tokens)
+
+    def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """The answer with the first of its possible end tokens: any of them means the same."""
+        ends = answer[-1] in self._eos_ids
+        return (*answer[:-1], self._eos_ids[0]) if ends else tuple(answer)
 
     def _teacher_force(
         self, plan: Layout, visual: Sequence[Tensor], targets: Sequence[tuple[int, ...]]
@@ -246,7 +253,12 @@ class LlavaLVLM:
             logits = state.float() @ self._head.T
             best = logits.argmax(-1)
             hits.append((best == target) | (torch.isin(best, ends) & torch.isin(target, ends)))
-            log_p.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+            total = logits.logsumexp(-1)
+            wanted_p = logits.gather(1, target[:, None])[:, 0] - total
+            if len(ends) > 1:  # any of them ends the answer, as in decoding
+                ending = logits[:, ends].logsumexp(-1) - total
+                wanted_p = torch.where(torch.isin(target, ends), ending, wanted_p)
+            log_p.append(wanted_p)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         wrong = np.add.reduceat((~torch.cat(hits)).cpu().numpy().astype(np.int64), starts)
         return wrong, np.add.reduceat(torch.cat(log_p).cpu().numpy().astype(np.float64), starts)

@@ -106,14 +106,15 @@ def check_vocabulary(config: Any, tokenizer: Any, name: str) -> None:
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """All end tokens, the tokenizer's own first.
+    """All end tokens, the tokenizer's own first; ids that the head cannot write are left out.
 
     Raises:
         ValueError: There is none.
     """
     listed = model.generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None))
+    size = int(model.config.text_config.vocab_size)
+    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None and 0 <= i < size))
     if not ids:
         raise ValueError("the checkpoint names no end token; set eos_token in its tokenizer")
     return ids
