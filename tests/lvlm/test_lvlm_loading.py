@@ -9,7 +9,16 @@ import sys
 
 import pytest
 import torch
-from lvlm_fixtures import LLAVA15_CHAT_TEMPLATE, QUESTIONS, byte_tokenizer, save_llava
+from lvlm_fixtures import (
+    LLAVA15_CHAT_TEMPLATE,
+    NUM_TOKENS,
+    QUESTIONS,
+    byte_tokenizer,
+    pictures,
+    save_llava,
+    word_tokenizer,
+)
+from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm import FAMILIES, load_lvlm
@@ -63,6 +72,37 @@ def test_prompt_is_what_the_template_gives(lvlm, folder):
         start, stop = prompt.question_span
         assert tokenizer.decode(ids[start:stop]).strip() == question
         assert "USER" not in tokenizer.decode(ids[start:stop])
+
+
+@pytest.mark.parametrize("bos", ["prepended", "named", "none"])
+@pytest.mark.parametrize("template", ["without", "with", "no"])
+def test_ids_are_those_of_the_checkpoint_s_own_processor(tmp_path, bos, template):
+    """A BOS that the checkpoint was not trained with shifts every place of the prompt."""
+    chat = {"no": None, "without": LLAVA15_CHAT_TEMPLATE, "with": "<s> " + LLAVA15_CHAT_TEMPLATE}
+    tokenizer = word_tokenizer(bos)
+    folder = save_llava(tmp_path / "c", tokenizer=tokenizer, chat_template=chat[template])
+    processor = LlavaProcessor.from_pretrained(folder)
+    found = load_lvlm(folder, device="cpu").prompt(QUESTIONS[0])
+    picture = Image.fromarray(pictures(1)[0])
+    if template == "no":
+        text = f"USER: <image>\n{QUESTIONS[0]} ASSISTANT:"
+        batch = processor(text=text, images=[picture])
+    else:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": QUESTIONS[0]}]
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+    at = found.image_at
+    expanded = [*found.ids[:at], *[4] * NUM_TOKENS, *found.ids[at + 1 :]]
+    assert [expanded] == [list(ids) for ids in batch["input_ids"]]
+    begins = {"prepended": True, "named": template == "with", "none": template == "with"}[bos]
+    assert (found.ids[0] == 1) == begins
+    assert found.ids[found.image_at] == 4
+    start, stop = found.question_span
+    assert processor.tokenizer.decode(found.ids[start:stop]) == QUESTIONS[0]
 
 
 def test_question_span_is_not_fooled_by_template_words(word_lvlm):

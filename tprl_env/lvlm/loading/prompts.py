@@ -16,7 +16,8 @@ class Prompter:
     """Turns questions and answers into token ids.
 
     The template is the processor's own chat template when there is one, else
-    :data:`LLAVA_TEMPLATE`. The ids start with exactly one BOS token when the tokenizer has one.
+    :data:`LLAVA_TEMPLATE`. The ids are those of the checkpoint's own processor: a BOS token stands
+    where its tokenizer or its template puts one, and nowhere else.
     """
 
     def __init__(self, processor: Any, image_token_id: int, eos_id: int) -> None:
@@ -36,6 +37,9 @@ class Prompter:
                 "the question in the prompt; save it with a tokenizer.json (a fast tokenizer)"
             )
         self._head, self._tail = self._frame(processor)
+        bos = self._tokenizer.bos_token
+        # the library's processors put special tokens unless the template begins with one
+        self._begins = bos is not None and self._head.startswith(bos)
 
     def _frame(self, processor: Any) -> tuple[str, str]:
         """Template text before and behind the question."""
@@ -69,13 +73,10 @@ class Prompter:
                 f"remove it, the template adds it"
             )
         text = self._head + question + self._tail
-        encoded = self._tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+        encoded = self._tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=not self._begins
+        )
         pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        bos = self._tokenizer.bos_token_id
-        if bos is not None:
-            while pairs and pairs[0][0] == bos:
-                pairs.pop(0)
-            pairs.insert(0, (bos, (0, 0)))
         ids = tuple(int(token) for token, _ in pairs)
         start, stop = len(self._head), len(self._head) + len(question)
         inside = [
