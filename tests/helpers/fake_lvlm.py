@@ -23,6 +23,9 @@ class FakeLVLM:
     model_type: str = "fake"
     token_width: int = 8
     query_width: int = 6
+    dtype: str = "torch.float32"
+    image_backend: str = "pil"
+    max_positions: int = 1 << 20
     delay: float = 0.0
     poison: str = ""  # "tokens", "tower", "query" or "score": give a NaN there
     calls: dict[str, int] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,8 @@ SMALL = {"batch_size": 2, "shard_images": 3, "progress": False}
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    files = (p for p in sorted(folder.iterdir()) if not p.name.endswith(".tmp"))  # of a kill
+    return {p.name: p.read_bytes() for p in files}
 
 
 def test_each_image_once_and_each_sample_once(tmp_path: Path):
@@ -184,6 +186,13 @@ def half(tmp_path: Path) -> Path:
     ("lvlm", "samples", "change", "message"),
     [
         (FakeLVLM(fingerprint="x"), make_samples(7), {}, "started with the LVLM fake .*fake-1"),
+        (FakeLVLM(dtype="torch.bfloat16"), make_samples(7), {}, "dtype 'float32', not 'bfloat16'"),
+        (
+            FakeLVLM(image_backend="torchvision"),
+            make_samples(7),
+            {},
+            "image_backend 'pil', not 'torchvision'",
+        ),
         (FakeLVLM(), make_samples(7)[1:], {}, "started with other samples .* in unit 0"),
         (FakeLVLM(), make_samples(7)[:3], {}, "started with other samples"),
         (FakeLVLM(), [], {}, "holds more samples than the given ones"),
@@ -199,6 +208,40 @@ def test_resuming_something_else_is_refused(tmp_path: Path, lvlm, samples, chang
     fresh = {"description": "d", **SMALL, **change, "resume": False}
     if samples:
         assert len(encode_dataset(lvlm, samples, out, **fresh)) == len(samples)
+
+
+def forget_computing(folder: Path) -> None:
+    """Make of a store what the first release wrote."""
+    for name, place in (("encoding.json", "lvlm"), ("manifest.json", None)):
+        if (folder / name).exists():
+            whole = json.loads((folder / name).read_text())
+            for field in ("dtype", "image_backend"):
+                del (whole[place] if place else whole)[field]
+            (folder / name).write_text(json.dumps(whole))
+
+
+def test_how_an_lvlm_computed_is_in_the_manifest(tmp_path: Path):
+    lvlm = FakeLVLM(dtype="torch.bfloat16", image_backend="torchvision")
+    store = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert (store.manifest.dtype, store.manifest.image_backend) == ("bfloat16", "torchvision")
+    other = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "t", **SMALL)
+    assert store.fingerprint != other.fingerprint
+    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), or"):
+        encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+
+
+def test_stores_that_did_not_record_it_still_open(tmp_path: Path):
+    first = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+    forget_computing(tmp_path / "s")
+    old = FeatureStore.open(tmp_path / "s")
+    assert old.manifest.dtype == "" and old.fingerprint != first.fingerprint
+    lvlm = FakeLVLM()
+    again = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert lvlm.calls == {} and again.fingerprint == old.fingerprint
+    out = half(tmp_path / "half")
+    forget_computing(out)
+    with pytest.raises(StoreError, match=r"did not record the number type.* another folder"):
+        encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
 
 
 def test_starting_over_forgets_channels(tmp_path: Path):

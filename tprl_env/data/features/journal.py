@@ -31,6 +31,12 @@ from tprl_env.data.features.manifest import (
 from tprl_env.data.sample import Sample
 from tprl_env.files import versions, write_json
 
+COMPUTING = {
+    "dtype": "with that one (--dtype {})",
+    "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
+}
+"""How an LVLM computed, beside what it is, and how to continue with the same."""
+
 
 @dataclass(frozen=True)
 class UnitEntry:
@@ -119,15 +125,33 @@ class Journal:
         """Set the LVLM's identity, or compare it with the one that started the encoding.
 
         Raises:
-            StoreError: Another LVLM started it.
+            StoreError: Another LVLM started it, or the same in another number type or with
+                another image backend, whose features must not stand in one store.
         """
-        if self.lvlm and self.lvlm != lvlm:
+        if not self.lvlm:
+            self.lvlm = lvlm
+            return
+        before = {k: v for k, v in self.lvlm.items() if k not in COMPUTING}
+        if before != {k: v for k, v in lvlm.items() if k not in COMPUTING}:
             raise StoreError(
                 f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
                 f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
                 f"continue with that one, start over with resume=False, or choose another folder"
             )
-        self.lvlm = lvlm
+        if not any(self.lvlm.get(name) for name in COMPUTING):
+            if (self.folder / MANIFEST_NAME).is_file():
+                return  # finished: nothing will be added to it
+            raise StoreError(
+                f"{self.folder} was started by a release that did not record the number type, so "
+                f"it cannot be continued without mixing two; choose another folder"
+            )
+        for name, cure in COMPUTING.items():
+            found, given = self.lvlm.get(name, ""), lvlm.get(name, "")
+            if found != given:
+                raise StoreError(
+                    f"{self.folder} was started with {name} {found!r}, not {given!r}; continue "
+                    f"{cure.format(found)}, or choose another folder"
+                )
 
     def check(self, unit: int, dataset_hash: str) -> None:
         """Compare the samples of a finished unit with those given now.
@@ -193,6 +217,8 @@ class Journal:
             skipped=skipped,
             files=files,
             packages=versions(PACKAGES),
+            dtype=self.lvlm.get("dtype", ""),
+            image_backend=self.lvlm.get("image_backend", ""),
         )
         path = self.folder / MANIFEST_NAME
         if path.is_file() and Manifest.read(self.folder).fingerprint == manifest.fingerprint:

@@ -152,13 +152,18 @@ def to_numpy(values: Any) -> npt.NDArray[Any]:
 
 
 def lvlm_identity(lvlm: LVLM) -> dict[str, Any]:
-    """Return what decides whether two LVLMs give the same features."""
+    """Return what decides whether two LVLMs give the same features.
+
+    A GPU counts by the number type that it takes by default.
+    """
     return {
         "name": lvlm.name,
         "fingerprint": lvlm.fingerprint,
         "model_type": str(getattr(lvlm, "model_type", "")),
         "token_width": lvlm.token_width,
         "query_width": lvlm.query_width,
+        "dtype": str(lvlm.dtype).removeprefix("torch."),
+        "image_backend": lvlm.image_backend,
     }
 
 

@@ -46,6 +46,8 @@ class LlavaLVLM:
         name: Folder name or hub id.
         device: Where it runs.
         dtype: Weights and activations; logits are always computed in float32.
+        image_backend: What prepares pictures: "pil", or "torchvision" where it is installed.
+        max_positions: Places of the language model's context, visual tokens included.
         token_width: D, which is also ``query_width``.
         tower_width: Dv of the features before the projector.
         cls_attention_layer: Tower layer whose CLS attention ``encode_images`` reports. It is
@@ -79,6 +81,8 @@ class LlavaLVLM:
         self._prompter = Prompter(processor, self.image_token_id, self._eos_ids[0])
         self._vision = VisionEncoder(model, processor.image_processor)
         self.cls_attention_layer = self._vision.cls_attention_layer
+        self.image_backend = self._vision.backend
+        self.max_positions = int(config.text_config.max_position_embeddings)
         self.token_width = self.query_width = int(config.text_config.hidden_size)
         self.tower_width = self._vision.width
 
