@@ -18,8 +18,15 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, QuestionProbe, probing
-from tprl_env.lvlm.execution.decoder import greedy, run_layers, states_at
-from tprl_env.lvlm.execution.sequence import Layout, check_rows, embed, layout, on_device
+from tprl_env.lvlm.execution.decoder import greedy, judge, run_layers, states_at
+from tprl_env.lvlm.execution.sequence import (
+    Layout,
+    check_context,
+    check_rows,
+    embed,
+    layout,
+    on_device,
+)
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import (
@@ -36,7 +43,6 @@ from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
 
 _ATTENTION_ELEMENTS = 1 << 26
-_LOGIT_ELEMENTS = 1 << 26
 
 
 class LlavaLVLM:
@@ -206,7 +212,8 @@ class LlavaLVLM:
             positions: Rotary positions of what is left.
 
         Raises:
-            ValueError: Lengths differ, a row has no answer, or a mask does not fit.
+            ValueError: Lengths differ, a row has no answer, a mask does not fit, or a sequence
+                does not fit into the context.
         """
         check_rows(prompts, tokens, keep, answers=answers)
         if not prompts:
@@ -222,6 +229,7 @@ class LlavaLVLM:
             [keep[b] for b in owner] if keep is not None else None,
             positions,
         )
+        check_context(plan, self.max_positions, owner=owner)
         wrong, log_likelihood = self._teacher_force(plan, [visual[b] for b in owner], targets)
         exact = np.zeros(len(prompts), np.float32)
         np.maximum.at(exact, owner, (wrong == 0).astype(np.float32))
@@ -251,21 +259,10 @@ class LlavaLVLM:
         )[torch.from_numpy(answered).to(self.device)]
         wanted = torch.tensor([i for target in targets for i in target], device=self.device)
         ends = torch.tensor(self._eos_ids, device=self.device)
-        hits, log_p = [], []
-        step = max(1, _LOGIT_ELEMENTS // len(self._head))
-        for state, target in zip(states.split(step), wanted.split(step), strict=True):
-            logits = state.float() @ self._head.T
-            best = logits.argmax(-1)
-            hits.append((best == target) | (torch.isin(best, ends) & torch.isin(target, ends)))
-            total = logits.logsumexp(-1)
-            wanted_p = logits.gather(1, target[:, None])[:, 0] - total
-            if len(ends) > 1:  # any of them ends the answer, as in decoding
-                ending = logits[:, ends].logsumexp(-1) - total
-                wanted_p = torch.where(torch.isin(target, ends), ending, wanted_p)
-            log_p.append(wanted_p)
+        hits, log_p = judge(states, self._head, wanted, ends)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        wrong = np.add.reduceat((~torch.cat(hits)).cpu().numpy().astype(np.int64), starts)
-        return wrong, np.add.reduceat(torch.cat(log_p).cpu().numpy().astype(np.float64), starts)
+        wrong = np.add.reduceat((~hits).cpu().numpy().astype(np.int64), starts)
+        return wrong, np.add.reduceat(log_p.cpu().numpy().astype(np.float64), starts)
 
     def generate(
         self,
@@ -278,7 +275,8 @@ class LlavaLVLM:
         """Answer greedily from the kept tokens; new tokens continue the prompt's positions.
 
         Raises:
-            ValueError: Lengths differ or a mask does not fit.
+            ValueError: Lengths differ, a mask does not fit, or prompt and ``max_new_tokens`` do
+                not fit into the context.
         """
         written = self.generate_ids(prompts, tokens, keep, max_new_tokens, positions)
         return [self._prompter.decode(ids) for ids in written]
@@ -299,6 +297,7 @@ class LlavaLVLM:
         visual = on_device(tokens, self.device, self.dtype, self.token_width)
         counts = [len(t) for t in visual]
         plan = layout(prompts, [()] * len(prompts), counts, keep, positions, left=True)
+        check_context(plan, self.max_positions, max_new_tokens)
         return greedy(
             self._text,
             self._head,
@@ -351,6 +350,7 @@ class LlavaLVLM:
     ) -> list[npt.NDArray[np.float32]]:
         counts = np.array([len(t) for t in visual])
         plan = layout(prompts, [()] * len(prompts), counts.tolist(), None, "original")
+        check_context(plan, self.max_positions)
         spans = np.array([p.question_span for p in prompts]) + (counts - 1)[:, None]
         rows = spans[:, :1] + np.arange((spans[:, 1] - spans[:, 0]).max())
         valid = rows < spans[:, 1:]
