@@ -64,9 +64,7 @@ def encode(args: argparse.Namespace) -> int:
     from tprl_env.data import load_dataset
     from tprl_env.lvlm import find_lvlm, load_lvlm
 
-    samples = load_dataset(
-        args.data, args.split, limit=args.limit, seed=args.seed, skip_bad=args.skip_bad
-    )
+    samples = load_dataset(args.data, args.split, limit=args.limit, seed=args.seed)
     description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
     load = partial(
         load_lvlm, args.lvlm, device=args.device, dtype=args.dtype, revision=args.revision
@@ -74,6 +72,7 @@ def encode(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
         "description": description,
+        "skip_bad": args.skip_bad,
         "progress": sys.stderr.isatty(),
     }
     lvlm: Any = None
@@ -227,7 +226,7 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument("--dtype")
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--batch-size", type=int, default=64)
-    sub.add_argument("--skip-bad", action="store_true", help="skip unreadable images, count them")
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, list them")
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )

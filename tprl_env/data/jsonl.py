@@ -29,7 +29,15 @@ _KNOWN = (*_REQUIRED, "question_type", "grader", "image_id")
 
 
 class BadSampleError(ValueError):
-    """A sample cannot be used; the message names it and the file."""
+    """A sample cannot be used; the message names it and the file.
+
+    Attributes:
+        sample: Its id, empty where it has none.
+    """
+
+    def __init__(self, message: str, sample: str = "") -> None:
+        super().__init__(message)
+        self.sample = sample
 
 
 class JsonlDataset:
@@ -44,6 +52,7 @@ class JsonlDataset:
     Attributes:
         description: File name and limit, for manifests.
         skipped: Messages of the samples left out by the latest iteration.
+        skipped_ids: Their ids.
 
     Raises:
         ValueError: The file is missing or empty, or an id occurs twice.
@@ -57,6 +66,7 @@ class JsonlDataset:
         self.path = Path(path)
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.skipped_ids: list[str] = []
         self.description = self.path.name + (f" limit {limit}" if limit is not None else "")
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -95,7 +105,7 @@ class JsonlDataset:
         texts = [value for name, value in record.items() if name != "answers"]
         if not (isinstance(answers, list) and all(isinstance(a, str) for a in [*answers, *texts])):
             raise BadSampleError(f"{where}: answers must be a list of strings, the rest strings")
-        return record
+        return {**record, "where": where}
 
     def __len__(self) -> int:
         """Return the number of samples, those that turn out to be bad included."""
@@ -108,7 +118,7 @@ class JsonlDataset:
             BadSampleError: A picture cannot be read, a question is empty or an answer is
                 missing. The iterator survives: the next ``next`` yields the next sample.
         """
-        self.skipped = []
+        self.skipped, self.skipped_ids = [], []
         return _Reader(self)
 
     def read(self, index: int) -> Sample:
@@ -128,15 +138,17 @@ class JsonlDataset:
                 image_id=record.get("image_id", record["image"]),
                 question_type=record.get("question_type", ""),
                 grader=record.get("grader", "exact"),
+                meta={"where": record["where"]},
             )
         except OSError as error:
             raise BadSampleError(
-                f"sample {record['id']!r} of {self.path}: cannot read the image {file} ({error}); "
-                f"repair it or pass skip_bad=True (--skip-bad)"
+                f"sample {record['id']!r} ({record['where']}): cannot read the image {file} "
+                f"({error}); repair it or pass --skip-bad",
+                sample=record["id"],
             ) from error
         except ValueError as error:
             raise BadSampleError(
-                f"{self.path}: {error}, or pass skip_bad=True (--skip-bad)"
+                f"{record['where']}: {error}, or pass --skip-bad", sample=record["id"]
             ) from error
 
 
@@ -159,6 +171,7 @@ class _Reader:
                 if not self._dataset.skip_bad:
                     raise
                 self._dataset.skipped.append(str(error))
+                self._dataset.skipped_ids.append(error.sample)
                 logger.warning("left out: %s", error)
         if len(self._dataset.skipped) == len(self._dataset):
             raise BadSampleError(

@@ -31,6 +31,9 @@ from tprl_env.data.features.manifest import (
 from tprl_env.data.sample import Sample
 from tprl_env.files import versions, write_json
 
+Skipped = dict[str, str]
+"""A sample that was left out: its ``id`` and the ``reason``."""
+
 COMPUTING = {
     "dtype": "with that one (--dtype {})",
     "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
@@ -40,17 +43,18 @@ COMPUTING = {
 
 @dataclass(frozen=True)
 class UnitEntry:
-    """A finished unit: its two files and the dataset hash behind its last sample."""
+    """A finished unit: its two files, the dataset hash behind its last sample, what it skipped."""
 
     images: FileEntry
     samples: FileEntry
     dataset: str
+    skipped: tuple[Skipped, ...] = ()
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> UnitEntry:
         """Read what ``dataclasses.asdict`` wrote."""
         images, samples = (FileEntry(**content[name]) for name in ("images", "samples"))
-        return cls(images, samples, content["dataset"])
+        return cls(images, samples, content["dataset"], tuple(content.get("skipped", ())))
 
 
 def unit_names(unit: int) -> tuple[str, str]:
@@ -183,14 +187,27 @@ class Journal:
         entries = [(unit.images, unit.samples)[which] for unit in self.units]
         return ArrowRows([self.folder / n for n in names], [e.rows for e in entries])
 
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What the finished units left out."""
+        return [one for unit in self.units for one in unit.skipped]
+
     def finish(self, units: int, skipped: int) -> None:
         """Write the manifest; the store is complete from here on.
+
+        Args:
+            units: Number of units there are.
+            skipped: Samples left out, here and while reading.
 
         Raises:
             StoreError: There are no samples, or fewer than were encoded before.
         """
         if not self.units:
             raise StoreError("there are no samples to encode; check the dataset and its filters")
+        if not any(unit.samples.rows for unit in self.units):
+            first = self.skipped[0]["reason"]
+            _clear(self.folder)
+            raise StoreError(f"every sample was left out, the first because: {first}")
         if units != len(self.units):
             raise StoreError(
                 f"{self.folder} holds more samples than the given ones; start over with "
@@ -229,7 +246,7 @@ class Journal:
 def _clear(folder: Path) -> None:
     """Remove what an encoding wrote, the manifest first, and nothing else."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    patterns = ("images-*.arrow*", "samples-*.arrow*", "channel-*")
+    patterns = ("images-*.arrow*", "samples-*.arrow*", "channel-*", "skipped.jsonl")
     for path in [p for pattern in patterns for p in folder.glob(pattern)]:
         path.unlink()
     (folder / JOURNAL_NAME).unlink()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.data.features.journal import DatasetHash, picture_digest
+from tprl_env.data.features.journal import DatasetHash, Skipped, picture_digest
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
@@ -93,39 +93,40 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
 
 
 class SkippingReader:
-    """Samples of an iterable, without those it raises ``BadSampleError`` for if wanted.
-
-    Attributes:
-        skipped: Number of samples left out, those that the iterable itself skipped included.
-    """
+    """Samples of an iterable, without those it raises ``BadSampleError`` for if wanted."""
 
     def __init__(self, samples: Iterable[Sample], skip_bad: bool) -> None:
         self._source = samples
         self._skip_bad = skip_bad
-        self._own = 0
+        self._own: list[Skipped] = []
 
     @property
-    def skipped(self) -> int:
-        """Number of samples left out so far."""
-        return self._own + len(getattr(self._source, "skipped", ()))
+    def skipped(self) -> list[Skipped]:
+        """Samples left out so far, those that the iterable itself skipped included."""
+        reasons = getattr(self._source, "skipped", ())
+        ids = getattr(self._source, "skipped_ids", [""] * len(reasons))
+        own = zip(ids, reasons, strict=True)
+        return [*({"id": name, "reason": reason} for name, reason in own), *self._own]
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the samples.
 
         Raises:
-            BadSampleError: A sample is bad and ``skip_bad`` is off, or the iterable is a
-                generator, which would end silently at the first bad sample.
+            BadSampleError: A sample is bad and ``skip_bad`` is off, or the iterable cannot go on:
+                it skips by itself and has nothing left, or is a generator, which would end
+                silently at the first bad sample.
         """
         iterator = iter(self._source)
+        ends = inspect.isgenerator(iterator) or getattr(self._source, "skip_bad", False)
         while True:
             try:
                 sample = next(iterator)
             except StopIteration:
                 return
             except BadSampleError as error:
-                if not self._skip_bad or inspect.isgenerator(iterator):
+                if not self._skip_bad or ends:
                     raise
-                self._own += 1
+                self._own.append({"id": error.sample, "reason": str(error)})
                 logger.warning("left out: %s", error)
                 continue
             yield sample
