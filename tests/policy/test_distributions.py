@@ -119,7 +119,7 @@ def test_conditional_agrees_with_enumeration(tokens, scale):
         logits = scale * torch.randn(1, tokens, generator=generator, dtype=torch.float64)
         logits.requires_grad_()
         alive = torch.rand(1, tokens, generator=generator) > 0.2
-        d = ConditionalBernoulli(logits, alive, torch.tensor([count]))
+        d = ConditionalBernoulli(logits, alive, torch.tensor([count]).minimum(alive.sum(1)))
         masks, log_p = enumerate_masks(logits[0], alive[0], count)
         p = log_p.exp()
         entropy, inclusion = -(p * log_p).sum(), (p[:, None] * masks).sum(0)
@@ -137,10 +137,10 @@ def test_conditional_agrees_with_enumeration(tokens, scale):
 
 def test_log_elementary_symmetric_literal_numbers():
     # e_0..e_3 of odds (1, 2, 3) are 1, 6, 11, 6
-    logits = torch.log(rows([1.0, 2.0, 3.0])).expand(5, 3)
-    alive = torch.ones(5, 3, dtype=torch.bool)
-    value = log_elementary_symmetric(logits, alive, torch.tensor([0, 1, 2, 3, 9]))
-    assert torch.allclose(value, torch.log(rows(1.0, 6.0, 11.0, 6.0, 6.0)), atol=1e-14)
+    logits = torch.log(rows([1.0, 2.0, 3.0])).expand(4, 3)
+    alive = torch.ones(4, 3, dtype=torch.bool)
+    value = log_elementary_symmetric(logits, alive, torch.tensor([0, 1, 2, 3]))
+    assert torch.allclose(value, torch.log(rows(1.0, 6.0, 11.0, 6.0)), atol=1e-14)
 
 
 def test_conditional_gradients_match_finite_differences():
@@ -192,8 +192,7 @@ def test_conditional_kl_agrees_with_enumeration():
 def test_conditional_edge_counts_are_exact():
     logits = rows([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).requires_grad_()
     alive = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
-    d = ConditionalBernoulli(logits, alive, torch.tensor([0, 5, 1]))
-    assert d.count.tolist() == [0, 2, 0]
+    d = ConditionalBernoulli(logits, alive, torch.tensor([0, 2, 0]))
     mask = torch.tensor([[0, 0, 0], [1, 1, 1], [0, 1, 0]])  # entries of dead tokens are ignored
     assert d.log_prob(mask).tolist() == [0.0, 0.0, 0.0]
     assert d.entropy().tolist() == [0.0, 0.0, 0.0]
@@ -212,7 +211,7 @@ def test_conditional_large_float32_is_close_to_float64():
     torch.manual_seed(0)
     logits = 8 * torch.randn(4, 300)
     alive = torch.rand(4, 300) > 0.1
-    count = torch.tensor([1, 40, 200, 299])
+    count = torch.tensor([1, 40, 200, 299]).minimum(alive.sum(1))
     single, double = (ConditionalBernoulli(x, alive, count) for x in (logits, logits.double()))
     mask = double.sample(torch.Generator().manual_seed(0))
     assert torch.allclose(
@@ -308,3 +307,29 @@ def test_softmax_entropy_is_that_of_one_token():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_odds_that_are_not_finite_are_refused_where_they_arise(value):
+    """NaN sampled "all pruned", and infinities became NaN in the log-probability."""
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = value
+    alive, count = torch.ones(3, 4, dtype=torch.bool), torch.full((3,), 2)
+    message = rf"logits must be finite, got {value} for 1 of 4 tokens in row 1"
+    for build in (
+        lambda: MaskedBernoulli(logits, alive),
+        lambda: ConditionalBernoulli(logits, alive, count),
+        lambda: log_elementary_symmetric(logits, alive, count),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    alive[1, 2] = False  # a dead token's content is nobody's business
+    assert MaskedBernoulli(logits, alive).log_prob(alive).isfinite().all()
+    assert ConditionalBernoulli(logits, alive, count).entropy().isfinite().all()
+
+
+def test_more_tokens_than_alive_are_refused():
+    alive = torch.tensor([[True, True, True], [True, False, False]])
+    for build in (ConditionalBernoulli, log_elementary_symmetric):
+        with pytest.raises(ValueError, match="alive tokens, got 2 of 1 in row 1"):
+            build(torch.zeros(2, 3), alive, torch.tensor([3, 2]))
