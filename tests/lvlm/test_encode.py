@@ -350,6 +350,18 @@ def test_ray_gives_the_same_files(tmp_path: Path):
 
         with pytest.raises(StoreError, match="'s0-0': query_tokens has values that are not finite"):
             encode_dataset_ray(poisoned, few[:4], tmp_path / "p", **SMALL)
+
+        class Picky(fake_lvlm.FakeLVLM):
+            def prompt(self, question):
+                if "this this" in question:
+                    raise ValueError("too much")
+                return super().prompt(question)
+
+        with pytest.raises(BadSampleError, match="sample 's0-1': too much; repair it or pass --sk"):
+            encode_dataset_ray(Picky, few[:4], tmp_path / "q", **SMALL)
+        store = encode_dataset_ray(Picky, few[:4], tmp_path / "r", skip_bad=True, **SMALL)
+        assert store.manifest.skipped == 2
+        assert (tmp_path / "r" / "skipped.jsonl").read_text().count("too much") == 2
     finally:
         if started_here:
             ray.shutdown()

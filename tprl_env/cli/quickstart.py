@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.data.scenes import TASKS, check_known
 from tprl_env.evaluation.builtin_stores import (
     QuickstartSettings,
     Stopwatch,
@@ -82,6 +83,7 @@ def run_quickstart(
     from tprl_env.rllib.run.train import train
 
     watch = Stopwatch()
+    check_known("task", settings.task, TASKS)
     name = f"builtin:{settings.task}"
     fields = {
         "source": str((settings.out / "stores" / "train").resolve()),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import did_you_mean
 from tprl_env.data.sample import Sample
 
 CELL, GRID = 16, 6
@@ -88,7 +89,8 @@ class Question:
 def check_known(what: str, name: str, known: Iterable[str]) -> None:
     """Refuse a ``name`` that is not among the ``known`` ones with a ValueError that lists them."""
     if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}")
+        near = did_you_mean(name, known)
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {name!r}{near}")
 
 
 def scan_indices(split: str) -> Ints:
