@@ -35,10 +35,10 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading bytes; anything else is refused instead of waited for.
 
     Args:
-        path: the file; symbolic links are followed.
+        path: The file; symbolic links are followed.
 
     Raises:
-        OSError: it is missing, unreadable, or a folder, FIFO, socket or device.
+        OSError: It is missing, unreadable, or a folder, FIFO, socket or device.
     """
     _check_regular(path.stat().st_mode, path)  # opening a device may already do something
     # without O_NONBLOCK a FIFO that took the file's place in between would block for ever
@@ -61,14 +61,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Let ``write`` fill a draft beside ``path``, sync it, then rename it into place.
 
     Args:
-        path: the file; its folder is made if needed.
-        write: gets the draft opened for writing bytes.
+        path: The file; its folder is made if needed.
+        write: Gets the draft opened for writing bytes.
 
     Returns:
         ``path``.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the draft is removed and an
+        OSError: The disk is full or the folder cannot be written; the draft is removed and an
             older file at ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def write_json(path: Path, content: Mapping[str, Any] | list[Any], *, sort: bool
     """`write_atomically` of JSON; NaN and infinities are refused.
 
     Raises:
-        ValueError: the content holds a number that JSON lacks.
+        ValueError: The content holds a number that JSON lacks.
     """
     text = json.dumps(content, indent=2, sort_keys=sort, allow_nan=False)
     return write_text(path, text + "\n")
@@ -107,7 +107,7 @@ class JsonLog:
     an error.
 
     Args:
-        path: the file; there is none before the first `append`.
+        path: The file; there is none before the first `append`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -117,7 +117,7 @@ class JsonLog:
         """All whole rows, oldest first; empty without a file.
 
         Raises:
-            ValueError: a line before the last is damaged, which no crash of ours explains.
+            ValueError: A line before the last is damaged, which no crash of ours explains.
         """
         if not self.path.is_file():
             return []

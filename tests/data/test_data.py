@@ -71,7 +71,7 @@ def test_bad_samples_are_named_with_their_file(tmp_path: Path, id: str, text: st
     index = ["1", "gone", "broken", "cut", "mute", "open", "2"].index(id)
     with pytest.raises(BadSampleError, match=rf"(?s){id}.*{text}") as caught:
         dataset.read(index)
-    assert "data.jsonl" in str(caught.value) and "skip_bad=True" in str(caught.value)
+    assert "data.jsonl" in str(caught.value) and "--skip-bad" in str(caught.value)
 
 
 def test_skip_bad_counts_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -200,6 +201,13 @@ def half(tmp_path: Path) -> Path:
     ("lvlm", "samples", "change", "message"),
     [
         (FakeLVLM(fingerprint="x"), make_samples(7), {}, "started with the LVLM fake .*fake-1"),
+        (FakeLVLM(dtype="torch.bfloat16"), make_samples(7), {}, "dtype 'float32', not 'bfloat16'"),
+        (
+            FakeLVLM(image_backend="torchvision"),
+            make_samples(7),
+            {},
+            "image_backend 'pil', not 'torchvision'",
+        ),
         (FakeLVLM(), make_samples(7)[1:], {}, r"other samples .* unit 0, from 's0-1' to 's3-0'\)"),
         (FakeLVLM(), make_samples(7)[:3], {}, "started with other samples"),
         (FakeLVLM(), [], {}, "holds more samples than the given ones"),
@@ -270,6 +278,40 @@ def test_starting_over_removes_the_store_s_own_files_only(tmp_path: Path):
         [*mine, "autoencoder", "encoding.json", "images-00000.arrow", "manifest.json",
          "samples-00000.arrow"]
     )  # fmt: skip
+
+
+def forget_computing(folder: Path) -> None:
+    """Make of a store what the first release wrote."""
+    for name, place in (("encoding.json", "lvlm"), ("manifest.json", None)):
+        if (folder / name).exists():
+            whole = json.loads((folder / name).read_text())
+            for field in ("dtype", "image_backend"):
+                del (whole[place] if place else whole)[field]
+            (folder / name).write_text(json.dumps(whole))
+
+
+def test_how_an_lvlm_computed_is_in_the_manifest(tmp_path: Path):
+    lvlm = FakeLVLM(dtype="torch.bfloat16", image_backend="torchvision")
+    store = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert (store.manifest.dtype, store.manifest.image_backend) == ("bfloat16", "torchvision")
+    other = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "t", **SMALL)
+    assert store.fingerprint != other.fingerprint
+    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), or"):
+        encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+
+
+def test_stores_that_did_not_record_it_still_open(tmp_path: Path):
+    first = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+    forget_computing(tmp_path / "s")
+    old = FeatureStore.open(tmp_path / "s")
+    assert old.manifest.dtype == "" and old.fingerprint != first.fingerprint
+    lvlm = FakeLVLM()
+    again = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert lvlm.calls == {} and again.fingerprint == old.fingerprint
+    out = half(tmp_path / "half")
+    forget_computing(out)
+    with pytest.raises(StoreError, match=r"did not record the number type.* another folder"):
+        encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
 
 
 def test_starting_over_forgets_channels(tmp_path: Path):
@@ -411,6 +453,18 @@ def test_ray_gives_the_same_files(tmp_path: Path):
             encode_dataset_ray(unloadable, few[:4], tmp_path / "u", **SMALL)
         assert len(str(caught.value).splitlines()) == 1
         assert not (tmp_path / "p").exists() and not (tmp_path / "u").exists()
+
+        class Picky(fake_lvlm.FakeLVLM):
+            def prompt(self, question):
+                if "this this" in question:
+                    raise ValueError("too much")
+                return super().prompt(question)
+
+        with pytest.raises(BadSampleError, match="sample 's0-1': too much; repair it or pass --sk"):
+            encode_dataset_ray(Picky, few[:4], tmp_path / "q", **SMALL)
+        store = encode_dataset_ray(Picky, few[:4], tmp_path / "r", skip_bad=True, **SMALL)
+        assert store.manifest.skipped == 2
+        assert (tmp_path / "r" / "skipped.jsonl").read_text().count("too much") == 2
     finally:
         if started_here:
             ray.shutdown()

@@ -213,7 +213,7 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument(
         "--restart", action="store_true", help="remove the store in --out first, do not continue it"
     )
-    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, count them")
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, list them")
     sub.add_argument(
         "--allow-outside", action="store_true", help="also read pictures outside the data's folder"
     )

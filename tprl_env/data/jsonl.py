@@ -38,7 +38,7 @@ _RENAMED = {"metric": "grader", "kind": "question_type"}
 _MAX_TEXT = 100_000  # characters of a question or answer; no context of an LVLM takes more
 _LOGGED = 10  # bad samples that are logged one by one
 _LOGGED_LENGTH = 500
-_SKIP = "or pass skip_bad=True (--skip-bad)"
+_SKIP = "or pass --skip-bad"
 
 
 class NoSamplesError(ValueError):
@@ -71,6 +71,7 @@ class JsonlDataset:
     Attributes:
         description: File name and limit, for manifests.
         skipped: Messages of the samples left out by the latest iteration.
+        skipped_ids: Their ids.
 
     Raises:
         ValueError: The file is missing or empty, or an id occurs twice.
@@ -89,6 +90,7 @@ class JsonlDataset:
         self.path = Path(path)
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.skipped_ids: list[str] = []
         self.description = self.path.name + (f" limit {limit}" if limit is not None else "")
         self._root = None if allow_outside else self.path.parent.resolve()
         numbered = islice(read_records(self.path), limit)
@@ -120,7 +122,7 @@ class JsonlDataset:
                 f"{where} lacks {missing} and has unknown fields {unknown[:5]}; "
                 f"the fields are {', '.join(_KNOWN)}"
             )
-        checked: dict[str, Any] = {"line": number}
+        checked: dict[str, Any] = {"line": number, "where": where}
         for name in record:
             if name == "answers":
                 checked[name] = answers_field(record, name, where)
@@ -148,12 +150,14 @@ class JsonlDataset:
             resolved = file.resolve()  # symbolic links must not lead out either
         except (OSError, RuntimeError, ValueError) as error:
             raise BadSampleError(
-                f"{where} {record['image'][:200]!r} cannot be found ({error}), {_SKIP}"
+                f"{where} {record['image'][:200]!r} cannot be found ({error}), {_SKIP}",
+                sample=record["id"],
             ) from error
         if not resolved.is_relative_to(self._root):
             raise BadSampleError(
                 f"{where} {record['image'][:200]!r} lies outside of the data folder {self._root}; "
-                f"move it there or pass allow_outside=True (--allow-outside)"
+                f"move it there or pass allow_outside=True (--allow-outside)",
+                sample=record["id"],
             )
         return resolved
 
@@ -168,7 +172,7 @@ class JsonlDataset:
             BadSampleError: A picture cannot be read, a question is empty or an answer is
                 missing. The iterator survives: the next ``next`` yields the next sample.
         """
-        self.skipped = []
+        self.skipped, self.skipped_ids = [], []
         return _Reader(self)
 
     def read(self, index: int) -> Sample:
@@ -185,12 +189,15 @@ class JsonlDataset:
             if len(text) > _MAX_TEXT:
                 raise BadSampleError(
                     f"{where}: a text of {len(text)} characters, at most {_MAX_TEXT} are read; "
-                    f"shorten it, {_SKIP}"
+                    f"shorten it, {_SKIP}",
+                    sample=record["id"],
                 )
         try:
             image = read_picture(self._file(record))
         except PictureError as error:
-            raise BadSampleError(f"{where}: cannot read the image {error}, {_SKIP}") from error
+            raise BadSampleError(
+                f"{where}: cannot read the image {error}, {_SKIP}", sample=record["id"]
+            ) from error
         try:
             return Sample(
                 id=record["id"],
@@ -200,9 +207,12 @@ class JsonlDataset:
                 image_id=record.get("image_id", record["image"]),
                 question_type=record.get("question_type", ""),
                 grader=record.get("grader", "exact"),
+                meta={"where": record["where"]},
             )
         except ValueError as error:
-            raise BadSampleError(f"{self.path} line {record['line']}: {error}, {_SKIP}") from error
+            raise BadSampleError(
+                f"{record['where']}: {error}, {_SKIP}", sample=record["id"]
+            ) from error
 
 
 class _Reader:
@@ -225,6 +235,7 @@ class _Reader:
                     raise
                 reason = str(error).removesuffix(f", {_SKIP}")
                 self._dataset.skipped.append(reason)
+                self._dataset.skipped_ids.append(error.sample)
                 log_left_out(len(self._dataset.skipped), reason)
         if len(self._dataset.skipped) == len(self._dataset):
             # not a BadSampleError, which readers pass over

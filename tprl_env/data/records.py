@@ -20,7 +20,15 @@ _OTHER_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"
 
 
 class BadSampleError(ValueError):
-    """A sample cannot be used; the message names it and the file."""
+    """A sample cannot be used; the message names it and the file.
+
+    Attributes:
+        sample: Its id, empty where it has none.
+    """
+
+    def __init__(self, message: str, sample: str = "") -> None:
+        super().__init__(message)
+        self.sample = sample
 
 
 class NumberText(str):

@@ -26,7 +26,8 @@ class Sample:
         grader: Name in ``tprl_env.data.graders.GRADERS`` that grades free text.
         relevance: Answer-blind per-token relevance for datasets that know it (the built-in
             scenes), ``(num_tokens,)`` float32, larger is more relevant; ``None`` elsewhere.
-        meta: Anything else a dataset wants to keep; never read by the library.
+        meta: Anything else a dataset wants to keep; the library reads ``"where"`` alone, the file
+            and line that a message names.
     """
 
     id: str

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from tprl_env.env.token_picture import (
@@ -43,18 +43,18 @@ class TrajectoryStep:
     Attributes:
         alive: bool (n,), tokens kept at this step, row by row of the grid.
         score: Score(m_t) in [0, 1], or None where the step was not scored.
-        answer: what the LVLM answered from these tokens, or None.
+        answer: What the LVLM answered from these tokens, or None.
     """
 
-    alive: NDArray[np.bool_]
+    alive: npt.NDArray[np.bool_]
     score: float | None = None
     answer: str | None = None
 
 
 def draw_step(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
@@ -68,22 +68,22 @@ def draw_step(
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
+        grid: Rows and columns of the visual tokens.
         alive: bool (rows * columns,), True = kept.
-        step: steps taken, 0 before the first.
+        step: Steps taken, 0 before the first.
         score: Score(m_t) in [0, 1], or None where it is not known.
-        kept: number of kept tokens to print.
-        question: the question, cut after two lines.
-        answer: reference answer, or None.
-        size: side of the picture area in pixels, at least 120.
-        box: part of the picture that the grid covers, (top, left, bottom, right) in its pixels;
+        kept: Number of kept tokens to print.
+        question: The question, cut after two lines.
+        answer: Reference answer, or None.
+        size: Side of the picture area in pixels, at least 120.
+        box: Part of the picture that the grid covers, (top, left, bottom, right) in its pixels;
             all of it where None. What lies outside is greyed.
 
     Returns:
         uint8 (size + caption, size, 3); the caption's height depends on ``size`` alone.
 
     Raises:
-        ValueError: if the picture is not RGB uint8, the mask does not fill the grid, or the size
+        ValueError: If the picture is not RGB uint8, the mask does not fill the grid, or the size
             is too small.
     """
     mask = _check_mask(grid, alive)
@@ -115,7 +115,7 @@ def draw_step(
 
 
 def draw_trajectory(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
     steps: Sequence[TrajectoryStep],
     *,
@@ -128,18 +128,18 @@ def draw_trajectory(
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
-        steps: the states T = 0, 1, ... in order; the first usually holds all tokens.
-        question: printed once above the panels.
-        answer: reference answer, printed beside the question, or None.
-        size: side of one panel in pixels, at least 120.
-        box: as in `draw_step`.
+        grid: Rows and columns of the visual tokens.
+        steps: The states T = 0, 1, ... in order; the first usually holds all tokens.
+        question: Printed once above the panels.
+        answer: Reference answer, printed beside the question, or None.
+        size: Side of one panel in pixels, at least 120.
+        box: As in `draw_step`.
 
     Returns:
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: as `draw_step`, or if there are no steps.
+        ValueError: As `draw_step`, or if there are no steps.
     """
     if not steps:
         raise ValueError("steps must hold at least one step, got none")
@@ -181,7 +181,7 @@ def draw_trajectory(
 
 def draw_text(
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
@@ -209,8 +209,8 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     """Draw the present state of one running episode.
 
     Args:
-        episodes: the state of an environment.
-        slot: which of its episodes.
+        episodes: The state of an environment.
+        slot: Which of its episodes.
         mode: "rgb_array" for `draw_step`, "ansi" for `draw_text`.
 
     Returns:
@@ -235,7 +235,7 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     return draw_step(source.picture(sample), grid, alive, **common, box=box)
 
 
-def _check_mask(grid: tuple[int, int], alive: ArrayLike) -> NDArray[np.bool_]:
+def _check_mask(grid: tuple[int, int], alive: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """The mask as (rows, columns)."""
     array, (rows, columns) = np.asarray(alive), grid
     if array.shape != (rows * columns,) or array.size == 0:

@@ -6,14 +6,14 @@ Only numpy and Pillow.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 from PIL import Image
 
 from tprl_env.data.features.source import Box
 
 __all__ = ["PAPER", "Box", "Picture", "check_picture", "cut_off", "frame", "token_picture"]
 
-Picture = NDArray[np.uint8]
+Picture = npt.NDArray[np.uint8]
 
 PAPER = (250, 250, 248)
 _KEPT_EDGE = (255, 140, 0)
@@ -46,15 +46,15 @@ def cut_off(shape: tuple[int, ...], box: Box | None) -> float:
 
 
 def token_picture(
-    picture: Picture, mask: NDArray[np.bool_], area: tuple[int, int], box: Box | None = None
+    picture: Picture, mask: npt.NDArray[np.bool_], area: tuple[int, int], box: Box | None = None
 ) -> Picture:
     """The picture centred on (height, width), pruned tokens faded, kept regions outlined.
 
     Args:
         picture: uint8 (H, W, 3).
         mask: bool (rows, columns), True = kept.
-        area: height and width of the result.
-        box: part of the picture under the mask; all of it where None. The rest is greyed.
+        area: Height and width of the result.
+        box: Part of the picture under the mask; all of it where None. The rest is greyed.
     """
     outer = frame(picture.shape, box)
     height, width = outer[2] - outer[0], outer[3] - outer[1]
@@ -85,7 +85,7 @@ def token_picture(
 
 def _tokens_under(
     shape: tuple[int, int], axis: int, outer: Box, box: Box | None, grid: tuple[int, ...]
-) -> NDArray[np.int64]:
+) -> npt.NDArray[np.int64]:
     """The token row (or column) under each pixel row (or column); -1 where there is none."""
     pixels, count = np.arange(shape[axis]), grid[axis]
     if box is None:
@@ -98,7 +98,7 @@ def _tokens_under(
 
 def _resized(
     picture: Picture, shape: tuple[int, int], scale: float, outer: Box
-) -> NDArray[np.float32]:
+) -> npt.NDArray[np.float32]:
     """The picture at its place in the frame, grey where the frame is larger."""
     height, width = picture.shape[:2]
     size = (shape[1], shape[0])
@@ -115,7 +115,7 @@ def _resized(
     return np.asarray(large, np.float32)
 
 
-def _outline(kept: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+def _outline(kept: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_]:
     """Pixels inside kept regions within ``width`` of a pruned pixel."""
     inner = kept.copy()
     for _ in range(width):
@@ -124,11 +124,11 @@ def _outline(kept: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
     return kept & ~inner
 
 
-def check_picture(picture: ArrayLike) -> Picture:
+def check_picture(picture: npt.ArrayLike) -> Picture:
     """The picture as an array.
 
     Raises:
-        ValueError: it is not uint8 (H, W, 3), or empty.
+        ValueError: It is not uint8 (H, W, 3), or empty.
     """
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:

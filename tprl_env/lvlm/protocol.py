@@ -102,6 +102,8 @@ class LVLM(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+    image_backend: str
+    max_positions: int
     token_width: int
     query_width: int
     image_token_id: int

@@ -44,20 +44,30 @@ _OWN_FILES = re.compile(
     r"encoding\.json|skipped\.jsonl)(-\d+\.tmp)?"
 )
 
+Skipped = dict[str, str]
+"""A sample that was left out: its ``id`` and the ``reason``."""
+
+COMPUTING = {
+    "dtype": "with that one (--dtype {})",
+    "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
+}
+"""How an LVLM computed, beside what it is, and how to continue with the same."""
+
 
 @dataclass(frozen=True)
 class UnitEntry:
-    """A finished unit: its two files and the dataset hash behind its last sample."""
+    """A finished unit: its two files, the dataset hash behind its last sample, what it skipped."""
 
     images: FileEntry
     samples: FileEntry
     dataset: str
+    skipped: tuple[Skipped, ...] = ()
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> UnitEntry:
         """Read what ``dataclasses.asdict`` wrote."""
         images, samples = (FileEntry(**content[name]) for name in ("images", "samples"))
-        return cls(images, samples, content["dataset"])
+        return cls(images, samples, content["dataset"], tuple(content.get("skipped", ())))
 
 
 def unit_names(unit: int) -> tuple[str, str]:
@@ -128,15 +138,33 @@ class Journal:
         """Set the LVLM's identity, or compare it with the one that started the encoding.
 
         Raises:
-            StoreError: Another LVLM started it.
+            StoreError: Another LVLM started it, or the same in another number type or with
+                another image backend, whose features must not stand in one store.
         """
-        if self.lvlm and self.lvlm != lvlm:
+        if not self.lvlm:
+            self.lvlm = lvlm
+            return
+        before = {k: v for k, v in self.lvlm.items() if k not in COMPUTING}
+        if before != {k: v for k, v in lvlm.items() if k not in COMPUTING}:
             raise StoreError(
                 f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
                 f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
                 f"continue with that one, {START_OVER}, or choose another folder"
             )
-        self.lvlm = lvlm
+        if not any(self.lvlm.get(name) for name in COMPUTING):
+            if (self.folder / MANIFEST_NAME).is_file():
+                return  # finished: nothing will be added to it
+            raise StoreError(
+                f"{self.folder} was started by a release that did not record the number type, so "
+                f"it cannot be continued without mixing two; choose another folder"
+            )
+        for name, cure in COMPUTING.items():
+            found, given = self.lvlm.get(name, ""), lvlm.get(name, "")
+            if found != given:
+                raise StoreError(
+                    f"{self.folder} was started with {name} {found!r}, not {given!r}; continue "
+                    f"{cure.format(found)}, or choose another folder"
+                )
 
     @property
     def cuts(self) -> list[int]:
@@ -179,17 +207,30 @@ class Journal:
         entries = [(unit.images, unit.samples)[which] for unit in self.units]
         return ArrowRows([self.folder / n for n in names], [e.rows for e in entries])
 
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What the finished units left out."""
+        return [one for unit in self.units for one in unit.skipped]
+
     def finish(self, units: int, skipped: int) -> None:
         """Write the manifest; the store is complete from here on.
 
         A manifest of the same samples stays as it is, whatever the dataset is called by now.
         Channels of fewer samples are removed, because they say nothing about the new ones.
 
+        Args:
+            units: Number of units there are.
+            skipped: Samples left out, here and while reading.
+
         Raises:
             StoreError: There are no samples, or fewer than were encoded before.
         """
         if not self.units:
             raise StoreError("there are no samples to encode; check the dataset and its filters")
+        if not any(unit.samples.rows for unit in self.units):
+            first = self.skipped[0]["reason"]
+            _clear(self.folder)
+            raise StoreError(f"every sample was left out, the first because: {first}")
         if units != len(self.units):
             raise StoreError(
                 f"{self.folder} holds more samples than the given ones; {START_OVER} or choose "
@@ -216,6 +257,8 @@ class Journal:
             skipped=skipped,
             files=files,
             packages=versions(PACKAGES),
+            dtype=self.lvlm.get("dtype", ""),
+            image_backend=self.lvlm.get("image_backend", ""),
         )
         if (self.folder / MANIFEST_NAME).is_file():
             before = Manifest.read(self.folder)

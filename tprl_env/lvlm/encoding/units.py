@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.data.features.journal import DatasetHash, Journal, picture_digest
+from tprl_env.data.features.journal import DatasetHash, Journal, Skipped, picture_digest
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.jsonl import BadSampleError, NoSamplesError, log_left_out
 from tprl_env.data.sample import Sample
@@ -112,19 +112,21 @@ class SkippingReader:
     that is not computed: they must not be scored by another one without a word.
 
     Attributes:
-        skipped: Number of samples left out, those that the iterable itself skipped included.
+        skipped: Samples left out, those that the iterable itself skipped included.
     """
 
     def __init__(self, samples: Iterable[Sample], skip_bad: bool) -> None:
         self._source = samples
         self._skip_bad = skip_bad
-        self._own = 0
-        self._first = ""
+        self._own: list[Skipped] = []
 
     @property
-    def skipped(self) -> int:
-        """Number of samples left out so far."""
-        return self._own + len(getattr(self._source, "skipped", ()))
+    def skipped(self) -> list[Skipped]:
+        """Samples left out so far, those that the iterable itself skipped included."""
+        reasons = getattr(self._source, "skipped", ())
+        ids = getattr(self._source, "skipped_ids", [""] * len(reasons))
+        own = zip(ids, reasons, strict=True)
+        return [*({"id": name, "reason": reason} for name, reason in own), *self._own]
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the samples.
@@ -146,7 +148,7 @@ class SkippingReader:
                 if not self._skip_bad or inspect.isgenerator(iterator) or str(error) == before:
                     raise
                 before = str(error)
-                self._leave_out(before)
+                self._leave_out(error.sample, before)
                 continue
             if sample.grader == COMPUTED_GRADER:
                 read += 1
@@ -155,20 +157,21 @@ class SkippingReader:
             refused = BadSampleError(
                 f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
                 f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
-                f'"{COMPUTED_GRADER}", or pass skip_bad=True (--skip-bad)'
+                f'"{COMPUTED_GRADER}", or pass --skip-bad',
+                sample=sample.id,
             )
             if not self._skip_bad:
                 raise refused
-            self._leave_out(str(refused))
+            self._leave_out(sample.id, str(refused))
         if self._own and not read:
             raise NoSamplesError(
-                f"no sample is left: every sample was left out, the first because: {self._first}"
+                f"no sample is left: every sample was left out, the first because: "
+                f"{self._own[0]['reason']}"
             )
 
-    def _leave_out(self, reason: str) -> None:
-        self._own += 1
-        self._first = self._first or reason
-        log_left_out(self._own, reason)
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._own.append({"id": name, "reason": reason})
+        log_left_out(len(self._own), reason)
 
 
 def describe_dataset(description: str | Mapping[str, Any] | None, samples: object) -> str:

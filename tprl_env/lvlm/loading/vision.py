@@ -29,6 +29,7 @@ class VisionEncoder:
     """The part of a LLaVA in front of the language model.
 
     Attributes:
+        backend: "pil" or "torchvision", which differ by a grey level here and there.
         width: Dv; the widths of all selected tower layers together.
         cls_attention_layer: Tower layer whose CLS attention is reported: the field of that name
             in the checkpoint's config.json, else :data:`DEFAULT_CLS_LAYER`.
@@ -45,6 +46,7 @@ class VisionEncoder:
         self._tower.set_attn_implementation(IMPLEMENTATION)
         self._projector = model.model.multi_modal_projector
         self._image_processor = image_processor
+        self.backend = str(getattr(image_processor, "backend", "pil"))
         layers = config.vision_feature_layer
         self._feature_layers = [layers] if isinstance(layers, int) else list(layers)
         self._drop_cls = config.vision_feature_select_strategy == "default"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "learner_columns",
 ]
 
-Floats = NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 
 EPISODE, GROUP, RETURN = "episode", "group", "return"
 """Columns (R,) for MAPO: number of the row's episode in its rollout, its group and its return."""
@@ -33,7 +33,7 @@ class EpisodeColumns:
     """Rows of many complete episodes; an opaque leaf for dm-tree that RLlib treats as an episode.
 
     Args:
-        columns: name -> (R, ...) array, or a dict of such arrays under ``obs``.
+        columns: Name -> (R, ...) array, or a dict of such arrays under ``obs``.
         rows: R.
     """
 
@@ -83,35 +83,35 @@ class Rollout:
         live: bool (B,) per step, episodes that took it.
         wanted: bool (B,) per step, episodes whose mask after it must be scored.
         masks: bool (B, N) per step, alive tokens after it.
-        steps: what the learner needs of each step: columns of its live rows.
+        steps: What the learner needs of each step: columns of its live rows.
         values: float32 (B,) per step, 0 where not live.
     """
 
-    samples: NDArray[np.int64]
-    group: NDArray[np.int64]
-    budget: NDArray[np.int64]
+    samples: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64]
+    budget: npt.NDArray[np.int64]
     full: Floats
-    counts: list[NDArray[np.int64]] = field(default_factory=list)
-    live: list[NDArray[np.bool_]] = field(default_factory=list)
-    wanted: list[NDArray[np.bool_]] = field(default_factory=list)
-    masks: list[NDArray[np.bool_]] = field(default_factory=list)
+    counts: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    live: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    wanted: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    masks: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
 
-    def taken(self) -> NDArray[np.bool_]:
+    def taken(self) -> npt.NDArray[np.bool_]:
         """Steps that were taken, bool (T, B)."""
         return np.stack(self.live)
 
 
-def learner_columns(rollout: Rollout, results: Mapping[str, NDArray[Any]]) -> EpisodeColumns:
+def learner_columns(rollout: Rollout, results: Mapping[str, npt.NDArray[Any]]) -> EpisodeColumns:
     """Rows of all steps that were taken, step by step.
 
     Args:
-        rollout: the episodes.
-        results: columns to add, (T, B) each.
+        rollout: The episodes.
+        results: Columns to add, (T, B) each.
 
     Raises:
-        RuntimeError: if a group is not whole; its advantages would mean nothing.
+        RuntimeError: If a group is not whole; its advantages would mean nothing.
     """
     sizes = np.bincount(rollout.group)
     if (sizes != sizes[0]).any():

@@ -9,7 +9,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 
 from tprl_env.env.observations import Observation, progress
 
@@ -17,11 +17,11 @@ __all__ = ["NumberedSpaces", "numbered_observation"]
 
 
 def numbered_observation(
-    samples: NDArray[np.int64],
-    state: ArrayLike,
-    alive: ArrayLike,
-    step: ArrayLike,
-    budget: ArrayLike | None,
+    samples: npt.NDArray[np.int64],
+    state: npt.ArrayLike,
+    alive: npt.ArrayLike,
+    step: npt.ArrayLike,
+    budget: npt.ArrayLike | None,
 ) -> Observation:
     """An observation by sample number; equal ``state`` says that rows are equal.
 
@@ -29,8 +29,8 @@ def numbered_observation(
         samples: int64 (R,), sample numbers.
         state: int (R,), number of the row's state: rows that share it are forwarded once.
         alive: bool (R, N), tokens still in play.
-        step: steps taken so far, a number or (R,).
-        budget: wanted counts (R,), None without a budget.
+        step: Steps taken so far, a number or (R,).
+        budget: Wanted counts (R,), None without a budget.
     """
     numbers = {"sample": samples, "state": np.asarray(state, np.int64)}
     return numbers | progress(alive, step, budget)

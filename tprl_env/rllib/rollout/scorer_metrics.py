@@ -35,10 +35,10 @@ class ScorerReport:
         """Log under ``scorer/...``.
 
         Args:
-            metrics: the runner's MetricsLogger.
-            counters: numbers since the start, as `ScorerPool.counters` gives them.
-            seconds: time since the last call.
-            window: values to average over, the number of runners.
+            metrics: The runner's MetricsLogger.
+            counters: Numbers since the start, as `ScorerPool.counters` gives them.
+            seconds: Time since the last call.
+            window: Values to average over, the number of runners.
         """
         fresh = {n: counters.get(n, 0.0) - self._seen.get(n, 0.0) for n in _SUMMED}
         self._seen = {name: counters.get(name, 0.0) for name in _SUMMED}
