@@ -24,14 +24,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Let ``write`` fill a draft beside ``path``, sync it, then rename it into place.
 
     Args:
-        path: the file; its folder is made if needed.
-        write: gets the draft opened for writing bytes.
+        path: The file; its folder is made if needed.
+        write: Gets the draft opened for writing bytes.
 
     Returns:
         ``path``.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the draft is removed and an
+        OSError: The disk is full or the folder cannot be written; the draft is removed and an
             older file at ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def write_json(path: Path, content: Mapping[str, Any] | list[Any], *, sort: bool
     """`write_atomically` of JSON; NaN and infinities are refused.
 
     Raises:
-        ValueError: the content holds a number that JSON lacks.
+        ValueError: The content holds a number that JSON lacks.
     """
     text = json.dumps(content, indent=2, sort_keys=sort, allow_nan=False)
     return write_text(path, text + "\n")
@@ -70,7 +70,7 @@ class JsonLog:
     an error.
 
     Args:
-        path: the file; there is none before the first `append`.
+        path: The file; there is none before the first `append`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,7 +80,7 @@ class JsonLog:
         """All whole rows, oldest first; empty without a file.
 
         Raises:
-            ValueError: a line before the last is damaged, which no crash of ours explains.
+            ValueError: A line before the last is damaged, which no crash of ours explains.
         """
         if not self.path.is_file():
             return []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrajectoryStep", "draw_step", "draw_text", "draw_trajectory", "episode_frame"]
 
-Picture = NDArray[np.uint8]
+Picture = npt.NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _PAPER = (250, 250, 248)
@@ -41,18 +41,18 @@ class TrajectoryStep:
     Attributes:
         alive: bool (n,), tokens kept at this step, row by row of the grid.
         score: Score(m_t) in [0, 1], or None where the step was not scored.
-        answer: what the LVLM answered from these tokens, or None.
+        answer: What the LVLM answered from these tokens, or None.
     """
 
-    alive: NDArray[np.bool_]
+    alive: npt.NDArray[np.bool_]
     score: float | None = None
     answer: str | None = None
 
 
 def draw_step(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
@@ -65,20 +65,20 @@ def draw_step(
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
+        grid: Rows and columns of the visual tokens.
         alive: bool (rows * columns,), True = kept.
-        step: steps taken, 0 before the first.
+        step: Steps taken, 0 before the first.
         score: Score(m_t) in [0, 1], or None where it is not known.
-        kept: number of kept tokens to print.
-        question: the question, cut after two lines.
-        answer: reference answer, or None.
-        size: side of the picture area in pixels, at least 120.
+        kept: Number of kept tokens to print.
+        question: The question, cut after two lines.
+        answer: Reference answer, or None.
+        size: Side of the picture area in pixels, at least 120.
 
     Returns:
         uint8 (size + caption, size, 3); the caption's height depends on ``size`` alone.
 
     Raises:
-        ValueError: if the picture is not RGB uint8, the mask does not fill the grid, or the size
+        ValueError: If the picture is not RGB uint8, the mask does not fill the grid, or the size
             is too small.
     """
     mask = _check_mask(grid, alive)
@@ -103,7 +103,7 @@ def draw_step(
 
 
 def draw_trajectory(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
     steps: Sequence[TrajectoryStep],
     *,
@@ -115,17 +115,17 @@ def draw_trajectory(
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
-        steps: the states T = 0, 1, ... in order; the first usually holds all tokens.
-        question: printed once above the panels.
-        answer: reference answer, printed beside the question, or None.
-        size: side of one panel in pixels, at least 120.
+        grid: Rows and columns of the visual tokens.
+        steps: The states T = 0, 1, ... in order; the first usually holds all tokens.
+        question: Printed once above the panels.
+        answer: Reference answer, printed beside the question, or None.
+        size: Side of one panel in pixels, at least 120.
 
     Returns:
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: as `draw_step`, or if there are no steps.
+        ValueError: As `draw_step`, or if there are no steps.
     """
     if not steps:
         raise ValueError("steps must hold at least one step, got none")
@@ -163,7 +163,7 @@ def draw_trajectory(
 
 def draw_text(
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
@@ -185,8 +185,8 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     """Draw the present state of one running episode.
 
     Args:
-        episodes: the state of an environment.
-        slot: which of its episodes.
+        episodes: The state of an environment.
+        slot: Which of its episodes.
         mode: "rgb_array" for `draw_step`, "ansi" for `draw_text`.
 
     Returns:
@@ -208,7 +208,7 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     return draw_step(source.picture(sample), grid, alive, **common)
 
 
-def _token_picture(picture: Picture, mask: NDArray[np.bool_], area: tuple[int, int]) -> Picture:
+def _token_picture(picture: Picture, mask: npt.NDArray[np.bool_], area: tuple[int, int]) -> Picture:
     """The picture centred on (height, width), pruned tokens faded, kept regions outlined."""
     height, width = picture.shape[:2]
     scale = min(area[0] / height, area[1] / width)
@@ -237,7 +237,7 @@ def _token_picture(picture: Picture, mask: NDArray[np.bool_], area: tuple[int, i
     return canvas
 
 
-def _outline(kept: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
+def _outline(kept: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_]:
     """Pixels inside kept regions within ``width`` of a pruned pixel."""
     inner = kept.copy()
     for _ in range(width):
@@ -246,14 +246,14 @@ def _outline(kept: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
     return kept & ~inner
 
 
-def _check_picture(picture: ArrayLike) -> Picture:
+def _check_picture(picture: npt.ArrayLike) -> Picture:
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise ValueError(f"picture must be uint8 (H, W, 3), got {array.dtype}{array.shape}")
     return array
 
 
-def _check_mask(grid: tuple[int, int], alive: ArrayLike) -> NDArray[np.bool_]:
+def _check_mask(grid: tuple[int, int], alive: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """The mask as (rows, columns)."""
     array, (rows, columns) = np.asarray(alive), grid
     if array.shape != (rows * columns,) or array.size == 0:

@@ -38,7 +38,7 @@ def load_lvlm(
         revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: Transformers is not installed.
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """
@@ -61,7 +61,7 @@ def find_lvlm(checkpoint: str | Path, revision: str | None = None) -> tuple[str,
         Folder or hub id, and the ``model_type`` of its family.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: Transformers is not installed.
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """

@@ -39,7 +39,7 @@ class MaskedBernoulli:
         discount: lambda_disc in (0, 1].
 
     Raises:
-        ValueError: on shapes that do not fit together, a discount outside (0, 1] or a negative
+        ValueError: On shapes that do not fit together, a discount outside (0, 1] or a negative
             power.
     """
 
@@ -97,7 +97,7 @@ class MaskedBernoulli:
         """KL(self || other) in nats, (B,).
 
         Raises:
-            ValueError: when the two have different alive masks.
+            ValueError: When the two have different alive masks.
         """
         _check_same_alive(self.alive, other.alive)
         keep, prune = self.log_keep.exp(), self.log_prune.exp()
@@ -123,7 +123,7 @@ class ConditionalBernoulli:
         count: int64 (B,), tokens to keep, may differ per row; clamped to the number of alive ones.
 
     Raises:
-        ValueError: on shapes that do not fit together or a negative count.
+        ValueError: On shapes that do not fit together or a negative count.
     """
 
     def __init__(self, logits: Tensor, alive: Tensor, count: Tensor) -> None:
@@ -142,8 +142,8 @@ class ConditionalBernoulli:
         """Draw masks exactly: rejection from tilted coins, then a sequential fallback.
 
         Args:
-            generator: source of randomness on the device of the logits.
-            draws: independent masks per row; the costly parts are then shared.
+            generator: Source of randomness on the device of the logits.
+            draws: Independent masks per row; the costly parts are then shared.
 
         Returns:
             bool (B, N), or (draws, B, N) when ``draws`` is given.
@@ -196,7 +196,7 @@ class ConditionalBernoulli:
         """KL(self || other) in nats, (B,).
 
         Raises:
-            ValueError: when the two have different alive masks or counts.
+            ValueError: When the two have different alive masks or counts.
         """
         _check_same_alive(self.alive, other.alive)
         if not torch.equal(self.count, other.count):

@@ -164,7 +164,7 @@ class PruningPolicy(nn.Module):
     is equivariant to the order of the tokens.
 
     Args:
-        config: the architecture.
+        config: The architecture.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -209,13 +209,13 @@ class PruningPolicy(nn.Module):
         """Log-odds per token and value per row.
 
         Args:
-            obs: the environment's observation, batched: ``tokens`` (B, N, d), ``alive`` (B, N)
+            obs: The environment's observation, batched: ``tokens`` (B, N, d), ``alive`` (B, N)
                 0/1, ``query`` (B, d_q) or, for ``query="tokens"``, (B, Q, d_q) with
                 ``query_mask`` (B, Q) 0/1; ``budget`` (B, 1), the wanted count, and ``step``
                 (B, 1) where the configuration uses them. Other keys are ignored.
 
         Raises:
-            ValueError: on a missing key or a shape that does not fit.
+            ValueError: On a missing key or a shape that does not fit.
         """
         alive, query, features, condition, extra = self._shared(obs)
         logits = self.actor(features, extra).masked_fill(~alive, DEAD_LOGIT)
@@ -327,8 +327,8 @@ class PruningPolicy(nn.Module):
         with ``step_input``, in one step without: that is how they have been evaluated.
 
         Raises:
-            FileNotFoundError: when the folder or one of its two files is missing.
-            ValueError: when the content does not fit.
+            FileNotFoundError: When the folder or one of its two files is missing.
+            ValueError: When the content does not fit.
         """
         fields = read_config(folder, kind="pruning-policy")
         try:

@@ -170,7 +170,7 @@ def _one_sentence() -> Iterator[None]:
     """Turn a worker's failure into one sentence; Ray's text is the worker's whole traceback.
 
     Raises:
-        StoreError: a worker failed.
+        StoreError: A worker failed.
     """
     from ray.exceptions import RayError
 

@@ -30,7 +30,7 @@ class StopOnScoringFailure(RLlibCallback):
         """Check once per iteration; without remote runners errors arrive by themselves.
 
         Raises:
-            ScoringError: with the message of the first failure.
+            ScoringError: With the message of the first failure.
         """
         address = algorithm.config.env_config.get("pool")
         if not address or algorithm.config.num_env_runners == 0:

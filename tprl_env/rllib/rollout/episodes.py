@@ -13,7 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 from ray.rllib.core.columns import Columns
 
 from tprl_env.env.observations import Observation, progress
@@ -30,7 +30,7 @@ __all__ = [
     "numbered_observation",
 ]
 
-Floats = NDArray[np.float32]
+Floats = npt.NDArray[np.float32]
 
 EPISODE, GROUP, RETURN = "episode", "group", "return"
 """Columns (R,) for MAPO: number of the row's episode in its rollout, its group and its return."""
@@ -40,7 +40,7 @@ class EpisodeColumns:
     """Rows of many complete episodes; an opaque leaf for dm-tree that RLlib treats as an episode.
 
     Args:
-        columns: name -> (R, ...) array, or a dict of such arrays under ``obs``.
+        columns: Name -> (R, ...) array, or a dict of such arrays under ``obs``.
         rows: R.
     """
 
@@ -90,35 +90,35 @@ class Rollout:
         live: bool (B,) per step, episodes that took it.
         wanted: bool (B,) per step, episodes whose mask after it must be scored.
         masks: bool (B, N) per step, alive tokens after it.
-        steps: what the learner needs of each step: columns of its live rows.
+        steps: What the learner needs of each step: columns of its live rows.
         values: float32 (B,) per step, 0 where not live.
     """
 
-    samples: NDArray[np.int64]
-    group: NDArray[np.int64]
-    budget: NDArray[np.int64]
+    samples: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64]
+    budget: npt.NDArray[np.int64]
     full: Floats
-    counts: list[NDArray[np.int64]] = field(default_factory=list)
-    live: list[NDArray[np.bool_]] = field(default_factory=list)
-    wanted: list[NDArray[np.bool_]] = field(default_factory=list)
-    masks: list[NDArray[np.bool_]] = field(default_factory=list)
+    counts: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    live: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    wanted: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    masks: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
 
-    def taken(self) -> NDArray[np.bool_]:
+    def taken(self) -> npt.NDArray[np.bool_]:
         """Steps that were taken, bool (T, B)."""
         return np.stack(self.live)
 
 
-def learner_columns(rollout: Rollout, results: Mapping[str, NDArray[Any]]) -> EpisodeColumns:
+def learner_columns(rollout: Rollout, results: Mapping[str, npt.NDArray[Any]]) -> EpisodeColumns:
     """Rows of all steps that were taken, step by step.
 
     Args:
-        rollout: the episodes.
-        results: columns to add, (T, B) each.
+        rollout: The episodes.
+        results: Columns to add, (T, B) each.
 
     Raises:
-        RuntimeError: if a group is not whole; its advantages would mean nothing.
+        RuntimeError: If a group is not whole; its advantages would mean nothing.
     """
     sizes = np.bincount(rollout.group)
     if (sizes != sizes[0]).any():
@@ -144,11 +144,11 @@ def join_columns(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def numbered_observation(
-    samples: NDArray[np.int64],
-    state: ArrayLike,
-    alive: ArrayLike,
-    step: ArrayLike,
-    budget: ArrayLike | None,
+    samples: npt.NDArray[np.int64],
+    state: npt.ArrayLike,
+    alive: npt.ArrayLike,
+    step: npt.ArrayLike,
+    budget: npt.ArrayLike | None,
 ) -> Observation:
     """An observation by sample number; equal ``state`` says that rows are equal.
 
@@ -156,8 +156,8 @@ def numbered_observation(
         samples: int64 (R,), sample numbers.
         state: int (R,), number of the row's state: rows that share it are forwarded once.
         alive: bool (R, N), tokens still in play.
-        step: steps taken so far, a number or (R,).
-        budget: wanted counts (R,), None without a budget.
+        step: Steps taken so far, a number or (R,).
+        budget: Wanted counts (R,), None without a budget.
     """
     numbers = {"sample": samples, "state": np.asarray(state, np.int64)}
     return numbers | progress(alive, step, budget)

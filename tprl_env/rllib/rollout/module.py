@@ -65,7 +65,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
             learner's state, so that a resumed run keeps the start policy of its first start.
 
     Raises:
-        ValueError: if ``load`` holds a policy of another shape.
+        ValueError: If ``load`` holds a policy of another shape.
     """
 
     def setup(self) -> None:
@@ -101,8 +101,8 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """Decide one step for all rows, without gradients.
 
         Args:
-            obs: batched observation, plain or of sample numbers.
-            explore: draw masks with the module's own generator; False takes the likeliest.
+            obs: Batched observation, plain or of sample numbers.
+            explore: Draw masks with the module's own generator; False takes the likeliest.
         """
         with torch.no_grad():
             inputs, values = self._inputs(obs)
@@ -155,7 +155,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """Values (R,); ``embeddings`` are those of a forward pass on the same batch.
 
         Raises:
-            ValueError: in a module without a critic.
+            ValueError: In a module without a critic.
         """
         if not self._has_critic:
             raise ValueError("this module was built without a critic and has no values")
@@ -231,7 +231,7 @@ def load_policy(folder: str, config: PolicyConfig) -> PruningPolicy:
     """A saved policy that must have this shape.
 
     Raises:
-        ValueError: if it has another one, naming the fields that differ.
+        ValueError: If it has another one, naming the fields that differ.
     """
     policy = PruningPolicy.from_pretrained(folder)
     ours, theirs = asdict(config), asdict(policy.config)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
 from tprl_env.data.features import shared_source
 from tprl_env.rllib.config import TrainConfig, scorer_spec
@@ -34,17 +34,21 @@ class LocalScores:
     class Ready(NamedTuple):
         """Scores that are there already."""
 
-        scores: NDArray[np.float32]
+        scores: npt.NDArray[np.float32]
 
-        def result(self) -> NDArray[np.float32]:
+        def result(self) -> npt.NDArray[np.float32]:
             """The scores, float32 (B,)."""
             return self.scores
 
-    def __call__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def __call__(
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float32]:
         """Score, as `tprl_env.scoring.cache.Scorer`."""
         return self._scorer(samples, keep)
 
-    def submit(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> LocalScores.Ready:
+    def submit(
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+    ) -> LocalScores.Ready:
         """Score now."""
         return self.Ready(self._scorer(samples, keep))
 
@@ -89,10 +93,10 @@ class ScorerReport:
         """Log under ``scorer/...``.
 
         Args:
-            metrics: the runner's MetricsLogger.
-            counters: numbers since the start, as `ScorerPool.counters` gives them.
-            seconds: time since the last call.
-            window: values to average over, the number of runners.
+            metrics: The runner's MetricsLogger.
+            counters: Numbers since the start, as `ScorerPool.counters` gives them.
+            seconds: Time since the last call.
+            window: Values to average over, the number of runners.
         """
         fresh = {n: counters.get(n, 0.0) - self._seen.get(n, 0.0) for n in _SUMMED}
         self._seen = {name: counters.get(name, 0.0) for name in _SUMMED}
