@@ -96,7 +96,8 @@ class EpisodeMemory:
         Raises:
             ValueError: If it belongs to other samples or another reward.
         """
-        theirs = dict(state["identity"])
+        # checkpoints from before the rename call the score's kind a metric
+        theirs = {"score_kind" if n == "metric" else n: v for n, v in state["identity"].items()}
         if theirs != self._identity:
             table = ", ".join(
                 f"{name} {theirs.get(name)}, now {self._identity.get(name)}"

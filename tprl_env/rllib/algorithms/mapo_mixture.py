@@ -35,8 +35,14 @@ from torch import Tensor
 from tprl_env.policy.observations import to_tensors
 from tprl_env.rllib.algorithms.losses import ROW_WEIGHT
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory, Key
-from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns, join_columns
-from tprl_env.rllib.rollout.observations import numbered_observation
+from tprl_env.rllib.rollout.episodes import (
+    EPISODE,
+    GROUP,
+    RETURN,
+    EpisodeColumns,
+    join_columns,
+    numbered_observation,
+)
 
 __all__ = ["Judge", "MixtureReport", "Weights", "mix", "mixture_weights"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from tprl_env.env.scorer import ScoringError
-from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
+from tprl_env.rllib.rollout.scorers import ScorerReport
 from tprl_env.scoring.pool import ScorerPool
 
 __all__ = ["EnvironmentMetrics", "StopOnScoringFailure"]

@@ -37,11 +37,15 @@ from tprl_env.data.features import shared_source
 from tprl_env.env.episodes import Episodes, choose_episode
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.advantages import estimate
-from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout, learner_columns
+from tprl_env.rllib.rollout.episodes import (
+    EpisodeColumns,
+    NumberedSpaces,
+    Rollout,
+    learner_columns,
+    numbered_observation,
+)
 from tprl_env.rllib.rollout.module import Acted, TokenPruningModule
-from tprl_env.rllib.rollout.observations import NumberedSpaces, numbered_observation
-from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
-from tprl_env.rllib.rollout.scorers import open_scorer
+from tprl_env.rllib.rollout.scorers import ScorerReport, open_scorer
 
 __all__ = ["TokenPruningRunner"]
 
