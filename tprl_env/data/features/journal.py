@@ -156,20 +156,23 @@ class Journal:
                 return  # finished: nothing will be added to it
             raise StoreError(
                 f"{self.folder} was started by a release that did not record the number type, so "
-                f"it cannot be continued without mixing two; choose another folder"
+                f"it cannot be continued without mixing two; {START_OVER}, or choose another folder"
             )
         for name, cure in COMPUTING.items():
             found, given = self.lvlm.get(name, ""), lvlm.get(name, "")
             if found != given:
                 raise StoreError(
                     f"{self.folder} was started with {name} {found!r}, not {given!r}; continue "
-                    f"{cure.format(found)}, or choose another folder"
+                    f"{cure.format(found)}, {START_OVER}, or choose another folder"
                 )
 
     @property
     def cuts(self) -> list[int]:
-        """Samples of each finished unit: the same data is cut there again, also with more of it."""
-        return [unit.samples.rows for unit in self.units]
+        """Samples of each finished unit: the same data is cut there again, also with more of it.
+
+        Those that the LVLM could not be asked belong to a unit, though it has no rows of them.
+        """
+        return [unit.samples.rows + len(unit.skipped) for unit in self.units]
 
     def check(self, unit: int, dataset_hash: str, first: str, last: str) -> None:
         """Compare the samples of a finished unit with those given now.
