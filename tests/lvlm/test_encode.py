@@ -296,7 +296,7 @@ def test_how_an_lvlm_computed_is_in_the_manifest(tmp_path: Path):
     assert (store.manifest.dtype, store.manifest.image_backend) == ("bfloat16", "torchvision")
     other = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "t", **SMALL)
     assert store.fingerprint != other.fingerprint
-    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), or"):
+    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), start"):
         encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
 
 
