@@ -207,6 +207,11 @@ class OneCut(LayerPruner):
     name: ClassVar[str] = "one_cut"
     paper: ClassVar[str] = "ours; a rule at a given layer and count"
 
+    @property
+    def label(self) -> str:
+        """The rule's, with layer and count."""
+        return f"{self.rule.label} before layer {self.layer}, {self.keep} kept"
+
     def stages(
         self, num_tokens: int, num_layers: int, average: float | None = None
     ) -> tuple[Stage, ...]:

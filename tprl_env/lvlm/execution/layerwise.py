@@ -63,11 +63,12 @@ class Stream:
         order = place.masked_fill(~keep, keep.shape[1]).argsort(dim=1, stable=True)
         order = order[:, : int(lengths.max())]
         flat = order.expand(*self.positions.shape[:-1], order.shape[1])
+        padding = torch.arange(order.shape[1], device=keep.device) >= lengths[:, None]
         return Stream(
             _gather(self.hidden, order),
             self.positions.gather(-1, flat),
             lengths,
-            self.image.gather(1, order),
+            self.image.gather(1, order).masked_fill(padding, -1),
             tuple(_gather(one, order) for one in self.deep),
         )
 

@@ -35,10 +35,12 @@ def attention_rows(query: Tensor, key: Tensor, places: Tensor, scaling: float) -
         float32 (B, H, Q, S).
     """
     batch, heads, count, width = query.shape
-    grouped = query.float().view(batch, key.shape[1], -1, width)
+    grouped = query.float().reshape(batch, key.shape[1], -1, width)
     logits = grouped @ key.float().transpose(-1, -2) * scaling
     later = torch.arange(key.shape[2], device=key.device) > places[..., None]
-    return logits.view(batch, heads, count, -1).masked_fill(later[:, None], -torch.inf).softmax(-1)
+    return (
+        logits.reshape(batch, heads, count, -1).masked_fill(later[:, None], -torch.inf).softmax(-1)
+    )
 
 
 class _RowProbe:
