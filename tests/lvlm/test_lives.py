@@ -182,6 +182,33 @@ def test_merged_tokens_stand_at_given_places(lvlm, positions):
     assert (moved.likelihood == given.likelihood).all() == (positions == "contiguous")
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_questions_about_one_image_share_its_layers(lvlm, rule):
+    """The same figures as without sharing, from fewer places in the first layers."""
+    reducer = RULES[rule]
+    prompts, answers, _ = rows(lvlm, 9)
+    images = [v.tokens for v in lvlm.encode_images(pictures(2, 7))]
+    shared = [images[i // 5] for i in range(9)]
+    apart = [one.clone() for one in shared]
+    places = []
+    hook = lvlm._language.text.layers[0].mlp.register_forward_pre_hook(
+        lambda _, given: places.append(given[0].shape[0] * given[0].shape[1])
+    )
+    together = lvlm.score(prompts, answers, shared, reducer=reducer)
+    fewer, places[:] = sum(places), []
+    alone = lvlm.score(prompts, answers, apart, reducer=reducer)
+    hook.remove()
+    # nothing is shared behind a cut before layer 0, but for the answers of one sample
+    assert fewer < 0.7 * sum(places) or rule == "before the LLM"
+    np.testing.assert_array_equal(together.exact, alone.exact)
+    np.testing.assert_allclose(together.likelihood, alone.likelihood, rtol=1e-4)
+    for one, other in zip(together.lives, alone.lives, strict=True):
+        assert one.tolist() == other.tolist()
+    lives = [one + (one == 0) for one in together.lives]
+    replay = [lvlm.score(prompts, answers, t, lives=lives).likelihood for t in (shared, apart)]
+    np.testing.assert_allclose(*replay, rtol=1e-4)
+
+
 def test_saliency_is_what_the_rule_ranks_by(lvlm):
     prompts, _, tokens = rows(lvlm)
     for rule in (QuestionRows(layer=0), QuestionRows(layer=2), FastV(layer=1, depth=None)):

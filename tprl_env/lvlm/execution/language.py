@@ -38,6 +38,7 @@ from tprl_env.lvlm.execution.sequence import (
     layout,
     on_device,
 )
+from tprl_env.lvlm.execution.shared_prefix import shared_prefix
 from tprl_env.lvlm.protocol import LVLMScores, Prompt
 from tprl_env.reducers.layer_pruner import (
     Choice,
@@ -225,12 +226,18 @@ class LanguageModel:
         return replay if replay.layers else None
 
     def _stream(self, plan: Layout, visual: Sequence[Tensor]) -> Stream:
-        """What enters layer 0."""
+        """What enters layer 0; sequences that begin alike are known to do so."""
+        prefixes, lengths = [], []
+        for ids, kept, image, one in zip(plan.ids, plan.kept, plan.image(), visual, strict=True):
+            begin = int(np.flatnonzero(image >= 0)[0]) if len(kept) else 0
+            prefixes.append((id(one), kept.tobytes(), ids[:begin].tobytes()))
+            lengths.append(begin + len(kept) if len(kept) else 0)
         return Stream(
             embed(plan, visual, self.text.embed_tokens),
             torch.from_numpy(plan.positions).to(self.device),
             torch.from_numpy(plan.lengths).to(self.device),
             torch.from_numpy(plan.image()).to(self.device),
+            shared=shared_prefix(prefixes, lengths, self.device),
         )
 
     def _teacher_force(

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from tprl_env.lvlm.execution.attention import Probe, probing
 from tprl_env.lvlm.execution.decoder import last_layer_at
+from tprl_env.lvlm.execution.shared_prefix import SharedPrefix, run_shared
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stream:
         lengths: (R,) int64, places that are not padding; padding comes last.
         image: (R, S) int64, the visual token's place in its full image, -1 where there is none.
         deep: (R, S, D) each, zero on text: what is added behind layers 0, 1, ... (DeepStack).
+        shared: Sequences that begin alike, until the first cut; see :mod:`.shared_prefix`.
     """
 
     hidden: Tensor
@@ -41,6 +43,7 @@ class Stream:
     lengths: Tensor
     image: Tensor
     deep: tuple[Tensor, ...] = ()
+    shared: SharedPrefix | None = None
 
     @property
     def valid(self) -> Tensor:
@@ -153,12 +156,26 @@ class Segment:
     next_positions: Tensor
 
 
-def advance(text: Any, stream: Stream, layers: range, cache: Any = None) -> Stream:
-    """The stream behind some layers."""
+def advance(
+    text: Any, stream: Stream, layers: range, cache: Any = None, probe: Probe | None = None
+) -> Stream:
+    """The stream behind some layers, whose attention ``probe`` watches."""
     if not layers:
         return stream
     hidden = stream.hidden
     rotary = text.rotary_emb(hidden, position_ids=stream.positions)
+    if stream.shared is not None and layers.start == 0 and cache is None and not stream.deep:
+        hidden = run_shared(text, hidden, rotary, stream.shared, layers, probe)
+        return replace(stream, hidden=hidden)
+    with contextlib.nullcontext() if probe is None else probing(probe):
+        hidden = _run(text, stream, rotary, layers, cache)
+    return replace(stream, hidden=hidden)
+
+
+def _run(
+    text: Any, stream: Stream, rotary: tuple[Tensor, Tensor], layers: range, cache: Any
+) -> Tensor:
+    hidden = stream.hidden
     for number in layers:
         hidden = text.layers[number](
             hidden,
@@ -169,7 +186,7 @@ def advance(text: Any, stream: Stream, layers: range, cache: Any = None) -> Stre
         )
         if number < len(stream.deep):
             hidden = hidden + stream.deep[number]
-    return replace(stream, hidden=hidden)
+    return hidden
 
 
 def run_with_cuts(
@@ -181,8 +198,7 @@ def run_with_cuts(
     for layer in (*(one for one in cuts.layers if one <= stop), None):
         until = stop if layer is None else layer
         probe = None if layer is None else cuts.probe(stream, layer)
-        with contextlib.nullcontext() if probe is None else probing(probe):
-            stream = advance(text, stream, range(start, until), cache)
+        stream = advance(text, stream, range(start, until), cache, probe)
         if until > start:
             next_positions = stream.next_positions()
             segments.append(Segment(range(start, until), stream.valid, next_positions))

@@ -55,7 +55,9 @@ class _RowProbe:
             return
         if self._first is not None:
             query, key = query[self._first], key[self._first]
-        index = self._places[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        # behind a shared prefix there are fewer queries than keys; both end at the same place
+        index = self._places - (key.shape[2] - query.shape[2])
+        index = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
         self.rows = attention_rows(query.gather(2, index), key, self._places, scaling)
 
 
@@ -205,11 +207,26 @@ class Reduction:
         """Rows of a layer that has not run, from its own queries and keys."""
         layer = self._text.layers[number]
         attention = layer.self_attn
-        normed = layer.input_layernorm(self._of_samples(stream.hidden))
-        cos, sin = self._rotary(stream, normed)
-        keys = turned(project(attention.k_proj, attention, normed), cos, sin)
-        queries = project(attention.q_proj, attention, rows_at(normed, places))
+        hidden = self._of_samples(stream.hidden)
+        cos, sin = self._rotary(stream, hidden)
+        asked = layer.input_layernorm(rows_at(hidden, places))
+        queries = project(attention.q_proj, attention, asked)
         queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
+        shared = stream.shared
+        if shared is None:
+            normed = layer.input_layernorm(hidden)
+            keys = turned(project(attention.k_proj, attention, normed), cos, sin)
+        else:
+            begin, first = shared.length, shared.leaders
+            whole, sines = self._text.rotary_emb(hidden, position_ids=stream.positions)
+            whole, sines = (
+                one.expand(len(stream.hidden), -1, -1)[first, :begin] for one in (whole, sines)
+            )
+            prefix = layer.input_layernorm(stream.hidden[first, :begin])
+            before = turned(project(attention.k_proj, attention, prefix), whole, sines)
+            rest = project(attention.k_proj, attention, layer.input_layernorm(hidden[:, begin:]))
+            rest = turned(rest, cos[:, begin:], sin[:, begin:])
+            keys = torch.cat([before[self._of_samples(shared.group)], rest], 2)
         return attention_rows(queries, keys, places, attention.scaling)
 
     def _rotary(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor]:
