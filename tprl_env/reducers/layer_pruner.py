@@ -73,7 +73,8 @@ class LayerView:
         stage: Number of the stage in the schedule.
         layer: The layer.
         num_layers: Decoder layers of the model.
-        keep: int64 (B,), tokens that the schedule wants to stay.
+        keep: int64 (B,), tokens that the schedule wants to stay, at most those alive.
+        plan: int64 (B, stages), what it wants to stay in every stage.
         alive: bool (B, M), False at padding.
         places: int64 (B, M), the place in the full image of each token, in sequence order.
         full: int64 (B,), visual tokens of the full image.
@@ -93,6 +94,7 @@ class LayerView:
     layer: int
     num_layers: int
     keep: Tensor
+    plan: Tensor
     alive: Tensor
     places: Tensor
     full: Tensor

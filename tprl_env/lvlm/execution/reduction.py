@@ -159,16 +159,20 @@ class Reduction:
             layer=layer,
             num_layers=len(self._text.layers),
             keep=torch.minimum(self._keep[:, stage], alive),
+            plan=self._keep,
             alive=torch.arange(most, device=image.device) < alive[:, None],
             places=image.gather(1, columns),
             full=self._full,
             memory=self._memory,
         )
-        if most:
-            self._look(view, stream, columns, alive)
-            choice = self._reducer.select(view)
-            self._record(view, choice, layer)
-            stream = self._apply(stream, choice, view.alive, columns)
+        if not most:
+            return stream
+        self._look(view, stream, columns, alive)
+        choice = self._reducer.select(view)
+        if choice.states is None and bool((choice.keep | ~view.alive).all()):
+            return stream  # all stay, and what sequences share too
+        self._record(view, choice, layer)
+        stream = self._apply(stream, choice, view.alive, columns)
         return stream.repacked() if self._contiguous else stream
 
     def _of_samples(self, values: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def meet_average(
         name: Of the method, for the message.
         layers: Where the stages are, ascending.
         shares: From a number in [0, 1] to the share of the full image that each stage keeps,
-            growing with it; at 1 everything stays.
+            growing with it.
         num_tokens: Visual tokens of the full image.
         num_layers: Decoder layers of the model.
         average: Wanted average.
@@ -125,7 +125,7 @@ def meet_average(
         total = sum(span * count for span, (_, count) in zip(spans, kept, strict=True))
         return (kept[0][0] * num_tokens + total) / num_layers
 
-    check_average(name, average, mean(exact(0.0)), num_tokens)
+    check_average(name, average, mean(exact(0.0)), mean(exact(1.0)))
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -137,13 +137,13 @@ def meet_average(
 def _rounded_well(
     stages: list[Stage], num_tokens: int, num_layers: int, average: float
 ) -> tuple[Stage, ...]:
-    """Make up for what rounding cost: long stages first, then short ones, order kept."""
+    """Make up for what rounding cost, token by token: long stages first, order kept."""
     ends = [stage.layer for stage in stages[1:]] + [num_layers]
     spans = [end - stage.layer for stage, end in zip(stages, ends, strict=True)]
-    for i in sorted(range(len(stages)), key=lambda i: -spans[i]):
+    for i in 3 * sorted(range(len(stages)), key=lambda i: -spans[i]):
         missing = (average - average_tokens(stages, num_tokens, num_layers)) * num_layers
         above = stages[i - 1].keep if i else num_tokens
         below = stages[i + 1].keep if i + 1 < len(stages) else 0
-        count = stages[i].keep + round(missing / spans[i])
+        count = stages[i].keep + min(max(round(missing / spans[i]), -1), 1)
         stages[i] = Stage(stages[i].layer, min(max(count, below), above))
     return tuple(stages)
