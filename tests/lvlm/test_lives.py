@@ -12,9 +12,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.selection import Selection
 from tprl_env.lvlm.protocol import Prompt
-from tprl_env.reducers.layer.fastv import FastV
-from tprl_env.reducers.layer.pyramiddrop import PyramidDrop
-from tprl_env.reducers.layer.question_rows import QuestionRows
+from tprl_env.reducers.layer import BTP, AutoPrune, FastV, PyramidDrop, QuestionRows, SparseVLM
 from tprl_env.reducers.layer_pruner import OneCut
 
 torch.set_num_threads(1)
@@ -25,6 +23,9 @@ RULES = {
     "question_rows": QuestionRows(layer=1),
     "before the LLM": QuestionRows(layer=0),
     "previous": QuestionRows(layer=2, source="previous", heads="mean"),
+    "sparsevlm v2": SparseVLM("v2"),
+    "btp": BTP(),
+    "autoprune": AutoPrune(share=0.6),
 }
 
 
@@ -149,6 +150,28 @@ def test_exact_is_greedy_generation_with_lives(lvlm):
     assert 0 < scored.exact.sum() and len({tuple(ids) for ids in written}) > 10
     other = lvlm.score(prompts, ended[1:] + ended[:1], tokens, lives=lives)
     assert other.exact.sum() < scored.exact.sum()
+
+
+@pytest.mark.parametrize("version", ["v1", "v1.5"])
+def test_recycled_tokens_in_scores_and_answers(lvlm, version):
+    """Merged states take part: exact is greedy, batch is one by one, and dropping alone is not."""
+    reducer = SparseVLM(version)
+    prompts, answers, tokens = rows(lvlm, 24)
+    written = lvlm.generate_ids(prompts, tokens, None, 6, reducer=reducer)
+    ended = [[(*ids, 2)] for ids in written]
+    scored = lvlm.score(prompts, ended, tokens, reducer=reducer)
+    longer = lvlm.generate_ids(prompts, tokens, None, 7, reducer=reducer)
+    assert scored.exact.tolist() == [float(a == b) for a, b in zip(longer, written, strict=True)]
+    together = lvlm.score(prompts, answers, tokens, reducer=reducer)
+    entered = [stage.keep for stage in reducer.stages(16, LAYERS)[1:]]
+    assert together.lives[0].sum() == 16 + sum(entered)
+    for i in range(6):
+        part = slice(i, i + 1)
+        alone = lvlm.score(prompts[part], answers[part], tokens[part], reducer=reducer)
+        assert alone.lives[0].tolist() == together.lives[i].tolist()
+        assert alone.likelihood[0] == pytest.approx(together.likelihood[i], rel=1e-4)
+    dropped = lvlm.score(prompts, answers, tokens, None, "contiguous", lives=together.lives)
+    assert np.abs(np.log(dropped.likelihood) - np.log(together.likelihood)).max() > 1e-3
 
 
 def test_nothing_left_at_any_layer(lvlm):

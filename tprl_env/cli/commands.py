@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env import __version__
+from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
 from tprl_env.cli.parsing import (
@@ -309,6 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_evaluate,
         add_compare,
+        add_cliff,
         _add_tiny_lvlm,
         add_submit,
         add_token,

@@ -193,21 +193,35 @@ class RankingLayerPruner(LayerPruner):
 
 
 @dataclass(frozen=True)
-class OneCut(LayerPruner):
-    """The rule of another method at one cut of one's choice: for heat maps over layers and counts.
+class OneCut(RankingLayerPruner):
+    """The ranking of another method at one cut of one's choice: for maps of layers and counts.
 
     Attributes:
-        rule: The method whose rule it is.
+        rule: The method that ranks.
         layer: Before which layer tokens leave.
         keep: How many stay.
     """
 
-    rule: LayerPruner
+    rule: RankingLayerPruner
     layer: int
     keep: int
 
     name: ClassVar[str] = "one_cut"
-    paper: ClassVar[str] = "ours; a rule at a given layer and count"
+    paper: ClassVar[str] = "ours; a ranking at a given layer and count"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be cut.
+
+        Raises:
+            ValueError: A method that does more than rank, a negative layer or count.
+        """
+        if not isinstance(self.rule, RankingLayerPruner):
+            raise ValueError(
+                f"{self.rule.label} does not rank the tokens of a layer alone; take a method that "
+                "does, such as question_rows, fastv or pyramiddrop"
+            )
+        if self.layer < 0 or self.keep < 0:
+            raise ValueError(f"layer and keep must be at least 0, got {self.layer}, {self.keep}")
 
     @property
     def label(self) -> str:
@@ -220,24 +234,23 @@ class OneCut(LayerPruner):
         """The one stage.
 
         Raises:
-            ValueError: No such layer, a negative count, or an average was given.
+            ValueError: No such layer, or an average was given.
         """
         if average is not None:
-            raise ValueError("a OneCut has its count already; leave average out")
-        if not 0 <= self.layer < num_layers or self.keep < 0:
+            raise ValueError(f"{self.label} has its count already; leave average {average:g} out")
+        if self.layer >= num_layers:
             raise ValueError(
-                f"layer must lie in [0, {num_layers - 1}] and keep be at least 0, got "
-                f"{self.layer} and {self.keep}"
+                f"layer must lie in [0, {num_layers - 1}], the decoder layers, got {self.layer}"
             )
         return (Stage(self.layer, min(self.keep, num_tokens)),)
 
     def wants(self, stage: int) -> Wants:
-        """As the rule in its first stage that looks at anything."""
-        return self.rule.wants(stage)
+        """As the rule in its first stage."""
+        return self.rule.wants(0)
 
-    def select(self, view: LayerView) -> Choice:
+    def saliency(self, view: LayerView) -> Tensor:
         """As the rule."""
-        return self.rule.select(view)
+        return self.rule.saliency(view)
 
 
 def attention(view: LayerView) -> Tensor:
