@@ -153,6 +153,12 @@ class PrunedLVLM:
             maps = self.lvlm.question_attention(prompts, [visual.tokens for visual in visuals])
             for one, saliency in zip(inputs, maps, strict=True):
                 one.question_attention = torch.as_tensor(saliency)
+        if "question_rows" in self.pruner.needs:
+            from tprl_env.reducers.layer.question_rows import QuestionRows
+
+            rows = self.lvlm.saliency(prompts, [v.tokens for v in visuals], QuestionRows(layer=0))
+            for one, saliency in zip(inputs, rows, strict=True):
+                one.question_rows = torch.as_tensor(saliency)
         keep = [mask.numpy() for mask in self.pruner.prune_batch(inputs, budget)]
         texts = self.lvlm.generate(
             prompts, [visual.tokens for visual in visuals], keep, max_new_tokens, self.positions

@@ -58,9 +58,10 @@ def test_every_method_is_measured_at_every_budget(out, results):
     check_results(results, BUDGETS)
     assert read_results(out / "results.json", BUDGETS) == results
     names = {row["name"] for row in results["methods"]}
-    # PRUNERS without the oracle, whose relevance this dataset lacks; the policy and its threshold;
-    # plain top-k stands beside the policy where a redundancy penalty was chosen
-    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 1 + 2
+    # PRUNERS without the oracle, whose relevance this dataset lacks, and question_rows, whose
+    # channel this store lacks; the policy and its threshold; plain top-k stands beside the policy
+    # where a redundancy penalty was chosen
+    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 2 + 2
     assert results["visual_tokens"] == 16
     assert results["task"] == "store"
     assert results["training"] == {}

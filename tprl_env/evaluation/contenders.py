@@ -34,6 +34,7 @@ LABELS = {
     "vispruner": "VisPruner",
     "divprune": "DivPrune",
     "question_attention": "LLM question attention (full pass)",
+    "question_rows": "question rows (one layer's own queries and keys)",
     "oracle": "question oracle",
 }
 

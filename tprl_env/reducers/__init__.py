@@ -16,6 +16,7 @@ from tprl_env.reducers.prune.cls_attention import ClsAttentionPruner
 from tprl_env.reducers.prune.divprune import DivPrune
 from tprl_env.reducers.prune.oracle import OraclePruner
 from tprl_env.reducers.prune.question_attention import QuestionAttentionPruner
+from tprl_env.reducers.prune.question_rows import QuestionRowsPruner
 from tprl_env.reducers.prune.random import RandomPruner
 from tprl_env.reducers.prune.uniform import UniformPruner
 from tprl_env.reducers.prune.vispruner import VisPruner
@@ -28,6 +29,7 @@ __all__ = [
     "PruneInputs",
     "Pruner",
     "QuestionAttentionPruner",
+    "QuestionRowsPruner",
     "RandomPruner",
     "RankingPruner",
     "UniformPruner",
@@ -43,6 +45,7 @@ PRUNERS: dict[str, type[Pruner]] = {
     "vispruner": VisPruner,
     "divprune": DivPrune,
     "question_attention": QuestionAttentionPruner,
+    "question_rows": QuestionRowsPruner,
     "oracle": OraclePruner,
 }
 

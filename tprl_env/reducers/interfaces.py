@@ -35,6 +35,7 @@ class PruneInputs:
         codes: float32 (n, d), autoencoder output.
         relevance: float32 (n,), what the built-in scenes know about the question.
         question_attention: float32 (n,), the LVLM's own attention from the question.
+        question_rows: float32 (n,), what the question's words look up in one layer of the LVLM.
         sample: The sample's number in its store; seeds the random pruner.
     """
 
@@ -47,6 +48,7 @@ class PruneInputs:
     codes: Tensor | None = None
     relevance: Tensor | None = None
     question_attention: Tensor | None = None
+    question_rows: Tensor | None = None
     sample: int = 0
 
     @property
@@ -65,7 +67,15 @@ class PruneInputs:
         raise ValueError(f"PruneInputs needs one of {', '.join(_PER_TOKEN)} or grid, got none")
 
 
-_PER_TOKEN = ("tokens", "codes", "tower", "cls_attention", "relevance", "question_attention")
+_PER_TOKEN = (
+    "tokens",
+    "codes",
+    "tower",
+    "cls_attention",
+    "relevance",
+    "question_attention",
+    "question_rows",
+)
 
 
 def prune_inputs(
@@ -94,8 +104,9 @@ def prune_inputs(
         inputs.query_tokens = _tensor(embeddings[0][exists[0]])
     if source.has_channel("codes") and (wanted("codes") or inputs.tokens is None):
         inputs.codes = _tensor(source.codes(row)[0][source.exists(row)[0]])
-    if wanted("question_attention") and source.has_channel("question_attention"):
-        inputs.question_attention = _tensor(source.channel("question_attention", sample))
+    for name in ("question_attention", "question_rows"):
+        if wanted(name) and source.has_channel(name):
+            setattr(inputs, name, _tensor(source.channel(name, sample)))
     return inputs
 
 

@@ -37,6 +37,7 @@ __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source
 Verify = Literal["sizes", "checksums"]
 CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
+QUESTION_ROWS = "question_rows"  # the same of one layer's own queries and keys, before it runs
 
 
 def open_source(location: str | Path) -> TokenSource:
