@@ -18,7 +18,7 @@ from tprl_env.reducers.layer import (
     SparseVLM,
     make_layer_pruner,
 )
-from tprl_env.reducers.layer.autoprune import mutual_information
+from tprl_env.reducers.layer.autoprune import mutual_information, spend
 from tprl_env.reducers.layer.btp import fill_by_diversity, spread_on_grid
 from tprl_env.reducers.layer.recycle import clusters_of, kept_and_recycled, recycle
 from tprl_env.reducers.layer.schedule import at_depth, average_tokens, exact_count
@@ -281,9 +281,9 @@ def test_recycling_by_hand():
     # ten dropped, the best 30 % + 1 are the first four: two pairs of neighbours
     states = torch.tensor([[0.0, 0.0], [0.0, 0.2], [5.0, 0.0], [5.0, 0.4], *[[99.0, 99.0]] * 6])
     scores = torch.tensor([9.0, 8.0, 7.0, 6.0, *range(6)])
-    centres, means = recycle(states, scores, 2)
-    assert centres.tolist() == [0, 2]
-    torch.testing.assert_close(means, torch.tensor([[0.0, 0.1], [5.0, 0.2]]))
+    centres, means = recycle(states[None], scores[None], 2)
+    assert centres.tolist() == [[0, 2]]
+    torch.testing.assert_close(means[0], torch.tensor([[0.0, 0.1], [5.0, 0.2]]))
 
 
 def test_recycled_tokens_go_behind():
@@ -312,20 +312,34 @@ def test_mutual_information_by_hand():
 def test_autoprune_curves_differ_but_not_the_average():
     reducer = AutoPrune()
     base = reducer.stages(576, 32, 128)
-    informed = reducer._curve(576, 32, 128, 1.5)
-    assert average_tokens(base, 576, 32) == pytest.approx(128, abs=0.02)
-    assert average_tokens(informed, 576, 32) == pytest.approx(128, abs=0.02)
-    assert base[0].keep > informed[0].keep and base[-1].keep < informed[-1].keep
-    flat = reducer._curve(576, 32, 128, 50.0)  # k would be negative
-    assert max(s.keep for s in flat) - min(s.keep for s in flat) <= 2
+    assert [stage.layer for stage in base] == list(range(2, 32))
+    assert average_tokens(base, 576, 32) == 128
     # logistic: at x0 half of the plateau
     shares = [1 / (1 + math.exp(0.4 * (layer - 14.9))) for layer in range(2, 32)]
     assert base[13].keep / base[0].keep == pytest.approx(shares[13] / shares[0], abs=0.01)
+    information = torch.tensor([0.0, 1.5, 50.0])
+    curves = spend(reducer._weights(information, 2, 32), torch.tensor([2944] * 3),
+                   torch.tensor([576] * 3))  # fmt: skip
+    assert curves[0].tolist() == [stage.keep for stage in base]
+    assert curves.sum(1).tolist() == [2944] * 3
+    assert curves[0, 0] > curves[1, 0] and curves[0, -1] < curves[1, -1]
+    assert set(curves[2].tolist()) == {98, 99}  # k would be negative: flat
     rows = torch.stack([torch.full((2, 2, 8), 0.1), torch.eye(2).repeat(1, 4).expand(2, 2, 8)])
     given = view(rows, 4, layer=1, plan=torch.tensor([[6, 4, 2]] * 2))
     reducer.select(given)
     counts = given.memory["counts"]
     assert counts.sum(1).tolist() == [12, 12] and counts[0].tolist() != counts[1].tolist()
+
+
+def test_spending_by_hand():
+    weights = torch.tensor([[4.0, 2.0, 1.0, 1.0]] * 4)
+    total, most = torch.tensor([8, 16, 40, 7]), torch.tensor([10, 5, 10, 10])
+    assert spend(weights, total, most).tolist() == [
+        [4, 2, 1, 1],
+        [5, 5, 3, 3],  # the first two full, 6 left for weights 1 and 1
+        [10, 10, 10, 10],
+        [3, 2, 1, 1],  # 3.5, 1.75, .875, .875: the three largest remainders get the rest
+    ]
 
 
 def test_btp_by_hand():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tprl_env.reducers.layer.schedule import at_depth, average_tokens, meet_average, merged_stages
+from tprl_env.reducers.layer.schedule import at_depth, check_average
 from tprl_env.reducers.layer_pruner import (
     Choice,
     LayerView,
@@ -70,28 +68,22 @@ class AutoPrune(RankingLayerPruner):
 
         Without an average, a ninth of the tokens, or as few as the first layers allow.
         """
-        return self._curve(num_tokens, num_layers, average, 0.0)
-
-    def _curve(
-        self, num_tokens: int, num_layers: int, average: float | None, information: float
-    ) -> tuple[Stage, ...]:
         (begin,) = at_depth([self.first], self.depth, num_layers, first=1)
-        layers = list(range(begin, num_layers))
-        scale = 1.0 if self.depth is None else self.depth / num_layers
-        steepness = max(self.k0 - self.gamma * information, 0.0)
-        weights = [
-            1 / (1 + math.exp(min(steepness * (layer * scale - self.x0), 500.0)))
-            for layer in layers
-        ]
-
-        def shares(x: float) -> Sequence[float]:
-            factor = math.tan(min(x, 1 - 1e-12) * math.pi / 2)
-            return [1.0 if x == 1 else min(1.0, factor * weight) for weight in weights]
-
+        low = begin * num_tokens / num_layers
         if average is None:
-            low = average_tokens(merged_stages(layers, [1] * len(layers)), num_tokens, num_layers)
             average = min(max(self.share * num_tokens, low), num_tokens)
-        return meet_average(self.name, layers, shares, num_tokens, num_layers, average)
+        check_average(self.name, average, low, num_tokens)
+        total = round(average * num_layers) - begin * num_tokens
+        weights = self._weights(torch.zeros(1), begin, num_layers)
+        counts = spend(weights, torch.tensor([max(total, 0)]), torch.tensor([num_tokens]))
+        return tuple(Stage(begin + i, keep) for i, keep in enumerate(counts[0].tolist()))
+
+    def _weights(self, information: Tensor, begin: int, num_layers: int) -> Tensor:
+        """(B, layers from ``begin`` on): the logistic curves of samples, not scaled yet."""
+        scale = 1.0 if self.depth is None else self.depth / num_layers
+        layers = torch.arange(begin, num_layers, device=information.device) * scale
+        steepness = (self.k0 - self.gamma * information.double()).clamp(min=0)
+        return torch.sigmoid(-steepness[:, None] * (layers - self.x0))
 
     def wants(self, stage: int) -> Wants:
         """Rows of the text in the layer below."""
@@ -109,16 +101,36 @@ class AutoPrune(RankingLayerPruner):
         return Choice(top_k_mask(self.saliency(view), view.alive, keep))
 
     def _counts(self, view: LayerView) -> Tensor:
-        """(B, stages) counts of the samples' curves, at the average of the schedule."""
-        rows = []
-        plans = view.plan.tolist()
-        for sample, information in enumerate(mutual_information(view).tolist()):
-            full = int(view.full[sample])
-            stages = [Stage(view.layer + i, keep) for i, keep in enumerate(plans[sample])]
-            average = average_tokens(stages, full, view.num_layers)
-            curve = self._curve(full, view.num_layers, average, information)
-            rows.append([stage.keep for stage in curve])
-        return torch.tensor(rows, device=view.keep.device)
+        """(B, stages) counts of the samples' curves, which cost what the schedule costs."""
+        weights = self._weights(mutual_information(view), view.layer, view.num_layers)
+        return spend(weights, view.plan.sum(1), view.full)
+
+
+def spend(weights: Tensor, total: Tensor, most: Tensor) -> Tensor:
+    """Spread tokens over layers in proportion to weights, at most all of them on each.
+
+    Args:
+        weights: (B, S) positive, not growing along a row.
+        total: int64 (B,) tokens to spend.
+        most: int64 (B,) tokens of each layer.
+
+    Returns:
+        int64 (B, S), not growing along a row; its sum is the smaller of total and S * most.
+    """
+    number = torch.arange(weights.shape[1], device=weights.device)
+    rest = weights.flip(1).cumsum(1).flip(1)
+    # with the first j layers full, the others share what is left; j is the first that fits
+    factor = (total[:, None] - number * most[:, None]) / rest
+    full = (factor * weights <= most[:, None]).double().argmax(1)
+    exact = factor.gather(1, full[:, None]) * weights
+    exact = torch.where(number < full[:, None], most[:, None], exact)
+    exact = exact.clamp(min=0).minimum(most[:, None].to(exact.dtype))
+    counts = exact.floor()
+    missing = (total - counts.sum(1)).clamp(min=0)
+    fraction = (exact - counts).masked_fill(counts >= most[:, None], -1)
+    rank = fraction.argsort(dim=1, descending=True, stable=True).argsort(1)
+    counts += (rank < missing[:, None]) & (counts < most[:, None])
+    return counts.long()
 
 
 def mutual_information(view: LayerView) -> Tensor:

@@ -117,12 +117,15 @@ def spread_on_grid(num_tokens: int, count: int) -> tuple[int, ...]:
 
 def fill_by_diversity(hidden: Tensor, chosen: Tensor, count: int) -> None:
     """Add to ``chosen`` (n,), in place, the tokens farthest from it until ``count`` are in."""
+    missing = count - int(chosen.sum())
+    if missing <= 0:
+        return
     unit = torch.nn.functional.normalize(hidden.float(), dim=1)
     distance = 1 - unit @ unit.T
-    if count and not bool(chosen.any()):
-        chosen[0] = True
+    if not bool(chosen.any()):
+        chosen[0], missing = True, missing - 1
     nearest = distance.masked_fill(~chosen[None], math.inf).amin(1).masked_fill(chosen, -1)
-    for _ in range(count - int(chosen.sum())):
+    for _ in range(missing):
         new = int(nearest.argmax())
         chosen[new] = True
         nearest = torch.minimum(nearest, distance[new]).masked_fill(chosen, -1)

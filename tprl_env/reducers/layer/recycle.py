@@ -1,6 +1,6 @@
 """SparseVLM's recycling: dropped tokens of high score are clustered, and the means go on.
 
-Shapes: m dropped tokens, D token width, c clusters.
+Shapes: G samples, m dropped tokens of each, D token width, c clusters.
 """
 
 from __future__ import annotations
@@ -36,29 +36,37 @@ def recycle(states: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]
     and distance to anything denser. The authors break ties by noise, we by the lowest index.
 
     Args:
-        states: (m, D).
-        scores: (m,).
+        states: (G, m, D), samples that dropped the same number of tokens.
+        scores: (G, m).
         count: Clusters c, at most m.
 
     Returns:
-        int64 (c,) the clusters' centres among the m, and (c, D) the means of their members.
+        int64 (G, c) the clusters' centres among the m, ascending, and (G, c, D) the means of their
+        members.
     """
-    pool = min(max(int(len(scores) * 0.3) + 1, count), len(scores))
-    chosen = scores.argsort(descending=True, stable=True)[:pool].sort().values
-    members = states[chosen].float()
+    pool = min(max(int(scores.shape[1] * 0.3) + 1, count), scores.shape[1])
+    chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :pool].sort(1).values
+    members = _rows(states.float(), chosen)
     distances = torch.cdist(members, members, compute_mode="donot_use_mm_for_euclid_dist")
-    distances = distances / members.shape[1] ** 0.5
-    near = distances.topk(min(count, pool), dim=1, largest=False).values
-    density = (-near.square().mean(1)).exp()
+    distances = distances / members.shape[2] ** 0.5
+    near = distances.topk(min(count, pool), dim=2, largest=False).values
+    density = (-near.square().mean(2)).exp()
     place = torch.arange(pool, device=states.device)
-    denser = (density[None] > density[:, None]) | (
-        (density[None] == density[:, None]) & (place[None] < place[:, None])
+    denser = (density[:, None] > density[..., None]) | (
+        (density[:, None] == density[..., None]) & (place[None] < place[:, None])
     )
-    to_denser = distances.masked_fill(~denser, float(distances.max())).amin(1)
-    centres = (to_denser * density).argsort(descending=True, stable=True)[:count].sort().values
-    cluster = distances[:, centres].argmin(1)
-    cluster[centres] = torch.arange(len(centres), device=states.device)
-    means = torch.zeros(len(centres), members.shape[1], device=states.device)
-    means.index_add_(0, cluster, members)
-    sizes = torch.bincount(cluster, minlength=len(centres))
-    return chosen[centres], (means / sizes[:, None]).to(states.dtype)
+    farthest = distances.amax((1, 2), keepdim=True)
+    to_denser = torch.where(denser, distances, farthest).amin(2)
+    ranked = (to_denser * density).argsort(dim=1, descending=True, stable=True)
+    centres = ranked[:, :count].sort(1).values
+    index = centres[:, None].expand(-1, pool, -1)
+    cluster = distances.gather(2, index).argmin(2)
+    cluster.scatter_(1, centres, torch.arange(count, device=states.device).expand_as(centres))
+    member_of = torch.nn.functional.one_hot(cluster, count).to(members.dtype).transpose(1, 2)
+    means = member_of @ members / member_of.sum(2, keepdim=True)
+    return chosen.gather(1, centres), means.to(states.dtype)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """(G, k, D) rows ``index`` (G, k) of (G, m, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[2]))

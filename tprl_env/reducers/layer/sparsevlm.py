@@ -158,19 +158,25 @@ def raters(view: LayerView) -> Tensor:
 def recycled_choice(view: LayerView, scores: Tensor) -> Choice:
     """Keep the best, and clusters of the dropped; ``view.keep`` counts both."""
     hidden = given(view.hidden)
-    keep = torch.zeros_like(view.alive)
+    alive = view.alive.sum(1).tolist()
+    plans = [kept_and_recycled(n, k) for n, k in zip(alive, view.keep.tolist(), strict=True)]
+    counts = torch.tensor([kept for kept, _ in plans], device=scores.device)
+    keep = top_k_mask(scores, view.alive, counts)
     behind = torch.zeros_like(view.alive)
     states = hidden.clone()
-    for row in range(len(keep)):
-        alive = int(view.alive[row].sum())
-        kept, recycled = kept_and_recycled(alive, int(view.keep[row]))
-        count = torch.tensor([kept], device=keep.device)
-        keep[row] = top_k_mask(scores[row : row + 1], view.alive[row : row + 1], count)[0]
-        if not recycled:
-            continue
-        dropped = (view.alive[row] & ~keep[row]).nonzero()[:, 0]
-        centres, means = recycle(hidden[row, dropped], scores[row, dropped], recycled)
-        keep[row, dropped[centres]] = True
-        behind[row, dropped[centres]] = True
-        states[row, dropped[centres]] = means
+    dropped = view.alive & ~keep
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (kept, recycled) in enumerate(plans):
+        if recycled:
+            groups.setdefault((alive[row] - kept, recycled), []).append(row)
+    for (count, recycled), members in groups.items():
+        rows = torch.tensor(members, device=scores.device)
+        places = dropped[rows].nonzero()[:, 1].view(len(members), count)
+        found, means = recycle(
+            hidden[rows[:, None], places], scores[rows[:, None], places], recycled
+        )
+        centres = places.gather(1, found)
+        keep[rows[:, None], centres] = True
+        behind[rows[:, None], centres] = True
+        states[rows[:, None], centres] = means
     return Choice(keep, states, behind)
