@@ -12,7 +12,15 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.selection import Selection
 from tprl_env.lvlm.protocol import Prompt
-from tprl_env.reducers.layer import BTP, AutoPrune, FastV, PyramidDrop, QuestionRows, SparseVLM
+from tprl_env.reducers.layer import (
+    BTP,
+    PACT,
+    AutoPrune,
+    FastV,
+    PyramidDrop,
+    QuestionRows,
+    SparseVLM,
+)
 from tprl_env.reducers.layer_pruner import OneCut
 
 torch.set_num_threads(1)
@@ -152,10 +160,9 @@ def test_exact_is_greedy_generation_with_lives(lvlm):
     assert other.exact.sum() < scored.exact.sum()
 
 
-@pytest.mark.parametrize("version", ["v1", "v1.5"])
-def test_recycled_tokens_in_scores_and_answers(lvlm, version):
+@pytest.mark.parametrize("reducer", [SparseVLM("v1"), SparseVLM("v1.5"), PACT(1, cutoff=0.8)])
+def test_merged_states_in_scores_and_answers(lvlm, reducer):
     """Merged states take part: exact is greedy, batch is one by one, and dropping alone is not."""
-    reducer = SparseVLM(version)
     prompts, answers, tokens = rows(lvlm, 24)
     written = lvlm.generate_ids(prompts, tokens, None, 6, reducer=reducer)
     ended = [[(*ids, 2)] for ids in written]
@@ -163,14 +170,16 @@ def test_recycled_tokens_in_scores_and_answers(lvlm, version):
     longer = lvlm.generate_ids(prompts, tokens, None, 7, reducer=reducer)
     assert scored.exact.tolist() == [float(a == b) for a, b in zip(longer, written, strict=True)]
     together = lvlm.score(prompts, answers, tokens, reducer=reducer)
-    entered = [stage.keep for stage in reducer.stages(16, LAYERS)[1:]]
-    assert together.lives[0].sum() == 16 + sum(entered)
+    if reducer.name == "sparsevlm":
+        entered = [stage.keep for stage in reducer.stages(16, LAYERS)[1:]]
+        assert together.lives[0].sum() == 16 + sum(entered)
     for i in range(6):
         part = slice(i, i + 1)
         alone = lvlm.score(prompts[part], answers[part], tokens[part], reducer=reducer)
         assert alone.lives[0].tolist() == together.lives[i].tolist()
         assert alone.likelihood[0] == pytest.approx(together.likelihood[i], rel=1e-4)
-    dropped = lvlm.score(prompts, answers, tokens, None, "contiguous", lives=together.lives)
+    positions = reducer.positions
+    dropped = lvlm.score(prompts, answers, tokens, None, positions, lives=together.lives)
     assert np.abs(np.log(dropped.likelihood) - np.log(together.likelihood)).max() > 1e-3
 
 

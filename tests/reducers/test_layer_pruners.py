@@ -11,6 +11,7 @@ import torch
 from tprl_env.reducers.layer import (
     BTP,
     LAYER_PRUNERS,
+    PACT,
     AutoPrune,
     FastV,
     PyramidDrop,
@@ -20,6 +21,7 @@ from tprl_env.reducers.layer import (
 )
 from tprl_env.reducers.layer.autoprune import mutual_information, spend
 from tprl_env.reducers.layer.btp import fill_by_diversity, spread_on_grid
+from tprl_env.reducers.layer.pact import clusters, means
 from tprl_env.reducers.layer.recycle import clusters_of, kept_and_recycled, recycle
 from tprl_env.reducers.layer.schedule import at_depth, average_tokens, exact_count
 from tprl_env.reducers.layer.sparsevlm import raters
@@ -125,7 +127,9 @@ def random_view(reducer: LayerPruner, tokens=20, seed=0, constant=False, dtype=t
     rows = torch.rand(2, 4, 3, tokens, generator=generator)
     hidden = torch.randn(2, tokens, 6, generator=generator)
     text = torch.randn(2, 3, 6, generator=generator)
+    vectors = [torch.randn(2, 4, tokens, 5, generator=generator) for _ in range(3)]
     if constant:
+        vectors = [torch.ones_like(one) for one in vectors]
         rows, hidden, text = (torch.ones_like(one) for one in (rows, hidden, text))
     rows = rows * alive[:, None, None] / tokens
     stages = reducer.stages(tokens, 4)
@@ -139,6 +143,9 @@ def random_view(reducer: LayerPruner, tokens=20, seed=0, constant=False, dtype=t
         plan=torch.tensor([[stage.keep for stage in stages]] * 2),
         text=text.to(dtype),
         text_valid=torch.ones(2, 3, dtype=torch.bool),
+        queries=vectors[0],
+        keys=vectors[1][:, :2],
+        turned_keys=vectors[2][:, :2],
         memory={
             "raters": torch.tensor([[True, False, True]] * 2),
             "counts": torch.tensor([[5] * 3] * 2),
@@ -159,7 +166,11 @@ def test_contract(name, constant, dtype):
         assert choice.keep.dtype == torch.bool and choice.keep.shape == given.alive.shape
         assert not (choice.keep & ~given.alive).any()
         wanted = given.keep if name != "autoprune" else given.memory["counts"][:, given.stage]
-        assert choice.keep.sum(1).tolist() == torch.minimum(wanted, given.alive.sum(1)).tolist()
+        wanted = torch.minimum(wanted, given.alive.sum(1))
+        if name == "pact":  # its number of clusters follows from the image
+            assert (choice.keep.sum(1) <= wanted).all() and (choice.keep.sum(1) >= 1).all()
+        else:
+            assert choice.keep.sum(1).tolist() == wanted.tolist()
         again = reducer.select(random_view(reducer, tokens, constant=constant, dtype=dtype))
         assert torch.equal(choice.keep, again.keep)
         for one, other in zip(before, (given.rows, given.hidden), strict=True):
@@ -177,6 +188,7 @@ def test_all_stay_where_all_may(name):
     given = random_view(ALL[name])
     given.keep = given.alive.sum(1)
     given.memory["counts"][:] = 20
+    given.average = 20.0
     choice = ALL[name].select(given)
     assert torch.equal(choice.keep, given.alive)
     assert choice.states is None or torch.equal(choice.states, given.hidden)
@@ -189,7 +201,7 @@ def test_one_sample_is_chosen_as_in_a_batch(name):
     for row in range(2):
         alone = random_view(ALL[name], seed=3)
         for field in ("keep", "plan", "alive", "places", "full", "rows", "row_valid", "hidden",
-                      "text", "text_valid"):  # fmt: skip
+                      "text", "text_valid", "queries", "keys", "turned_keys"):  # fmt: skip
             setattr(alone, field, getattr(both, field)[row : row + 1])
         alone.memory = {key: value[row : row + 1] for key, value in both.memory.items()}
         assert torch.equal(ALL[name].select(alone).keep[0], choice.keep[row])
@@ -340,6 +352,44 @@ def test_spending_by_hand():
         [10, 10, 10, 10],
         [3, 2, 1, 1],  # 3.5, 1.75, .875, .875: the three largest remainders get the rest
     ]
+
+
+def test_pact_by_hand():
+    # on a line; the far point makes .2 the densest. Its neighbour .1 joins it and is then no
+    # rival to 0, which lies .2 away from the centre and becomes one itself
+    points = torch.tensor([0.0, 0.1, 0.2, 1.0])
+    distance = (points[:, None] - points[None]).abs()
+    density = (-(distance / 2).square()).exp().sum(1)
+    assert clusters(distance, density, 0.15).tolist() == [0, 2, 2, 3]
+    assert clusters(distance, density, -1.0).tolist() == [0, 1, 2, 3]
+    # 2 is denser than 0, yet not within .05 of anything: all are centres
+    assert clusters(distance, density, 0.05).tolist() == [0, 1, 2, 3]
+    # a chain: the middle takes both ends; what is free afterwards is clustered among itself
+    chain = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8])
+    far = (chain[:, None] - chain[None]).abs()
+    assert clusters(far, torch.tensor([1.0, 2.0, 3.0, 2.5, 2.4]), 0.25).tolist() == [0, 2, 2, 2, 4]
+    hidden = torch.tensor([[1.0], [2.0], [3.0], [10.0], [99.0]])
+    apart = torch.tensor([0.0, 0.1, 0.2, 1.0, 0.3])
+    all_apart = (apart[:, None] - apart[None]).abs()
+    chosen = torch.tensor([0, 1, 3])  # 2 and 4 were pruned; only 2 is within .15 of a centre
+    found = means(hidden, all_apart, chosen, torch.tensor([1, 1, 2]), 0.15)
+    assert found.tolist() == [[2.0], [10.0]]
+
+
+def test_pact_meets_an_average_by_its_cutoff():
+    reducer = PACT()
+    given = random_view(reducer, 40, seed=1)
+    own = reducer.select(given)
+    given.average = 10.0
+    for count in (1, 3, 7, 12, 22, 30):
+        given.keep = torch.tensor([count, count])
+        kept_now = reducer.select(given).keep.sum(1)
+        assert (kept_now <= count).all() and (kept_now >= min(count, 22) * 0.6).all()
+    assert own.keep.sum() <= 2 * 22
+    with pytest.raises(ValueError, match="keep must be in"):
+        PACT(keep=0)
+    with pytest.raises(ValueError, match="at least 0"):
+        PACT(cutoff=-1)
 
 
 def test_btp_by_hand():

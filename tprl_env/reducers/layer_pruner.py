@@ -75,6 +75,7 @@ class LayerView:
         num_layers: Decoder layers of the model.
         keep: int64 (B,), tokens that the schedule wants to stay, at most those alive.
         plan: int64 (B, stages), what it wants to stay in every stage.
+        average: The average that was asked for; ``None`` for the authors' own schedule.
         alive: bool (B, M), False at padding.
         places: int64 (B, M), the place in the full image of each token, in sequence order.
         full: int64 (B,), visual tokens of the full image.
@@ -106,6 +107,7 @@ class LayerView:
     queries: Tensor | None = None
     keys: Tensor | None = None
     turned_keys: Tensor | None = None
+    average: float | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
 
 

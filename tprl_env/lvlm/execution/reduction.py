@@ -96,7 +96,7 @@ class Reduction:
             ValueError: The average cannot be met, or the rows it wants cannot see the image.
         """
         self._text, self._reducer, self._contiguous = text, reducer, contiguous
-        self._prompts = prompts
+        self._prompts, self._average = prompts, average
         device = text.norm.weight.device
         depth = len(text.layers)
         plans = {n: reducer.stages(n, depth, average) for n in set(counts)}
@@ -163,6 +163,7 @@ class Reduction:
             alive=torch.arange(most, device=image.device) < alive[:, None],
             places=image.gather(1, columns),
             full=self._full,
+            average=self._average,
             memory=self._memory,
         )
         if not most:

@@ -9,6 +9,7 @@ from tprl_env.checks import did_you_mean
 from tprl_env.reducers.layer.autoprune import AutoPrune
 from tprl_env.reducers.layer.btp import BTP
 from tprl_env.reducers.layer.fastv import FastV
+from tprl_env.reducers.layer.pact import PACT
 from tprl_env.reducers.layer.pyramiddrop import PyramidDrop
 from tprl_env.reducers.layer.question_rows import QuestionRows
 from tprl_env.reducers.layer.sparsevlm import SparseVLM
@@ -17,6 +18,7 @@ from tprl_env.reducers.layer_pruner import LayerPruner
 __all__ = [
     "BTP",
     "LAYER_PRUNERS",
+    "PACT",
     "AutoPrune",
     "FastV",
     "PyramidDrop",
@@ -31,6 +33,7 @@ LAYER_PRUNERS: dict[str, type[LayerPruner]] = {
     "sparsevlm": SparseVLM,
     "btp": BTP,
     "autoprune": AutoPrune,
+    "pact": PACT,
     "question_rows": QuestionRows,
 }
 
