@@ -122,6 +122,28 @@ def test_samples_scored_inside_come_back_in_order(run):
         scorer.score_inside(samples, lives=both.lives[:, :3])
 
 
+def test_encode_adds_question_rows(run, tmp_path):
+    words = [
+        "encode",
+        "--data",
+        str(run.data),
+        "--lvlm",
+        str(run.lvlm),
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    assert main([*words, "--limit", "3", "--question-rows", "1"]) == 0
+    store, lvlm = FeatureStore.open(tmp_path / "s"), load_lvlm(run.lvlm, device="cpu")
+    assert store.channel_meta("question_rows")["layer"] == 1
+    for sample in range(3):
+        prompts, tokens = [lvlm.prompt(store.question(sample))], [store.tokens(sample)]
+        expected = lvlm.saliency(prompts, tokens, QuestionRows(layer=1))[0]
+        np.testing.assert_allclose(store.channel("question_rows", sample), expected, rtol=1e-5)
+        keep = make_pruner("question_rows").prune(prune_inputs(store, sample), 4).numpy()
+        lives = lvlm.reduce(prompts, tokens, OneCut(QuestionRows(), 1, 4))[0]
+        assert keep.tolist() == (lives == LAYERS).tolist()
+
+
 def test_bad_requests_are_one_sentence(run, capsys):
     start = ["cliff", str(run.store), "--lvlm", str(run.lvlm), "--out", str(run.root / "bad")]
     for words, match in (
