@@ -2,8 +2,8 @@
 
     python -m benchmarks.inside STORE --lvlm builtin:crowded
 
-Methods and masks take turns, so that drifts of the machine hit all alike; the median and the best of
-the repeats are printed, with their ratios to the mask's. The last line is JSON.
+Methods and masks take turns, so that drifts of the machine hit all alike; medians are printed, with
+their ratios to the mask's. The last line is JSON.
 """
 
 from __future__ import annotations

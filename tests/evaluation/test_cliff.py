@@ -123,16 +123,8 @@ def test_samples_scored_inside_come_back_in_order(run):
 
 
 def test_encode_adds_question_rows(run, tmp_path):
-    words = [
-        "encode",
-        "--data",
-        str(run.data),
-        "--lvlm",
-        str(run.lvlm),
-        "--out",
-        str(tmp_path / "s"),
-    ]
-    assert main([*words, "--limit", "3", "--question-rows", "1"]) == 0
+    words = ["encode", "--data", str(run.data), "--lvlm", str(run.lvlm), "--question-rows", "1"]
+    assert main([*words, "--limit", "3", "--out", str(tmp_path / "s")]) == 0
     store, lvlm = FeatureStore.open(tmp_path / "s"), load_lvlm(run.lvlm, device="cpu")
     assert store.channel_meta("question_rows")["layer"] == 1
     for sample in range(3):

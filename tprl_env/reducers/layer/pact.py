@@ -25,8 +25,8 @@ class PACT(LayerPruner):
     of the pruned tokens within ``margin`` cutoffs, at its centre's place.
 
     The number of clusters follows from the image. Where an average is asked for, the cutoff is
-    searched for each sample instead: the smallest of 40 bisections that leaves no more clusters
-    than the schedule wants; a share above ``keep`` prunes less. Our reading: a cluster counts once
+    searched for each sample instead, by at most 16 bisections, so that no more clusters are left
+    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Our reading: a cluster counts once
     in later attention, while the authors add the logarithm of its size to the logits (proportional
     attention), which needs a mask in every later layer.
 
@@ -116,17 +116,20 @@ class PACT(LayerPruner):
         return weights * given(view.hidden).float().norm(dim=2)
 
     def _searched(self, distance: Tensor, density: Tensor, wanted: int) -> tuple[float, Tensor]:
-        """The smallest cutoff that leaves at most ``wanted`` clusters."""
+        """A cutoff that leaves ``wanted`` clusters, or the fewest less that bisection finds."""
         low, high = 0.0, 2.0 + 1e-6  # of cosine distances
         place = torch.arange(len(distance), device=distance.device)
         found = clusters(distance, density, high)
-        for _ in range(40):
+        for _ in range(16):
             middle = (low + high) / 2
             cluster = clusters(distance, density, middle)
-            if int((cluster == place).sum()) <= wanted:
+            count = int((cluster == place).sum())
+            if count <= wanted:
                 high, found = middle, cluster
             else:
                 low = middle
+            if count == wanted:
+                break
         return high, found
 
 
