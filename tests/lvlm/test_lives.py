@@ -253,6 +253,16 @@ def test_saliency_is_what_the_rule_ranks_by(lvlm):
             assert set(top.tolist()) == set(np.flatnonzero(lives == LAYERS).tolist())
 
 
+def test_bfloat16_runs_every_way(tmp_path_factory):
+    half = load_lvlm(save_llava(tmp_path_factory.mktemp("half")), device="cpu", dtype="bfloat16")
+    prompts, answers, tokens = rows(half)
+    for reducer in (*RULES.values(), SparseVLM(), PACT(1)):
+        scored = half.score(prompts, answers, tokens, reducer=reducer)
+        assert np.isfinite(scored.likelihood).all() and scored.lives is not None
+        assert len(half.generate(prompts, tokens, None, 3, reducer=reducer)) == 6
+        assert len(half.reduce(prompts, tokens, reducer)) == 6
+
+
 def test_bad_requests_are_refused(lvlm):
     prompts, answers, tokens = rows(lvlm)
     rule, full = FastV(), [np.full(len(t), LAYERS) for t in tokens]

@@ -26,9 +26,9 @@ class PACT(LayerPruner):
 
     The number of clusters follows from the image. Where an average is asked for, the cutoff is
     searched for each sample instead, by at most 16 bisections, so that no more clusters are left
-    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Our reading: a cluster counts once
-    in later attention, while the authors add the logarithm of its size to the logits (proportional
-    attention), which needs a mask in every later layer.
+    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Our
+    reading: a cluster counts once in later attention, while the authors add the logarithm of its
+    size to the logits (proportional attention), which needs a mask in every later layer.
 
     Attributes:
         layer: The cut is before this layer.
