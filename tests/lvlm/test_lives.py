@@ -253,6 +253,20 @@ def test_saliency_is_what_the_rule_ranks_by(lvlm):
             assert set(top.tolist()) == set(np.flatnonzero(lives == LAYERS).tolist())
 
 
+@pytest.mark.parametrize("reducer", [*RULES.values(), SparseVLM(), PACT(1)])
+def test_images_of_one_token_and_of_none(lvlm, reducer):
+    prompts, answers, tokens = rows(lvlm, 3)
+    few = [tokens[0], tokens[0][:0], tokens[0][:1]]
+    scored = lvlm.score(prompts, answers, few, reducer=reducer)
+    assert np.isfinite(scored.likelihood).all()
+    assert [len(one) for one in scored.lives] == [16, 0, 1]
+    nothing = lvlm.score(prompts, answers, [few[1]] * 3, reducer=reducer)
+    blind = lvlm.score(prompts, answers, [few[1]] * 3, positions=reducer.positions)
+    np.testing.assert_allclose(nothing.likelihood, blind.likelihood, rtol=1e-4)
+    assert nothing.likelihood[1] == pytest.approx(scored.likelihood[1], rel=1e-4)
+    assert len(lvlm.generate(prompts, few, None, 2, reducer=reducer)) == 3
+
+
 def test_bfloat16_runs_every_way(tmp_path_factory):
     half = load_lvlm(save_llava(tmp_path_factory.mktemp("half")), device="cpu", dtype="bfloat16")
     prompts, answers, tokens = rows(half)

@@ -89,6 +89,8 @@ class PACT(LayerPruner):
         states = hidden.clone()
         for row in range(len(keep)):
             alive, wanted = int(view.alive[row].sum()), int(view.keep[row])
+            if not alive:
+                continue
             best = max(1, int(self.keep * alive), wanted)
             chosen = keep_top(importance[row, :alive], best).nonzero()[:, 0]
             unit = torch.nn.functional.normalize(keys[row, :alive], dim=1)
