@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tprl_env.reducers.interfaces import Reducer
 from tprl_env.reducers.layer import (
     BTP,
     LAYER_PRUNERS,
@@ -167,7 +168,7 @@ def test_contract(name, constant, dtype):
         assert not (choice.keep & ~given.alive).any()
         wanted = given.keep if name != "autoprune" else given.memory["counts"][:, given.stage]
         wanted = torch.minimum(wanted, given.alive.sum(1))
-        if name == "pact":  # its number of clusters follows from the image
+        if not reducer.exact:  # its number of clusters follows from the image
             assert (choice.keep.sum(1) <= wanted).all() and (choice.keep.sum(1) >= 1).all()
         else:
             assert choice.keep.sum(1).tolist() == wanted.tolist()
@@ -229,7 +230,9 @@ def test_make_layer_pruner():
         with pytest.raises(ValueError, match="must be"):
             PyramidDrop(**bad)
     for name, cls in LAYER_PRUNERS.items():
-        assert cls.name == name and cls.paper and isinstance(cls.larger_model, bool)
+        assert cls.name == name and bool(cls.paper) == (name != "question_rows")
+        assert isinstance(cls.larger_model, bool)
+        assert issubclass(cls, Reducer) and cls.needs == ()
 
 
 # ---------- by hand

@@ -14,14 +14,14 @@ image, H query heads, R rows, W words of text, D token width, d head width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from tprl_env.reducers.interfaces import Knowledge
+from tprl_env.reducers.interfaces import Knowledge, Reducer
 from tprl_env.reducers.selection import top_k_mask
 
 Rows = Literal["last", "question", "text"]
@@ -128,29 +128,24 @@ class Choice:
     behind: Tensor | None = None
 
 
-class LayerPruner(ABC):
+class LayerPruner(Reducer):
     """Chooses, before some decoder layers, the visual tokens that go on.
 
-    Subclasses are frozen dataclasses whose fields are the method's hyper-parameters.
+    It reads nothing of :class:`~tprl_env.reducers.interfaces.PruneInputs`, and its budget is an
+    average over layers: :meth:`stages` checks it. "contiguous" positions are closed up after every
+    stage.
 
     Attributes:
-        name: Key in ``LAYER_PRUNERS``.
-        knowledge: As for a pruner.
-        paper: Title and arXiv id or venue.
-        positions: Rotary positions of what stays, as the authors' code has them: "original" keeps
-            the gaps, "contiguous" closes up after every stage.
-        larger_model: Whether the method would be expected to need a larger model than the built-in
-            ones.
         merges: Whether tokens that stay take up others; ``lives`` then says how many tokens enter
             each layer, but replaying it drops without merging.
     """
 
-    name: ClassVar[str]
     knowledge: ClassVar[Knowledge] = "heuristic"
-    paper: ClassVar[str]
-    positions: ClassVar[Literal["original", "contiguous"]] = "original"
-    larger_model: ClassVar[bool] = False
     merges: ClassVar[bool] = False
+
+    @property
+    def _kind(self) -> str:
+        return "reducer inside the language model"
 
     @property
     def label(self) -> str:
@@ -209,7 +204,6 @@ class OneCut(RankingLayerPruner):
     keep: int
 
     name: ClassVar[str] = "one_cut"
-    paper: ClassVar[str] = "ours; a ranking at a given layer and count"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be cut.

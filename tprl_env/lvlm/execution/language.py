@@ -274,7 +274,6 @@ class _Recorder(LayerPruner):
     """Drops nothing and remembers what a rule would have ranked by."""
 
     name = "recorder"
-    paper = "none"
 
     def __init__(self, rule: RankingLayerPruner) -> None:
         self._rule = rule

@@ -54,6 +54,11 @@ class PACT(LayerPruner):
     larger_model: ClassVar[bool] = True
     merges: ClassVar[bool] = True
 
+    @property
+    def exact(self) -> bool:
+        """The number of clusters follows from the image."""
+        return False
+
     def __post_init__(self) -> None:
         """Refuse shares and distances that are none.
 

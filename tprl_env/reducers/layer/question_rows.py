@@ -46,7 +46,6 @@ class QuestionRows(RankingLayerPruner):
     source: Literal["own", "previous"] = "own"
 
     name: ClassVar[str] = "question_rows"
-    paper: ClassVar[str] = "ours"
 
     def __post_init__(self) -> None:
         """Refuse unknown choices.
