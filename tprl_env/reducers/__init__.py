@@ -11,7 +11,15 @@ import dataclasses
 from typing import Any
 
 from tprl_env.checks import did_you_mean
-from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
+from tprl_env.reducers.interfaces import (
+    Merged,
+    Merger,
+    PruneInputs,
+    Pruner,
+    RankingPruner,
+    Reducer,
+    prune_inputs,
+)
 from tprl_env.reducers.prune.cls_attention import ClsAttentionPruner
 from tprl_env.reducers.prune.divprune import DivPrune
 from tprl_env.reducers.prune.oracle import OraclePruner
@@ -24,12 +32,15 @@ __all__ = [
     "PRUNERS",
     "ClsAttentionPruner",
     "DivPrune",
+    "Merged",
+    "Merger",
     "OraclePruner",
     "PruneInputs",
     "Pruner",
     "QuestionAttentionPruner",
     "RandomPruner",
     "RankingPruner",
+    "Reducer",
     "UniformPruner",
     "VisPruner",
     "make_pruner",
