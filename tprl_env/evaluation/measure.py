@@ -147,7 +147,8 @@ def keep_masks(
 
 def _reads(pruner: Pruner) -> tuple[str, ...]:
     """Fields to read for a pruner; a policy looks at the question in either form."""
-    return (*pruner.needs, "query", "query_tokens") if "codes" in pruner.needs else pruner.needs
+    needs = pruner.required()
+    return (*needs, "query", "query_tokens") if "codes" in needs else needs
 
 
 def iterate_chunks(samples: npt.NDArray[np.int64]) -> Iterator[slice]:

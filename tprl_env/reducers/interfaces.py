@@ -10,17 +10,20 @@ code width, Q question tokens, d_q query width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.selection import top_k_mask
+from tprl_env.reducers.vision import VisionSignals
 
+T = TypeVar("T")
 Knowledge = Literal["policy", "heuristic", "oracle", "random"]
 Positions = Literal["original", "contiguous"]
 """Positions of what is left: its place in the full prompt, or closed up without gaps."""
@@ -40,6 +43,9 @@ class PruneInputs:
         codes: float32 (n, d), autoencoder output.
         relevance: float32 (n,), what the built-in scenes know about the question.
         question_attention: float32 (n,), the LVLM's own attention from the question.
+        vision: The vision tower and the projector on this picture, computed on request.
+        clip_image: float32 (n, P), the patches in the space of CLIP's text tower.
+        clip_text: float32 (M, P), the question's segments in that space.
         sample: The sample's number in its store; seeds the random pruner.
     """
 
@@ -52,6 +58,9 @@ class PruneInputs:
     codes: Tensor | None = None
     relevance: Tensor | None = None
     question_attention: Tensor | None = None
+    vision: VisionSignals | None = None
+    clip_image: Tensor | None = None
+    clip_text: Tensor | None = None
     sample: int = 0
 
     @property
@@ -74,7 +83,10 @@ _PER_TOKEN = ("tokens", "codes", "tower", "cls_attention", "relevance", "questio
 
 
 def prune_inputs(
-    source: TokenSource, sample: int, needs: Sequence[str] | None = None
+    source: TokenSource,
+    sample: int,
+    needs: Sequence[str] | None = None,
+    vision: Callable[[npt.NDArray[np.uint8]], VisionSignals] | None = None,
 ) -> PruneInputs:
     """Read one sample for a pruner.
 
@@ -82,6 +94,7 @@ def prune_inputs(
         source: The store.
         sample: Its row.
         needs: Fields to read (a pruner's ``needs``); None reads everything the store holds.
+        vision: What makes :class:`VisionSignals` of a picture, an LVLM's ``vision_signals``.
     """
 
     def wanted(name: str) -> bool:
@@ -101,6 +114,8 @@ def prune_inputs(
         inputs.codes = _tensor(source.codes(row)[0][source.exists(row)[0]])
     if wanted("question_attention") and source.has_channel("question_attention"):
         inputs.question_attention = _tensor(source.channel("question_attention", sample))
+    if vision is not None and wanted("vision"):
+        inputs.vision = vision(source.picture(sample))
     return inputs
 
 
@@ -291,7 +306,7 @@ def keep_top(values: Tensor, count: int) -> Tensor:
     return top_k_mask(values[None], everything, counts)[0]
 
 
-def given(value: Tensor | None) -> Tensor:
+def given(value: T | None) -> T:
     """A field that ``check`` found present, for the type checker."""
     if value is None:
         raise ValueError("a field of PruneInputs is missing; call Pruner.check first")
@@ -300,6 +315,13 @@ def given(value: Tensor | None) -> Tensor:
 
 def _cure(missing: Sequence[str]) -> str:
     """What to do about missing fields."""
+    if "clip_text" in missing:
+        return (
+            "LLaVA checkpoints lack CLIP's text tower; give the field relevance='query', which "
+            "compares the tokens with the question's token embeddings instead"
+        )
+    if missing == ["vision"]:
+        return "give prune_inputs vision=lvlm.vision_signals, and a source that holds pictures"
     return "encode the store with them"
 
 

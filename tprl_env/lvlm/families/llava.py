@@ -41,6 +41,7 @@ from tprl_env.lvlm.loading.supported import (
 from tprl_env.lvlm.loading.vision import VisionEncoder
 from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
+from tprl_env.reducers.vision import VisionSignals
 
 _ATTENTION_ELEMENTS = 1 << 26
 
@@ -171,6 +172,15 @@ class LlavaLVLM:
             One :class:`Visual` per picture, tensors on the LVLM's device.
         """
         return self._vision.encode(images)
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) visual tokens for (m, Dv) features of the tower."""
+        return self._vision.project(features)
+
+    def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
+        """What methods may ask of the tower and the projector for one picture, on request."""
+        return self._vision.signals(image)
 
     def prompt(self, question: str) -> Prompt:
         """Tokenise ``question``; see :meth:`Prompter.prompt` for the errors."""
