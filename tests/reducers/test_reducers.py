@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from tprl_env.data.features.toy import ToyStore
 from tprl_env.lvlm.loading.signals import TowerSignals
 from tprl_env.reducers import (
     PRUNERS,
@@ -19,6 +20,7 @@ from tprl_env.reducers import (
     ToMe,
     make_pruner,
     make_reducer,
+    prune_inputs,
 )
 
 FIELDS = {"cdpruner": {"relevance": "query"}, "trim": {"relevance": "query"}}
@@ -157,6 +159,21 @@ def test_what_needs_clips_text_tower_offers_its_substitute():
             reduce(make_reducer(name), bare, 4)
     with pytest.raises(ValueError, match="6 and 9 wide"):
         reduce(ALL["cdpruner"], dataclasses.replace(bare, query_tokens=torch.ones(2, 9)), 4)
+
+
+def test_a_source_with_pictures_and_an_lvlm_fill_what_is_needed():
+    asked = []
+
+    def vision(picture):
+        asked.append(picture.shape)
+        return signals(side=6)
+
+    store = ToyStore(samples=4)
+    one = prune_inputs(store, 2, ALL["hiprune"].required(), vision)
+    assert one.vision is not None and len(asked) == 1 and asked[0][2] == 3
+    assert prune_inputs(store, 2, ("tokens",), vision).vision is None and len(asked) == 1
+    with pytest.raises(ValueError, match=r"needs vision.*give prune_inputs vision=lvlm\.vision_"):
+        ALL["hiprune"].prune(prune_inputs(store, 2, ALL["hiprune"].required()), 3)
 
 
 def test_names_of_the_table_and_of_the_papers():
