@@ -24,7 +24,11 @@ from tprl_env.reducers import (
 )
 
 FIELDS = {"cdpruner": {"relevance": "query"}, "trim": {"relevance": "query"}}
-ALL = {name: make_reducer(name, **FIELDS.get(name, {})) for name in REDUCERS}
+ALL = {
+    name: make_reducer(name, **FIELDS.get(name, {}))
+    for name, cls in REDUCERS.items()
+    if issubclass(cls, (Pruner, Merger))  # before the LLM
+}
 ALL["tome, before the LLM"] = make_reducer("tome", where="before_llm")
 ALL["cdpruner, clip"] = make_reducer("cdpruner")
 ALL["trim, clip"] = make_reducer("trim")
