@@ -61,6 +61,17 @@ def test_layer_0_s_rows_prune_as_the_reducer_before_layer_0(folders):
     assert lvlm.generate(prompts, tokens, lives=[lives]) == [answer.text]
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"), [("hiprune", {}), ("cdpruner", {"relevance": "query"})]
+)
+def test_pruners_that_look_into_the_tower_or_at_the_question(folders, name, fields):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    model = PrunedLVLM(lvlm, make_pruner(name, **fields))
+    first, second = model.answer_batch(pictures(2), list(QUESTIONS[:2]), budget=5)
+    assert first.keep.sum() == second.keep.sum() == 5
+    assert np.array_equal(model.answer(pictures(2)[1], QUESTIONS[1], 5).keep, second.keep)
+
+
 def test_a_threshold_keeps_a_varying_number(folders):
     model = PrunedLVLM.load(
         str(folders / "lvlm"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tprl_env.data.features.source import Box
 from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
+from tprl_env.reducers.vision import VisionSignals
 
 Positions = Literal["original", "contiguous"]
 """Rotary positions of kept tokens: their place in the full prompt, or closed up without gaps."""
@@ -145,6 +146,14 @@ class LVLM(Protocol):
 
     def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
         """Encode (H, W, 3) uint8 RGB pictures."""
+        ...
+
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) visual tokens for (m, Dv) features of the tower."""
+        ...
+
+    def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
+        """What methods may ask of the tower and the projector for one picture, on request."""
         ...
 
     def prompt(self, question: str) -> Prompt:

@@ -10,17 +10,20 @@ code width, Q question tokens, d_q query width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.selection import top_k_mask
+from tprl_env.reducers.vision import VisionSignals
 
+T = TypeVar("T")
 Knowledge = Literal["policy", "heuristic", "oracle", "random"]
 Positions = Literal["original", "contiguous"]
 """Positions of what is left: its place in the full prompt, or closed up without gaps."""
@@ -41,6 +44,9 @@ class PruneInputs:
         relevance: float32 (n,), what the built-in scenes know about the question.
         question_attention: float32 (n,), the LVLM's own attention from the question.
         question_rows: float32 (n,), what the question's words look up in one layer of the LVLM.
+        vision: The vision tower and the projector on this picture, computed on request.
+        clip_image: float32 (n, P), the patches in the space of CLIP's text tower.
+        clip_text: float32 (M, P), the question's segments in that space.
         sample: The sample's number in its store; seeds the random pruner.
     """
 
@@ -54,6 +60,9 @@ class PruneInputs:
     relevance: Tensor | None = None
     question_attention: Tensor | None = None
     question_rows: Tensor | None = None
+    vision: VisionSignals | None = None
+    clip_image: Tensor | None = None
+    clip_text: Tensor | None = None
     sample: int = 0
 
     @property
@@ -84,7 +93,10 @@ _PER_TOKEN = (
 
 
 def prune_inputs(
-    source: TokenSource, sample: int, needs: Sequence[str] | None = None
+    source: TokenSource,
+    sample: int,
+    needs: Sequence[str] | None = None,
+    vision: Callable[[npt.NDArray[np.uint8]], VisionSignals] | None = None,
 ) -> PruneInputs:
     """Read one sample for a pruner.
 
@@ -92,6 +104,7 @@ def prune_inputs(
         source: The store.
         sample: Its row.
         needs: Fields to read (a pruner's ``needs``); None reads everything the store holds.
+        vision: What makes :class:`VisionSignals` of a picture, an LVLM's ``vision_signals``.
     """
 
     def wanted(name: str) -> bool:
@@ -112,6 +125,8 @@ def prune_inputs(
     for name in ("question_attention", "question_rows"):
         if wanted(name) and source.has_channel(name):
             setattr(inputs, name, _tensor(source.channel(name, sample)))
+    if vision is not None and wanted("vision"):
+        inputs.vision = vision(source.picture(sample))
     return inputs
 
 
@@ -302,7 +317,7 @@ def keep_top(values: Tensor, count: int) -> Tensor:
     return top_k_mask(values[None], everything, counts)[0]
 
 
-def given(value: Tensor | None) -> Tensor:
+def given(value: T | None) -> T:
     """A field that ``check`` found present, for the type checker."""
     if value is None:
         raise ValueError("a field of PruneInputs is missing; call Pruner.check first")
@@ -311,6 +326,13 @@ def given(value: Tensor | None) -> Tensor:
 
 def _cure(missing: Sequence[str]) -> str:
     """What to do about missing fields."""
+    if "clip_text" in missing:
+        return (
+            "LLaVA checkpoints lack CLIP's text tower; give the field relevance='query', which "
+            "compares the tokens with the question's token embeddings instead"
+        )
+    if missing == ["vision"]:
+        return "give prune_inputs vision=lvlm.vision_signals, and a source that holds pictures"
     return "encode the store with them"
 
 

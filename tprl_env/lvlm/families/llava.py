@@ -35,6 +35,7 @@ from tprl_env.lvlm.loading.vision import VisionEncoder
 from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import Inside, LVLMScores, Positions, Prompt, Visual
 from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
+from tprl_env.reducers.vision import VisionSignals
 
 
 class LlavaLVLM:
@@ -163,6 +164,15 @@ class LlavaLVLM:
             One :class:`Visual` per picture, tensors on the LVLM's device.
         """
         return self._vision.encode(images)
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) visual tokens for (m, Dv) features of the tower."""
+        return self._vision.project(features)
+
+    def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
+        """What methods may ask of the tower and the projector for one picture, on request."""
+        return self._vision.signals(image)
 
     def prompt(self, question: str) -> Prompt:
         """Tokenise ``question``; see :meth:`Prompter.prompt` for the errors."""
