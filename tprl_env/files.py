@@ -1,4 +1,4 @@
-"""Files that are whole or absent, logs that survive a crash, and the versions written into them.
+"""Files that are whole or absent, files that really are files, logs that survive a crash, versions.
 
 Every file that this package leaves behind goes through `write_atomically`: a draft beside the
 target, synced, then renamed, so that no reader sees half a file and a crash loses nothing old.
@@ -7,17 +7,54 @@ Logs that grow while a run lasts go through `JsonLog`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["JsonLog", "versions", "write_atomically", "write_json", "write_text"]
+__all__ = ["JsonLog", "open_regular", "versions", "write_atomically", "write_json", "write_text"]
 
 PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
+
+
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading bytes; anything else is refused instead of waited for.
+
+    Args:
+        path: The file; symbolic links are followed.
+
+    Raises:
+        OSError: It is missing, unreadable, or a folder, FIFO, socket or device.
+    """
+    _check_regular(path.stat().st_mode, path)  # opening a device may already do something
+    # without O_NONBLOCK a FIFO that took the file's place in between would block for ever
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    try:
+        _check_regular(os.fstat(stream.fileno()).st_mode, path)
+    except OSError:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        what = next((name for test, name in _SPECIAL if test(mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:

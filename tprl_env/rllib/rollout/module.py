@@ -97,6 +97,27 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """What runners do not need."""
         return ["reference"]
 
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take weights, on a resume as from the learner; RLlib's own ignores what is missing.
+
+        Raises:
+            ValueError: Weights are missing, unknown or of another shape; a learner's start policy
+                is left out where it is not needed.
+        """
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        unknown = sorted(
+            name for name in state.keys() - own.keys() if not name.startswith("reference.")
+        )
+        shapes = sorted(n for n in own.keys() & state.keys() if np.shape(state[n]) != own[n].shape)
+        if missing or unknown or shapes:
+            raise ValueError(
+                f"these weights belong to another policy: {len(missing)} missing {missing[:3]}, "
+                f"{len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape "
+                f"{shapes[:3]}; resume the run with the settings it was started with"
+            )
+        super().set_state(state)
+
     def act(self, obs: Mapping[str, Tensor], *, explore: bool = True) -> Acted:
         """Decide one step for all rows, without gradients.
 
