@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from tprl_env.checks import check_choice, check_integer
+from tprl_env.checks import check_choice, check_integer, quoted
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env import rewards
 from tprl_env.env.observations import observation_space
@@ -76,7 +76,7 @@ class EpisodeRules:
             value = getattr(self, name)
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not number or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
+                raise ValueError(f"{name} must be a finite number, got {quoted(value)}")
         check_choice("score_steps", self.score_steps, rewards.SCORE_STEPS)
         check_choice("score_kind", self.score_kind, SCORE_KINDS)
         check_choice("query", self.query, QUERIES)
@@ -126,10 +126,10 @@ def _check_budget(budget: object) -> int | tuple[int, int]:
     if not isinstance(budget, (tuple, list)):
         return check_integer("budget", budget, 1)
     if len(budget) != 2:
-        raise ValueError(f"budget must be a count or a pair (low, high), got {budget!r}")
+        raise ValueError(f"budget must be a count or a pair (low, high), got {quoted(budget)}")
     low, high = (check_integer("budget", bound, 1) for bound in budget)
     if high < low:
-        raise ValueError(f"budget (low, high) must have low <= high, got {budget!r}")
+        raise ValueError(f"budget (low, high) must have low <= high, got {quoted(budget)}")
     return low, high
 
 

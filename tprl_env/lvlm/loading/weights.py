@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMED = 3
 """Keys of a kind that a message names; the rest are counted."""
 
@@ -50,6 +54,74 @@ def load_model(
         ) from error
     check_report(report, checkpoint)
     return model
+
+
+def check_size(model_class: Any, config: Any, folder: Path, checkpoint: str) -> None:
+    """Refuse a config.json that describes a much larger model than the files hold.
+
+    A number that is wrong by orders, or a lost part that the library replaces by that of a large
+    model, would take all memory before the first weight is compared. The comparison is by the
+    number of weights alone, so that names may differ between releases of the library.
+
+    Args:
+        model_class: Builds a model from ``config``.
+        config: The library's config object.
+        folder: Local folder with safetensors files.
+        checkpoint: What the user called it.
+
+    Raises:
+        ValueError: More layers than tensors, or more than twice as many weights as in the files.
+    """
+    stored, tensors = 0, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        header = _header(path, checkpoint)
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        tensors += len(shapes)
+        stored += sum(math.prod(shape) for shape in shapes)
+    for name in ("text_config", "vision_config"):
+        layers = getattr(getattr(config, name, None), "num_hidden_layers", 0)
+        if layers > tensors:
+            raise ValueError(
+                f"{checkpoint!r}: {name}.num_hidden_layers of config.json is {layers}, but the "
+                f"files hold {tensors} tensors; fetch config.json again"
+            )
+    try:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in model_class(config).parameters())
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{checkpoint!r}: no model can be built from config.json ({reason}); fetch it again"
+        ) from error
+    if described > 2 * stored:
+        raise ValueError(
+            f"{checkpoint!r}: config.json describes {described:,} weights, but the files hold "
+            f"{stored:,}; fetch config.json and the weights again, both of one checkpoint"
+        )
+
+
+def _header(path: Path, checkpoint: str) -> dict[str, Any]:
+    """The table at the start of a safetensors file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LONGEST_HEADER, path.stat().st_size):
+            length = 0  # read as empty, and refused below
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        for name, entry in header.items():
+            if name != "__metadata__" and not all(size >= 0 for size in entry["shape"]):
+                raise ValueError("a negative size")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the weights of {checkpoint!r} are damaged ({path.name} has no readable header); "
+            f"save or fetch them again"
+        ) from error
+    return dict(header)
 
 
 def check_report(report: Mapping[str, Any], checkpoint: str) -> None:
