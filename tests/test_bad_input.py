@@ -48,11 +48,6 @@ SECONDS = 20.0
 LONGEST = 2000  # characters of a message: a sentence, not a dump
 # what the command line prints as one sentence
 REFUSALS = (ValueError, ScoringError, OSError, FloatingPointError)
-    ValueError,
-    ScoringError,
-    OSError,
-    FloatingPointError,
-)  # what the command line prints as one sentence
 
 
 @dataclass(frozen=True)
