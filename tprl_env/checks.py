@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
+import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_choice", "check_fields", "check_integer", "did_you_mean", "quoted"]
+__all__ = ["check_choice", "check_fields", "check_integer", "check_types", "did_you_mean", "quoted"]
 
 _QUOTED = 200
 
@@ -75,7 +77,7 @@ def check_fields(what: str, settings: type, given: Mapping[str, Any]) -> None:
             that is not finite; or a field without default is missing.
     """
     fields = dataclasses.fields(settings)
-    hints = typing.get_type_hints(settings)
+    hints = _hints(settings)
     known = [field.name for field in fields]
     for name, value in given.items():
         if name not in known:
@@ -90,7 +92,27 @@ def check_fields(what: str, settings: type, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{what} needs {field.name}=...")
 
 
+def check_types(settings: Any) -> None:
+    """Refuse a dataclass whose fields hold values of other types than they say.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, hint in _hints(settings.__class__).items():
+        _check_type(name, getattr(settings, name), hint)
+
+
+@functools.cache
+def _hints(settings: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(settings)
+
+
 def _check_type(name: str, value: Any, hint: Any) -> None:
+    if isinstance(hint, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        if value is None or len(kinds) > 1:
+            return
+        hint = kinds[0]
     if typing.get_origin(hint) is typing.Literal:
         check_choice(name, value, typing.get_args(hint))
         return

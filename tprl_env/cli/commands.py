@@ -32,6 +32,7 @@ from tprl_env.cli.parsing import (
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
+_LONGEST_SENTENCE = 1500  # characters; what was typed may be longer
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 BUDGETS = (48, 29, 14, 7, 4)
 
@@ -348,7 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        print(f"tprl: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        cut = "..." if len(sentence) > _LONGEST_SENTENCE else ""
+        print(f"tprl: {sentence[:_LONGEST_SENTENCE]}{cut}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tprl: interrupted; the same command continues where it can", file=sys.stderr)

@@ -87,8 +87,13 @@ class EpisodeRules:
         """Refuse rules that do not fit the token source.
 
         Raises:
-            ValueError: If the source is empty, or a count is beyond its number of tokens.
+            ValueError: It is no source or an empty one, or a count is beyond its tokens.
         """
+        if not all(hasattr(source, name) for name in ("location", "max_tokens", "__len__")):
+            raise ValueError(
+                f"source must be the folder of a feature store, a text like "
+                f"'toy:samples=64,tokens=16', or a TokenSource, got {quoted(source)}"
+            )
         if len(source) < 1:
             raise ValueError(
                 f"the source {source.location!r} holds no samples, expected at least one"
@@ -159,7 +164,15 @@ def coerce_action(action: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[
 def check_options(
     options: Mapping[str, object] | None, rules: EpisodeRules, extra: tuple[str, ...] = ()
 ) -> dict[str, object]:
-    """Refuse reset options that the environment does not know, with the nearest names."""
+    """Refuse reset options that the environment does not know, with the nearest names.
+
+    Raises:
+        ValueError: It is no dict, has an unknown name, or a budget where there is none.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"the options of reset must be a dict such as {{'sample': 3}}, got {quoted(options)}"
+        )
     given = dict(options or {})
     for name in given:
         check_choice("an option of reset", name, ("sample", "budget", *extra))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, check_types
 from tprl_env.policy.distributions import check_logits
 from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
 from tprl_env.policy.weights import load_weights, read_config, save_weights
@@ -103,6 +103,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no policy can be built from."""
+        check_types(self)
         for name in ("token_width", "query_width", "layers", "heads", "question_heads"):
             _check_positive(name, getattr(self, name))
         for name in ("max_steps", "trained_steps"):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tprl_env.checks import quoted
 from tprl_env.files import write_atomically, write_text
 
 CONFIG_NAME = "config.json"
@@ -55,7 +56,7 @@ def read_config(folder: str | Path, *, kind: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); save the model again") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} must describe a {kind}, got {found!r}")
+        raise ValueError(f"{path} must describe a {kind}, got {quoted(found)}")
     return {key: value for key, value in content.items() if key != "kind"}
 
 

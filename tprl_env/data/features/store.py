@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, quoted
 from tprl_env.data.features.arrow import ArrowRows
 from tprl_env.data.features.channels import (
     Channel,
@@ -38,6 +38,8 @@ Verify = Literal["sizes", "checksums"]
 CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
 
+_LONGEST_NAME = 255  # of a file or folder, on the file systems there are
+
 
 def open_source(location: str | Path) -> TokenSource:
     """Open a source by its location: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
@@ -48,6 +50,8 @@ def open_source(location: str | Path) -> TokenSource:
     text = str(location)
     if text == "toy" or text.startswith("toy:"):
         return ToyStore.from_location(text)
+    if "\0" in text or any(len(part) > _LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"the source must be a folder or toy:..., got {quoted(text)}")
     return FeatureStore.open(text)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tprl_env.checks import quoted
+
 _FILES = "tokenizer.json, tokenizer_config.json, processor_config.json, preprocessor_config.json"
 
 
@@ -94,5 +96,5 @@ def _check_pixels(image_processor: Any, checkpoint: str) -> None:
                 wanted = "positive numbers" if name == "image_std" else "finite numbers"
                 raise ValueError(
                     f"{checkpoint!r}: {name} of the image processor must be {wanted}, got "
-                    f"{value!r}; fetch processor_config.json or preprocessor_config.json again"
+                    f"{quoted(value)}; fetch {_FILES} again"
                 )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from tprl_env.lvlm.loading.checkpoint import weight_files
+
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMED = 3
 """Keys of a kind that a message names; the rest are counted."""
@@ -52,6 +54,11 @@ def load_model(
         raise ValueError(
             f"the weights of {checkpoint!r} are damaged ({error}); save or fetch them again"
         ) from error
+    except (TypeError, AttributeError) as error:  # of generation_config.json, the last one read
+        raise ValueError(
+            f"{checkpoint!r} cannot be loaded ({' '.join(str(error).split())[:200]}); fetch "
+            f"config.json and generation_config.json again"
+        ) from error
     check_report(report, checkpoint)
     return model
 
@@ -73,7 +80,7 @@ def check_size(model_class: Any, config: Any, folder: Path, checkpoint: str) -> 
         ValueError: More layers than tensors, or more than twice as many weights as in the files.
     """
     stored, tensors = 0, 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder / name for name in weight_files(folder)):
         header = _header(path, checkpoint)
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         tensors += len(shapes)
@@ -106,6 +113,8 @@ def _header(path: Path, checkpoint: str) -> dict[str, Any]:
     Raises:
         ValueError: The file is damaged.
     """
+    if not path.is_file():
+        raise ValueError(f"the weights of {checkpoint!r} lack {path.name}; fetch them again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(_LONGEST_HEADER, path.stat().st_size):
