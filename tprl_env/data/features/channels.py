@@ -22,9 +22,11 @@ from tprl_env.data.features.manifest import (
     Manifest,
     StoreError,
     check_file,
+    check_numbers,
     describe_file,
     read_json,
 )
+from tprl_env.data.features.validation import check_channel
 from tprl_env.files import write_json
 
 CURES = {
@@ -83,8 +85,16 @@ def check_codes(codes: Channel, fingerprint: str, store: Path) -> None:
         )
 
 
-def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[str, Channel]:
+def load_channels(
+    folder: Path, manifest: Manifest, counts: Mapping[str, npt.NDArray[Any]], *, checksum: bool
+) -> dict[str, Channel]:
     """Open every finished channel of a store.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        counts: Visual tokens of each ``"image"`` and of each ``"sample"``.
+        checksum: Read every byte and compare its checksum.
 
     Raises:
         StoreError: A channel is damaged or belongs to another store.
@@ -98,6 +108,9 @@ def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[s
             entry = FileEntry(**content["file"])
             name, store = content["name"], content["store"]
             width, per, meta = content["width"], content["per"], content["meta"]
+            check_numbers(path, content, ("width",), cure)
+            check_numbers(path, content["file"], ("rows", "bytes"), cure)
+            known = per in counts and isinstance(meta, dict)
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged (field {error}); {cure}") from error
         if store != manifest.fingerprint:
@@ -105,8 +118,12 @@ def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[s
                 f"{path} belongs to another feature store ({store}, this one is "
                 f"{manifest.fingerprint}); {cure}"
             )
+        if name != path.stem.removeprefix("channel-") or not known:
+            raise StoreError(f"{path} is damaged: its name, per or meta is another's; {cure}")
         check_file(data, entry, checksum=checksum, cure=cure)
-        channels[name] = Channel(per, width, meta, entry, ArrowRows([data], [entry.rows]))
+        rows = ArrowRows([data], [entry.rows])
+        check_channel(data, rows, width, counts[per], cure)
+        channels[name] = Channel(per, width, meta, entry, rows)
     return channels
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,15 @@ VERSION = 1
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "encoding.json"
 PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
+
+
+CURE = "encode the store again"
+_DATA_FILE = re.compile(r"(images|samples)-[0-9]{5,9}\.arrow")
+_TEXTS = ("lvlm", "lvlm_fingerprint", "model_type", "dataset", "dataset_fingerprint")
+_COUNTS = (
+    *("samples", "images", "max_tokens", "max_question_tokens"),
+    *("token_width", "tower_width", "query_width", "skipped"),
+)
 
 
 class StoreError(ValueError):
@@ -137,11 +148,20 @@ class Manifest:
                 f"unknown; encode the store again"
             )
         try:
+            for name, entry in content["files"].items():
+                check_numbers(path, entry, ("rows", "bytes"), CURE)
+                if not _DATA_FILE.fullmatch(name) or not isinstance(entry["sha256"], str):
+                    raise TypeError(name)
             content["files"] = {k: FileEntry(**v) for k, v in content["files"].items()}
-        except (TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"{path} is damaged: its table of files is malformed; encode the store again"
             ) from error
+        check_numbers(path, content, _COUNTS, CURE)
+        odd = [name for name in _TEXTS if not isinstance(content[name], str)]
+        odd += ["packages"] * (not isinstance(content["packages"], dict))
+        if odd:
+            raise StoreError(f"{path} is damaged: {odd[0]} is of another type; {CURE}")
         return cls(**content)
 
 
@@ -153,13 +173,29 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers of 5000 digits too
         raise StoreError(
             f"{path} is damaged or unreadable ({error}); encode the store again"
         ) from error
     if not isinstance(content, dict):
         raise StoreError(f"{path} is damaged: expected a JSON object; encode the store again")
     return content
+
+
+def check_numbers(where: Path, content: Mapping[str, Any], names: Iterable[str], cure: str) -> None:
+    """Check that fields are whole numbers that a machine word holds, not below 0.
+
+    Raises:
+        StoreError: one is not.
+    """
+    for name in names:
+        value = content[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+            text = str(value) if not isinstance(value, int) else "a number out of range"
+            raise StoreError(
+                f"{where} is damaged: {name} must be a whole number of at least 0, got "
+                f"{text[:60]!r}; {cure}"
+            )
 
 
 def describe_file(path: Path, rows: int) -> FileEntry:

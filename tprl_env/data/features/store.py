@@ -32,6 +32,7 @@ from tprl_env.data.features.channels import (
 from tprl_env.data.features.manifest import Manifest, StoreError, check_file
 from tprl_env.data.features.source import TokenSource
 from tprl_env.data.features.toy import ToyStore
+from tprl_env.data.features.validation import check_rows
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
 
@@ -83,13 +84,12 @@ class FeatureStore:
         self.max_question_tokens = manifest.max_question_tokens
         self._images = self._rows("images-")
         self._samples = self._rows("samples-")
+        check_rows(path, manifest, self._images, self._samples)
         self._counts = self._images.vector("count")
         self._image_numbers = self._samples.vector("image")
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
-        if self._image_numbers.min() < 0 or self._image_numbers.max() >= self.num_images:
-            raise StoreError(f"{path} names images that it does not hold; encode it again")
-        self._channels = load_channels(path, manifest, checksum=verify == "checksums")
+        self._channels = self._load_channels(checksum=verify == "checksums")
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -141,6 +141,10 @@ class FeatureStore:
     def _rows(self, prefix: str) -> ArrowRows:
         names, files = self.manifest.named(prefix), self.manifest.files
         return ArrowRows([self.path / n for n in names], [files[n].rows for n in names])
+
+    def _load_channels(self, *, checksum: bool) -> dict[str, Channel]:
+        counts = {"image": self._counts, "sample": self._counts[self._image_numbers]}
+        return load_channels(self.path, self.manifest, counts, checksum=checksum)
 
     def _fingerprint(self) -> str:
         channels = sorted(self._channels.items())
@@ -241,11 +245,21 @@ class FeatureStore:
         return value("grid_rows", image), value("grid_columns", image)
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
-        """Return the picture as it was encoded, ``(H, W, 3)``."""
+        """Return the picture as it was encoded, ``(H, W, 3)``.
+
+        Raises:
+            StoreError: It is damaged.
+        """
         from PIL import Image
 
         data = self._images.value("picture", self.image_number(sample))
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        try:
+            return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise StoreError(
+                f"the picture of sample {sample} in {self.path} is damaged ({error}); encode the "
+                f"store again"
+            ) from error
 
     def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
         """Return the prompt's token ids with one image placeholder, ``(P,)``."""
@@ -343,7 +357,7 @@ class FeatureStore:
         write_channel(
             self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
         )
-        self._channels = load_channels(self.path, self.manifest, checksum=False)
+        self._channels = self._load_channels(checksum=False)
         self.fingerprint = self._fingerprint()
 
 

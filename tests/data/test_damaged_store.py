@@ -1,0 +1,135 @@
+"""A damaged store is refused or read as it stands; it never ends the process or moves rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import damage
+import numpy as np
+import pytest
+from fake_lvlm import FakeLVLM, make_samples
+
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore
+from tprl_env.lvlm.encoding.encode import encode_dataset
+
+HUGE = 10**9
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "s"
+    store = encode_dataset(
+        FakeLVLM(), make_samples(), path, batch_size=2, shard_images=3, progress=False
+    )
+    store.write_channel("codes", [np.ones((store.image_count(i), 4)) for i in range(7)])
+    return path
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["images-00001.arrow", "samples-00000.arrow"])
+def test_one_bad_byte_never_ends_the_process(copy: Path, name: str):
+    """In a process of its own: a wrong offset, unchecked, is a segmentation fault."""
+    command = [sys.executable, damage.__file__, str(copy), name, "160", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    refused, read = map(int, done.stdout.split())
+    assert refused > 20 and read > 20  # flips of values are the checksums' business
+
+
+def test_a_wrong_offset_with_the_right_checksum_is_refused(copy: Path):
+    data = (copy / "samples-00000.arrow").read_bytes()
+    ids = "".join(f"s{i}-{j}" for i in range(3) for j in range(3)).encode()
+    texts = data.index(ids)
+    offsets = data.rindex(np.arange(0, 37, 4, dtype="<i4").tobytes(), 0, texts)
+    broken = bytearray(data)
+    broken[offsets + 4 * 5 + 3] = 0x40  # 2**30 bytes behind the texts
+    damage.with_right_checksum(copy, "samples-00000.arrow", bytes(broken))
+    for path in copy.glob("channel-*"):  # they belong to the manifest as it was
+        path.unlink()
+    with pytest.raises(StoreError, match=r"samples-00000.arrow is not a readable Arrow file"):
+        FeatureStore.open(copy, verify="checksums")
+
+
+@pytest.mark.parametrize("value", [HUGE, 10**30, -1, 1, True, "8", None, 2.5])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("samples", "images", "max_tokens", "max_question_tokens"),
+        *("token_width", "tower_width", "query_width"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_files_is_refused_at_once(
+    copy: Path, field: str, value: object
+):
+    content = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**content, field: value}))
+    for path in copy.glob("channel-*"):
+        path.unlink()
+    begun = time.monotonic()
+    with pytest.raises(StoreError, match=r"damaged|the manifest of") as caught:
+        FeatureStore.open(copy)
+    assert time.monotonic() - begun < 2 and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skipped": -1},
+        {"lvlm": 5},
+        {"packages": []},
+        {"files": {"../../etc/passwd": {"rows": 1, "bytes": 1, "sha256": ""}}},
+        {"files": {"images-00000.arrow": {"rows": HUGE**3, "bytes": 1, "sha256": ""}}},
+        {"files": {"images-00000.arrow": {"rows": 1, "bytes": 1}}},
+        {"files": {}},
+    ],
+)
+def test_other_edits_of_a_manifest_are_refused(copy: Path, change: dict):
+    content = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(StoreError, match=r"damaged|the manifest of"):
+        FeatureStore.open(copy)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"version": ' + "9" * 5000 + "}", "\ud83d"])
+def test_json_that_python_cannot_read_is_damage(copy: Path, text: str):
+    (copy / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(StoreError, match=r"manifest.json is damaged or unreadable"):
+        FeatureStore.open(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"width": value} for value in (HUGE, 2, 0, -4, True, "4")),
+        *({"per": value} for value in ("sample", "token", None, [])),
+        {"meta": []},
+        {"name": "cods"},
+        {"file": {"rows": 7, "bytes": 10**30, "sha256": ""}},
+    ],
+)
+def test_a_channel_that_does_not_fit_is_refused(copy: Path, change: dict):
+    path = copy / "channel-codes.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StoreError, match=r"channel-codes.*write the channel again"):
+        FeatureStore.open(copy)
+
+
+def test_a_damaged_picture_is_named(copy: Path):
+    name = "images-00000.arrow"
+    data = (copy / name).read_bytes()
+    damage.with_right_checksum(copy, name, data.replace(b"\x89PNG", b"\x89PNH"))
+    for path in copy.glob("channel-*"):
+        path.unlink()
+    with pytest.raises(StoreError, match=r"the picture of sample 0 in .* is damaged"):
+        FeatureStore.open(copy).picture(0)
