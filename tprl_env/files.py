@@ -1,7 +1,8 @@
 """Files that are whole or absent, files that really are files, logs that survive a crash, versions.
 
 Every file that this package leaves behind goes through `write_atomically`: a draft beside the
-target, synced, then renamed, so that no reader sees half a file and a crash loses nothing old.
+target, synced, then renamed and the folder synced, so that no reader sees half a file and neither
+a crash nor a power cut loses anything old.
 Logs that grow while a run lasts go through `JsonLog`.
 """
 
@@ -26,8 +27,8 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    *("LOCK_NAME", "FolderInUseError", "JsonLog", "folder_lock", "open_regular", "versions"),
-    *("write_atomically", "write_json", "write_text"),
+    *("LOCK_NAME", "FolderInUseError", "JsonLog", "folder_lock", "open_regular", "sync_folder"),
+    *("versions", "write_atomically", "write_json", "write_text"),
 ]
 
 logger = logging.getLogger(__name__)
@@ -137,10 +138,12 @@ def folder_lock(folder: str | Path, purpose: str) -> Iterator[None]:
 def _take_lock(folder: Path, purpose: str) -> int | None:
     path = folder / LOCK_NAME
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
             continue  # the last holder removed the folder that it had made
         try:
             if fcntl is None:
@@ -224,9 +227,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
+        sync_folder(path.parent)
     finally:  # gone already unless something failed
         draft.unlink(missing_ok=True)
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a power cut not undo what was renamed into a folder; no more than the system can do."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a folder that may be written, not read
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *_NO_LOCKS):  # a file system without it
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> Path:

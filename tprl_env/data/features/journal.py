@@ -34,7 +34,7 @@ from tprl_env.data.features.manifest import (
     read_json,
 )
 from tprl_env.data.sample import Sample
-from tprl_env.files import versions, write_json
+from tprl_env.files import LOCK_NAME, versions, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,11 @@ class Journal:
             _clear(folder)
             return cls(folder, dataset, settings)
         if not path.is_file():
-            leftovers = [p.name for p in folder.iterdir() if not p.name.endswith(".tmp")]
+            leftovers = [
+                p.name
+                for p in folder.iterdir()
+                if not p.name.endswith(".tmp") and p.name != LOCK_NAME
+            ]
             if leftovers and not all(p.startswith(("images-", "samples-")) for p in leftovers):
                 raise StoreError(
                     f"{folder} is not empty and no encoding was started there (it holds "

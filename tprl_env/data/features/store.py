@@ -32,6 +32,7 @@ from tprl_env.data.features.manifest import Manifest, StoreError, check_file
 from tprl_env.data.features.source import Box, TokenSource
 from tprl_env.data.features.toy import ToyStore
 from tprl_env.data.features.validation import check_rows
+from tprl_env.files import folder_lock
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
 
@@ -365,12 +366,14 @@ class FeatureStore:
         Raises:
             StoreError: An array has the wrong shape or non-finite values, or there are too
                 few or too many; nothing is changed then.
+            FolderInUseError: Another process encodes into the store or writes a channel.
         """
         counts = self._counts if per == "image" else self._counts[self._image_numbers]
         label = self.image_id if per == "image" else self.id
-        write_channel(
-            self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
-        )
+        with folder_lock(self.path, f"writing {name!r}"):
+            write_channel(
+                self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
+            )
         self._channels = self._load_channels(checksum=False)
         self.fingerprint = self._fingerprint()
 
