@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
+from tprl_env.data.features import manifest
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm.encoding.encode import encode_dataset
@@ -73,7 +74,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused_at_once(
     copy: Path, field: str, value: object
 ):
     content = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**content, field: value}))
+    damage.rewrite(copy / "manifest.json", {**content, field: value})
     for path in copy.glob("channel-*"):
         path.unlink()
     begun = time.monotonic()
@@ -96,7 +97,7 @@ def test_a_manifest_that_does_not_fit_its_files_is_refused_at_once(
 )
 def test_other_edits_of_a_manifest_are_refused(copy: Path, change: dict):
     content = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**content, **change}))
+    damage.rewrite(copy / "manifest.json", {**content, **change})
     with pytest.raises(StoreError, match=r"damaged|the manifest of"):
         FeatureStore.open(copy)
 
@@ -120,7 +121,7 @@ def test_json_that_python_cannot_read_is_damage(copy: Path, text: str):
 )
 def test_a_channel_that_does_not_fit_is_refused(copy: Path, change: dict):
     path = copy / "channel-codes.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    damage.rewrite(path, {**json.loads(path.read_text()), **change})
     with pytest.raises(StoreError, match=r"channel-codes.*write the channel again"):
         FeatureStore.open(copy)
 
@@ -133,3 +134,76 @@ def test_a_damaged_picture_is_named(copy: Path):
         path.unlink()
     with pytest.raises(StoreError, match=r"the picture of sample 0 in .* is damaged"):
         FeatureStore.open(copy).picture(0)
+
+
+def everything(folder: Path) -> list[object]:
+    """All that a store gives, to compare it with what it gave before."""
+    store = FeatureStore.open(folder, verify="checksums")
+    every = np.arange(len(store))
+    arrays = [
+        store.exists(every),
+        store.codes(every),
+        store.query(every),
+        store.full_scores("exact"),
+    ]
+    return [store.manifest, store.fingerprint, *(array.tobytes() for array in arrays)]
+
+
+def test_a_flipped_bit_in_any_file_is_refused_or_changes_nothing(copy: Path):
+    whole, rng = everything(copy), np.random.default_rng(0)
+    files = sorted(path for path in copy.iterdir() if path.is_file())
+    assert {"manifest.json", "encoding.json", "channel-codes.json"} < {p.name for p in files}
+    accepted = []
+    for path in files:
+        data = path.read_bytes()
+        for _ in range(40):
+            flipped = bytearray(data)
+            flipped[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+            path.write_bytes(flipped)
+            try:
+                assert everything(copy) == whole, path.name
+                encode_dataset(
+                    *(FakeLVLM(), make_samples(), copy),
+                    **{"batch_size": 2, "shard_images": 3, "progress": False},
+                )
+                accepted.append(path.name)
+            except StoreError as error:
+                assert str(copy) in str(error)
+        path.write_bytes(data)
+    assert not [name for name in accepted if name.endswith(".arrow")]
+    assert len(accepted) < 0.1 * 40 * len(files)  # a blank that became another, for instance
+
+
+def test_checksums_are_compared_once_per_process_and_again_after_a_change(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read = []
+    real = manifest.file_sha256
+    monkeypatch.setattr(
+        manifest, "file_sha256", lambda path: (read.append(path.name), real(path))[1]
+    )
+    with manifest.trust_files():
+        FeatureStore.open(copy)
+    FeatureStore.open(copy, verify="sizes")
+    assert read == []
+    FeatureStore.open(copy)
+    first = sorted(read)
+    assert first == sorted(p.name for p in copy.glob("*.arrow"))
+    FeatureStore.open(copy)
+    assert sorted(read) == first
+    path = copy / "images-00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[data.index(FeatureStore.open(copy).tokens(0).tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"images-00000.arrow does not have its recorded checksum"):
+        FeatureStore.open(copy)
+    with manifest.trust_files(), manifest.trust_files(False):
+        FeatureStore.open(copy)
+
+
+def test_a_new_store_is_not_read_again_by_the_process_that_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encode_dataset(FakeLVLM(), make_samples(), tmp_path / "s", progress=False)
+    monkeypatch.setattr(manifest, "file_sha256", lambda path: pytest.fail("read again"))
+    FeatureStore.open(tmp_path / "s")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.manifest import StoreError, seal
 from tprl_env.data.features.store import FeatureStore
 
 
@@ -36,7 +36,13 @@ def with_right_checksum(folder: Path, name: str, data: bytes) -> None:
     content = json.loads((folder / description).read_text())
     entry = content["files"][name] if "files" in content else content["file"]
     entry["sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / description).write_text(json.dumps(content))
+    rewrite(folder / description, content)
+
+
+def rewrite(path: Path, content: dict) -> None:
+    """Write a JSON file of a store as if it had been written so, its own checksum included."""
+    content.pop("checksum", None)
+    path.write_text(json.dumps(seal(content)))
 
 
 def places(data: bytes, number: int, rng: np.random.Generator) -> list[int]:
@@ -57,7 +63,7 @@ def flip_and_read(folder: Path, name: str, number: int, seed: int) -> tuple[int,
         data[place] ^= int(rng.integers(1, 256))
         (folder / name).write_bytes(data)
         try:
-            read_everything(FeatureStore.open(folder))
+            read_everything(FeatureStore.open(folder, verify="sizes"))
             read += 1
         except StoreError:
             refused += 1

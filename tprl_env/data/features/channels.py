@@ -18,13 +18,17 @@ import numpy.typing as npt
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.manifest import (
+    SEAL,
     FileEntry,
     Manifest,
     StoreError,
+    Verify,
     check_file,
     check_numbers,
+    check_seal,
     describe_file,
     read_json,
+    seal,
 )
 from tprl_env.data.features.validation import check_channel
 from tprl_env.files import write_json
@@ -33,6 +37,7 @@ CURES = {
     "codes": "run `tprl autoencoder {store}`",
     "question_attention": "run the same `tprl encode` again with --question-attention",
 }
+_FIELDS = {"name", "store", "per", "width", "meta", "file", SEAL}
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def check_codes(codes: Channel, fingerprint: str, store: Path) -> None:
 
 
 def load_channels(
-    folder: Path, manifest: Manifest, counts: Mapping[str, npt.NDArray[Any]], *, checksum: bool
+    folder: Path, manifest: Manifest, counts: Mapping[str, npt.NDArray[Any]], *, verify: Verify
 ) -> dict[str, Channel]:
     """Open every finished channel of a store.
 
@@ -94,7 +99,7 @@ def load_channels(
         folder: The store.
         manifest: Its manifest.
         counts: Visual tokens of each ``"image"`` and of each ``"sample"``.
-        checksum: Read every byte and compare its checksum.
+        verify: How files are checked.
 
     Raises:
         StoreError: A channel is damaged or belongs to another store.
@@ -103,6 +108,9 @@ def load_channels(
     for path in sorted(folder.glob("channel-*.json")):
         content = read_json(path)
         cure = f"delete {path.name} and write the channel again"
+        check_seal(path, content, cure)
+        if unknown := content.keys() - _FIELDS:
+            raise StoreError(f"{path} is damaged: unknown fields {sorted(unknown)}; {cure}")
         data = path.with_suffix(".arrow")
         try:
             entry = FileEntry(**content["file"])
@@ -120,7 +128,7 @@ def load_channels(
             )
         if name != path.stem.removeprefix("channel-") or not known:
             raise StoreError(f"{path} is damaged: its name, per or meta is another's; {cure}")
-        check_file(data, entry, checksum=checksum, cure=cure)
+        check_file(data, entry, verify=verify, cure=cure)
         rows = ArrowRows([data], [entry.rows])
         check_channel(data, rows, width, counts[per], cure)
         channels[name] = Channel(per, width, meta, entry, rows)
@@ -190,7 +198,7 @@ def write_channel(
         "meta": meta,
         "file": asdict(describe_file(data, rows)),
     }
-    write_json(description, content)
+    write_json(description, seal(content))
 
 
 def _write_raw(

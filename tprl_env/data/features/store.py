@@ -28,7 +28,7 @@ from tprl_env.data.features.channels import (
     load_channels,
     write_channel,
 )
-from tprl_env.data.features.manifest import Manifest, StoreError, check_file
+from tprl_env.data.features.manifest import Manifest, StoreError, Verify, check_file, default_verify
 from tprl_env.data.features.source import Box, TokenSource
 from tprl_env.data.features.toy import ToyStore
 from tprl_env.data.features.validation import check_rows
@@ -36,7 +36,6 @@ from tprl_env.files import folder_lock
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
 
-Verify = Literal["sizes", "checksums"]
 CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
 
@@ -89,7 +88,7 @@ class FeatureStore:
         self._image_numbers = self._samples.vector("image")
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
-        self._channels = self._load_channels(checksum=verify == "checksums")
+        self._channels = self._load_channels(verify=verify)
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -97,7 +96,7 @@ class FeatureStore:
         cls,
         path: str | Path,
         *,
-        verify: Verify = "sizes",
+        verify: Verify | None = None,
         lvlm_fingerprint: str | None = None,
         autoencoder_fingerprint: str | None = None,
     ) -> FeatureStore:
@@ -105,7 +104,9 @@ class FeatureStore:
 
         Args:
             path: Its folder.
-            verify: ``"sizes"`` compares file sizes; ``"checksums"`` reads every byte.
+            verify: ``"sizes"`` compares file sizes; ``"checksums"`` reads every byte as well;
+                ``"once"`` does unless this process has done so since the file last changed. The
+                default is ``"once"``, or ``"sizes"`` within `trust_files`.
             lvlm_fingerprint: Refuse a store that another LVLM encoded.
             autoencoder_fingerprint: Refuse a store with another autoencoder's codes, or none.
 
@@ -113,6 +114,7 @@ class FeatureStore:
             StoreError: The store is missing, unfinished, foreign, damaged, or another LVLM's.
             ValueError: ``verify`` is unknown.
         """
+        verify = default_verify() if verify is None else verify
         check_choice("verify", verify, get_args(Verify))
         folder = Path(path).resolve()
         manifest = Manifest.read(folder)
@@ -122,9 +124,9 @@ class FeatureStore:
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        checksum, cure = verify == "checksums", "encode the store again with --restart"
+        cure = "encode the store again with --restart"
         for name, entry in manifest.files.items():
-            check_file(folder / name, entry, checksum=checksum, cure=cure)
+            check_file(folder / name, entry, verify=verify, cure=cure)
         store = cls(folder, manifest, verify)
         if autoencoder_fingerprint is not None:
             check_codes(store._channel(CODES), autoencoder_fingerprint, folder)
@@ -142,9 +144,9 @@ class FeatureStore:
         names, files = self.manifest.named(prefix), self.manifest.files
         return ArrowRows([self.path / n for n in names], [files[n].rows for n in names])
 
-    def _load_channels(self, *, checksum: bool) -> dict[str, Channel]:
+    def _load_channels(self, *, verify: Verify) -> dict[str, Channel]:
         counts = {"image": self._counts, "sample": self._counts[self._image_numbers]}
-        return load_channels(self.path, self.manifest, counts, checksum=checksum)
+        return load_channels(self.path, self.manifest, counts, verify=verify)
 
     def _fingerprint(self) -> str:
         channels = sorted(self._channels.items())
@@ -374,7 +376,7 @@ class FeatureStore:
             write_channel(
                 self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
             )
-        self._channels = self._load_channels(checksum=False)
+        self._channels = self._load_channels(verify="sizes")
         self.fingerprint = self._fingerprint()
 
 
