@@ -12,6 +12,7 @@ from pathlib import Path
 
 import damage
 import numpy as np
+import pyarrow as pa
 import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
@@ -207,3 +208,24 @@ def test_a_new_store_is_not_read_again_by_the_process_that_wrote_it(
     encode_dataset(FakeLVLM(), make_samples(), tmp_path / "s", progress=False)
     monkeypatch.setattr(manifest, "file_sha256", lambda path: pytest.fail("read again"))
     FeatureStore.open(tmp_path / "s")
+
+
+def test_a_box_of_another_type_is_refused(copy: Path):
+    name = "images-00000.arrow"
+    with pa.ipc.open_file(copy / name) as reader:
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    changed = [
+        batch.set_column(batch.schema.names.index("box"), "box", pa.array(["all"] * len(batch)))
+        for batch in batches
+    ]
+    stream = pa.BufferOutputStream()
+    with pa.ipc.new_file(stream, changed[0].schema) as writer:
+        for batch in changed:
+            writer.write_batch(batch)
+    data = stream.getvalue().to_pybytes()
+    damage.with_right_checksum(copy, name, data)
+    content = json.loads((copy / "manifest.json").read_text())
+    content["files"][name]["bytes"] = len(data)
+    damage.rewrite(copy / "manifest.json", content)
+    with pytest.raises(StoreError, match=r"'box' must be list<float>, found string"):
+        FeatureStore.open(copy)

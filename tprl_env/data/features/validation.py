@@ -25,6 +25,7 @@ IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tokens", "tower"), HALVES),
     "cls_attention": FLOATS,
     "picture": ("large_binary",),
+    "box": ("list<float>",),
 }
 SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("id", "kind", "metric", "question"), ("string",)),
@@ -38,7 +39,8 @@ SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("full_exact", "full_likelihood"), ("float",)),
 }
 VALUES = {"values": HALVES + FLOATS}
-OPTIONAL = ("tower", "cls_attention", "relevance")  # null where there is none
+OPTIONAL = ("tower", "cls_attention", "relevance", "box")  # null where there is none
+LATER = ("box",)  # columns that the first stores lack
 
 
 def check_columns(
@@ -52,6 +54,8 @@ def check_columns(
     for batch in rows.batches:
         for name, types in wanted.items():
             place = batch.schema.get_field_index(name)
+            if place < 0 and name in LATER and name not in batch.schema.names:
+                continue
             if place < 0:
                 raise StoreError(f"{where} is damaged: its rows have no {name!r}; {cure}")
             column = batch.column(place)
