@@ -18,7 +18,8 @@ from small_run import write_dataset
 
 from tprl_env.cli.commands import main
 from tprl_env.cli.verify import verify_path
-from tprl_env.data.features.store import FeatureStore
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.store import FeatureStore, open_source
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.lvlm.tiny import builtin_path
@@ -111,6 +112,28 @@ def test_an_lvlm_whose_weights_are_not_finite_is_refused_when_loaded(tmp_path: P
         verify_path(Path(folder))
 
 
+@pytest.mark.parametrize("shards", [5, [], {"a": 5}, {"a": "../lvlm/model.safetensors"}])
+def test_an_index_names_files_of_its_folder(tmp_path: Path, shards: object):
+    folder = Path(save_llava(tmp_path / "lvlm", cls_attention_layer=-1))
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(
+        ValueError, match=r"damaged: weight_map must give a file name in its folder"
+    ):
+        verify_path(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.whole.json", "[" * 100_000), ("results.json", "[" * 100_000), ("a.whole.json", "[5]")],
+)
+def test_any_json_ends_in_a_sentence(tmp_path: Path, name: str, text: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="1 of 1 artefacts are damaged"):
+        verify_path(tmp_path)
+
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch()])
 def test_nothing_to_verify_is_a_sentence(tmp_path: Path, make):
     make(tmp_path / "x")
@@ -128,4 +151,7 @@ def test_trust_skips_checksums_of_a_command(made: Path, tmp_path: Path, capsys):
     words = ["autoencoder", str(copy), "--steps", "1", "--code-width", "2"]
     assert main(words) == 2
     assert "does not have its recorded checksum" in capsys.readouterr().err
+    with pytest.raises(StoreError, match="recorded checksum"):
+        open_source(copy)
+    assert len(open_source(copy, trust=True)) == 21
     assert main([*words, "--trust"]) == 0

@@ -63,7 +63,7 @@ def verify_path(path: Path, say: Callable[[str], object] = lambda line: None) ->
     for place, name, check in checks:
         try:
             say(f"ok       {place}: {name}, {check(place)}")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:  # the last: brackets in brackets
             reason = " ".join(str(error).split())
             say(f"DAMAGED  {place}: {name}, {reason}")
             bad.append(reason)
@@ -207,4 +207,7 @@ def _check_dataset(path: Path) -> str:
 def _check_results(path: Path) -> str:
     from tprl_env.evaluation.results import read_results
 
-    return f"{len(read_results(path, ())['methods'])} rows"
+    try:
+        return f"{len(read_results(path, ())['methods'])} rows"
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error

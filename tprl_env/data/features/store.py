@@ -40,8 +40,12 @@ CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
 
 
-def open_source(location: str | Path) -> TokenSource:
+def open_source(location: str | Path, *, trust: bool = False) -> TokenSource:
     """Open a source by its location: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
+
+    Args:
+        location: Where it is.
+        trust: Compare the sizes of a store's files only, not their checksums.
 
     Raises:
         ValueError: The toy location cannot be read, or (``StoreError``) the store not be opened.
@@ -49,7 +53,7 @@ def open_source(location: str | Path) -> TokenSource:
     text = str(location)
     if text == "toy" or text.startswith("toy:"):
         return ToyStore.from_location(text)
-    return FeatureStore.open(text)
+    return FeatureStore.open(text, verify="sizes" if trust else None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -122,16 +122,25 @@ def _loaded_files(folder: Path) -> set[str]:
         names.add(_WEIGHTS)
     else:
         shards = _read_object(folder / _INDEX).get("weight_map", {})
+        if not isinstance(shards, dict) or not all(_is_name(name) for name in shards.values()):
+            raise ValueError(
+                f"{folder / _INDEX} is damaged: weight_map must give a file name in its folder for "
+                f"each weight; save or fetch it again"
+            )
         names |= {_INDEX, *shards.values()}
     if (folder / _OWN_RECORD).is_file() and "recipe" in _read_object(folder / _OWN_RECORD):
         names.add(_OWN_RECORD)
     return names
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file holds something else, which then is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
