@@ -213,7 +213,7 @@ def check_numbers(where: Path, content: Mapping[str, Any], names: Iterable[str],
     """Check that fields are whole numbers that a machine word holds, not below 0.
 
     Raises:
-        StoreError: one is not.
+        StoreError: One is not.
     """
     for name in names:
         value = content[name]

@@ -49,7 +49,7 @@ def check_columns(
     """Compare the columns of every batch with those that the format has.
 
     Raises:
-        StoreError: one is missing, of another type, or holds nulls where it must not.
+        StoreError: One is missing, of another type, or holds nulls where it must not.
     """
     for batch in rows.batches:
         for name, types in wanted.items():
@@ -90,7 +90,7 @@ def check_rows(folder: Path, manifest: Manifest, images: ArrowRows, samples: Arr
     """Compare the manifest's counts and widths with the rows.
 
     Raises:
-        StoreError: they differ, or rows contradict each other.
+        StoreError: They differ, or rows contradict each other.
     """
     _same(folder, "images", manifest.images, len(images))
     _same(folder, "samples", manifest.samples, len(samples))
@@ -149,7 +149,7 @@ def check_channel(
     """Compare a channel's rows with its width and the store's counts.
 
     Raises:
-        StoreError: they differ.
+        StoreError: They differ.
     """
     check_columns(path, rows, VALUES, cure)
     if len(rows) != len(counts):
