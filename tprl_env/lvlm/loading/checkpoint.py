@@ -124,10 +124,13 @@ def weight_files(folder: Path) -> set[str]:
     if (folder / _WEIGHTS).is_file():
         return {_WEIGHTS}
     shards = _read_object(folder / _INDEX).get("weight_map")
-    named = set(shards.values()) if isinstance(shards, dict) and shards else set()
-    if not named or not all(isinstance(one, str) for one in named):
-        raise ValueError(f"{folder / _INDEX} names no weights; save or fetch it again")
-    return named
+    named = list(shards.values()) if isinstance(shards, dict) else []
+    if not named or not all(_is_name(one) for one in named):
+        raise ValueError(
+            f"{folder / _INDEX} is damaged: weight_map must give a file name in its folder for "
+            f"each weight; save or fetch it again"
+        )
+    return set(named)
 
 
 def _loaded_files(folder: Path) -> set[str]:
@@ -141,10 +144,14 @@ def _loaded_files(folder: Path) -> set[str]:
     return names
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file holds something else, which then is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

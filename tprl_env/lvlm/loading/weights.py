@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from tprl_env.lvlm.loading.checkpoint import weight_files
 
@@ -39,7 +39,7 @@ def load_model(
 
     Raises:
         ValueError: Weights are damaged, missing, unexpected or of another shape than config.json
-            says; the message names the first few.
+            says, or not finite; the message names the first few.
     """
     try:
         model, report = model_class.from_pretrained(
@@ -60,6 +60,7 @@ def load_model(
             f"config.json and generation_config.json again"
         ) from error
     check_report(report, checkpoint)
+    check_finite(model, checkpoint)
     return model
 
 
@@ -171,3 +172,48 @@ def _first(label: str, keys: Iterable[str]) -> str:
     names = sorted(keys)
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{len(names)} {label}: {', '.join(names[:_NAMED])}{rest}"
+
+
+def check_finite(model: Any, checkpoint: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ValueError: Some are; the message names the first few.
+    """
+    bad = [name for name, weight in model.state_dict().items() if not _finite(weight)]
+    if bad:
+        raise ValueError(
+            f"the weights of {checkpoint!r} are not finite in {_first('tensors', bad)}; save or "
+            f"fetch them again"
+        )
+
+
+def check_weight_files(folder: Path) -> int:
+    """Read every safetensors file of a checkpoint.
+
+    Returns:
+        Number of weights.
+
+    Raises:
+        ValueError: A file is damaged, or holds weights that are not finite.
+    """
+    count, bad = 0, []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    weight = file.get_tensor(name)
+                    count += weight.numel()
+                    bad += [name] * (not _finite(weight))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); save or fetch it again") from error
+    if bad:
+        raise ValueError(
+            f"the weights in {folder} are not finite in {_first('tensors', bad)}; save or fetch "
+            f"them again"
+        )
+    return count
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    return not weight.is_floating_point() or bool(weight.isfinite().all())
