@@ -40,6 +40,7 @@ Resume = bool | Literal["auto"]
 """Whether a run has to exist already; "auto" resumes an existing run and else starts one."""
 
 KEPT_CHECKPOINTS = 3
+DESCRIPTION = ("config.json", "run.json")
 _PREFIX = "iteration_"
 _LIMITS = ("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds")
 _FREE = (  # settings that a run may change between its starts without becoming another one
@@ -102,9 +103,10 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self._checkpoints = self.path / "checkpoints"
+        self._fresh = self._made = False
 
-    def begin(self, config: TrainConfig, *, resume: Resume) -> None:
-        """Claim the folder for a run, or check that the run in it can be resumed.
+    def check(self, config: TrainConfig, *, resume: Resume) -> bool:
+        """Refuse a folder that does not fit, without writing anything; whether a run resumes.
 
         Args:
             config: the run.
@@ -127,12 +129,32 @@ class RunFolder:
                 f"{self.where!r} holds a run already; resume it with --resume, or choose "
                 "another --out"
             )
+        return resume
+
+    def begin(self, config: TrainConfig, *, resume: Resume) -> None:
+        """Claim the folder for a run, or for another start of the run in it.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        saved, resume = self.path / "config.json", self.check(config, resume=resume)
+        self._fresh, self._made = not resume, not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(saved, config.as_dict())
         starts = self.path / "run.json"
         entries = json.loads(starts.read_text()) if starts.is_file() else []
         entries.append(_description(config, resume))
         write_json(starts, entries)
+
+    def withdraw(self) -> None:
+        """Remove what `begin` has written of a new run, so that a corrected command can start."""
+        if not self._fresh or self.newest() is not None:
+            return
+        for name in DESCRIPTION:
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.imitated_policy, ignore_errors=True)
+        if self._made and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def _check_same_policy(self, old: TrainConfig, new: TrainConfig) -> None:
         before, now = _shape(old), _shape(new)

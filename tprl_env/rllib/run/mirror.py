@@ -21,7 +21,13 @@ from typing import Any
 
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.run.folder import KEPT_CHECKPOINTS, Progress, Resume, RunFolder
+from tprl_env.rllib.run.folder import (
+    DESCRIPTION,
+    KEPT_CHECKPOINTS,
+    Progress,
+    Resume,
+    RunFolder,
+)
 from tprl_env.rllib.run.storage import Storage, StorageError, is_uri
 
 __all__ = ["MirroredRunFolder", "RunTakenOverError", "open_run_folder"]
@@ -29,7 +35,6 @@ __all__ = ["MirroredRunFolder", "RunTakenOverError", "open_run_folder"]
 logger = logging.getLogger(__name__)
 
 _OWNER = "owner.json"
-_DESCRIPTION = ("config.json", "run.json")
 _CHECKPOINTS = "checkpoints"
 
 
@@ -65,7 +70,7 @@ class MirroredRunFolder(RunFolder):
 
     def _fetch(self) -> None:
         """Bring in what a start needs: the description, the metrics, the newest whole state."""
-        for name in (*_DESCRIPTION, self.metrics.name):
+        for name in (*DESCRIPTION, self.metrics.name):
             content = self.storage.read(name)
             if content is not None:
                 (self.path / name).write_bytes(content)
@@ -90,8 +95,15 @@ class MirroredRunFolder(RunFolder):
         """
         super().begin(config, resume=resume)
         self.storage.write(_OWNER, json.dumps({"start": self._owner}).encode())
-        self._push_files(_DESCRIPTION)
+        self._push_files(DESCRIPTION)
         self.storage.drop_torn(_CHECKPOINTS)
+
+    def withdraw(self) -> None:
+        """Remove what `begin` has written of a new run, here and in the storage."""
+        super().withdraw()
+        if not (self.path / DESCRIPTION[0]).exists():
+            for name in (*DESCRIPTION, _OWNER):
+                self.storage.drop_file(name)
 
     def save_checkpoint(
         self,
