@@ -85,6 +85,7 @@ def draw_examples(
             steps,
             question=store.question(sample),
             answer=store.answers(sample)[0],
+            box=store.picture_box(sample),
         )
         path = out / f"trajectory-{number:02d}.png"
         save = partial(Image.fromarray(strip).save, format="PNG")
