@@ -77,7 +77,7 @@ def imitation_counts(config: TrainConfig, source: TokenSource) -> tuple[int, int
     """Least and most tokens that are demonstrated; None for the paper's keep-rates.
 
     Raises:
-        ValueError: if the config does not say how many.
+        ValueError: If the config does not say how many.
     """
     demonstrator, budget = config.imitation.demonstrator, config.rules.budget
     if demonstrator in HEURISTICS and budget is None and not config.algorithm.count_target:

@@ -17,8 +17,8 @@ def check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
     """Refuse what does not fit together: source, rules, policy, LVLM, demonstrator, resources.
 
     Raises:
-        ValueError: naming what does not fit.
-        FileNotFoundError: for a missing LVLM.
+        ValueError: Naming what does not fit.
+        FileNotFoundError: For a missing LVLM.
     """
     scorer_spec(config)
     source = shared_source(config.source)
@@ -68,9 +68,9 @@ def _check_lvlm(config: TrainConfig, source: TokenSource) -> None:
     """Refuse an LVLM that cannot be loaded, or another one than the store was encoded with.
 
     Raises:
-        StoreError: the store is another LVLM's.
-        ValueError: the checkpoint is of no known family, or the source is no store.
-        FileNotFoundError: there is no such checkpoint.
+        StoreError: The store is another LVLM's.
+        ValueError: The checkpoint is of no known family, or the source is no store.
+        FileNotFoundError: There is no such checkpoint.
     """
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import find_lvlm
@@ -85,7 +85,7 @@ def _check_resources(config: TrainConfig) -> None:
     """Refuse what a Ray that this run starts itself will never have; a cluster may grow.
 
     Raises:
-        ValueError: for GPUs or custom resources beyond this machine's.
+        ValueError: For GPUs or custom resources beyond this machine's.
     """
     import ray
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -18,8 +19,12 @@ from ray.rllib.core import (
 from tprl_env.data.features import shared_source
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, policy_config
+from tprl_env.rllib.run.changes import has_effect
+from tprl_env.rllib.run.diverged import DivergedError, not_finite
 from tprl_env.rllib.run.folder import Progress, RunFolder, training_record
+from tprl_env.rllib.run.generators import read_generators, resumes_exactly, write_generators
 from tprl_env.rllib.run.metrics_row import IterationRow, ProgressLines, iteration_row
+from tprl_env.rllib.run.termination import Terminated, Termination
 
 __all__ = ["Loop", "OnIteration"]
 
@@ -42,10 +47,12 @@ class Loop:
         on_iteration: OnIteration | None,
         begun: Progress,
         preset: str,
+        ending: Termination,
     ) -> None:
         self.config, self.folder, self.algorithm = config, folder, algorithm
-        self.lines, self.on_iteration = lines, on_iteration
+        self.lines, self.on_iteration, self._ending = lines, on_iteration, ending
         self.progress, self.row, self.preset = begun, {"iteration": 0}, preset
+        self._source = shared_source(config.source)
         self._saved_at = time.monotonic()
         newest = folder.newest()
         if newest is not None:
@@ -55,21 +62,37 @@ class Loop:
             algorithm.env_runner_group.sync_weights(
                 from_worker_or_learner_group=algorithm.learner_group, inference_only=True
             )
+            self._set_rates()
+            states = folder.generators(path)
+            if states is not None:
+                write_generators(algorithm, states)
+            changed = any(has_effect(name) for name in folder.changed)
+            if states is None or changed or not resumes_exactly(config):
+                self.progress.resumed += 1
             self.row = {"iteration": self.progress.iteration}
             lines.say(f"resuming after iteration {self.progress.iteration}")
+
+    def _set_rates(self) -> None:
+        """Let this start's learning rate act at once: the optimiser's state brings the old one."""
+        self.algorithm.learner_group.foreach_learner(
+            functools.partial(_set_rate, rate=self.config.algorithm.lr)
+        )
 
     def run(self) -> str:
         """Iterate until a limit is reached; returns its name."""
         saved, whole = self.progress.iteration, self.folder.newest() is not None
         with self.folder.metrics_writer(after=self.progress.iteration) as write:
             while not (limit := self._limit()):
-                self.row = self._iterate().as_dict()
-                write(self.row)
-                self.lines.show(self.row)
-                if self.on_iteration is not None:
-                    self.on_iteration(self.row, self.policy())
-                if self._due(saved):
-                    saved, whole = self._save(), True
+                with self._ending.finishing():
+                    self.row = self._iterate().as_dict()
+                    write(self.row)
+                    self.lines.show(self.row)
+                    if self.on_iteration is not None:
+                        self.on_iteration(self.row, self.policy())
+                    if self._ending.asked or self._due(saved):
+                        saved, whole = self._save(), True
+                if self._ending.asked:
+                    raise Terminated(f"stopped by SIGTERM after iteration {saved}, which is saved")
         if not whole or saved != self.progress.iteration:
             self._save()
         return limit
@@ -89,7 +112,7 @@ class Loop:
         """One iteration that delivered something."""
         for _ in range(_EMPTY_ITERATIONS):
             begin = time.monotonic()
-            result = self.algorithm.train()
+            result = self._train()
             seconds = time.monotonic() - begin
             self.progress.seconds += seconds
             row = iteration_row(result, self.progress, seconds, self.config)
@@ -101,13 +124,41 @@ class Loop:
             "why (ray logs), and resources.sample_timeout may be too short for the scorers"
         )
 
+    def _train(self) -> dict[str, Any]:
+        """RLlib's iteration; a run that has diverged stops in it.
+
+        Raises:
+            DivergedError: The loss, the weights or the logits are not finite.
+        """
+        number = self.progress.iteration + 1
+        try:
+            result: dict[str, Any] = self.algorithm.train()
+        except (ValueError, FloatingPointError) as error:
+            wrong = not_finite({}, self.policy(), self._source)
+            if wrong:
+                raise self._diverged(number, wrong) from error
+            raise
+        wrong = not_finite(result, self.policy(), self._source)
+        if wrong:
+            raise self._diverged(number, wrong)
+        return result
+
+    def _diverged(self, number: int, wrong: str) -> DivergedError:
+        newest = self.folder.newest()
+        kept = "there is no checkpoint before it" if newest is None else f"{newest[0]} is kept"
+        return DivergedError(
+            f"the run diverged in iteration {number}: {wrong}; {kept}; lower algorithm.lr "
+            f"({self.config.algorithm.lr:g} now) and resume, or start again with another --out"
+        )
+
     def _due(self, saved: int) -> bool:
         often = self.progress.iteration - saved >= self.config.limits.checkpoint_every
         return often and time.monotonic() - self._saved_at >= self.config.limits.checkpoint_seconds
 
     def _save(self) -> int:
         save = self.algorithm.save_to_path
-        self.folder.save_checkpoint(self.progress, self.policy(), save, self.record())
+        states = read_generators(self.algorithm)
+        self.folder.save_checkpoint(self.progress, self.policy(), save, self.record(), states)
         self._saved_at = time.monotonic()
         return self.progress.iteration
 
@@ -121,7 +172,7 @@ class Loop:
         state = self.algorithm.learner_group.get_state(components=[component])
         weights = state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
         head = "pruning_policy."
-        policy = PruningPolicy(policy_config(self.config, shared_source(self.config.source)))
+        policy = PruningPolicy(policy_config(self.config, self._source))
         policy.load_state_dict(
             {
                 name.removeprefix(head): torch.as_tensor(part)
@@ -130,3 +181,9 @@ class Loop:
             }
         )
         return policy.eval()
+
+
+def _set_rate(learner: Any, rate: float) -> None:
+    for _, optimizer in learner.get_optimizers_for_module(DEFAULT_MODULE_ID):
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tprl_env.data.features import shared_source
+from tprl_env.files import folder_lock
 from tprl_env.policy.imitation import ImitationReport
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
@@ -24,6 +25,7 @@ from tprl_env.rllib.run.loop import Loop, OnIteration
 from tprl_env.rllib.run.metrics_row import ProgressLines
 from tprl_env.rllib.run.mirror import open_run_folder
 from tprl_env.rllib.run.placement import actor_cpus, check_room
+from tprl_env.rllib.run.termination import termination
 from tprl_env.scoring.pool import ScorerPool
 from tprl_env.scoring.spec import PoolAddress
 
@@ -92,7 +94,10 @@ def train(
         on_iteration: Called after each iteration with the row of metrics and the policy.
 
     Raises:
-        ValueError: For a run without an end, a folder or a policy that does not fit.
+        ValueError: For a run without an end, a folder or a policy that does not fit, a folder that
+            another process writes (`FolderInUseError`), or a run that diverged (`DivergedError`).
+        RunTakenOverError: Another start of the run has taken its folder or storage over.
+        Terminated: After SIGTERM.
         ScoringError: If the scorers cannot be started, or a mask cannot be scored.
         PlacementError: If the cluster lacks resources for the env runners or learners.
         RuntimeError: If the remote runners deliver nothing.
@@ -111,11 +116,14 @@ def train(
     folder.check(config, resume=resume)
     lines = ProgressLines(config.limits.report_every if progress else 0)
     with (
+        folder_lock(folder.path, "tprl train"),
         _quiet(),
         _threads(config.resources.torch_threads),
+        termination() as ending,
         ray_session(actor_cpus(config)),
         contextlib.ExitStack() as started,
     ):
+        ending.listen()  # ray.init has taken the signal for itself
         folder.begin(config, resume=resume)
         started.push(functools.partial(_withdraw, folder))  # until the first iteration
         start, imitation = _start_policy(config, folder, init_policy, lines)
@@ -125,7 +133,7 @@ def train(
             algorithm = settings.build_algo()
             try:
                 begun = Progress(imitation_seconds=imitation_seconds(start))
-                loop = Loop(config, folder, algorithm, lines, on_iteration, begun, preset)
+                loop = Loop(config, folder, algorithm, lines, on_iteration, begun, preset, ending)
                 started.pop_all()
                 stopped_by = loop.run()
             finally:
