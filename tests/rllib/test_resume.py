@@ -228,3 +228,57 @@ def _children(pid: int) -> list[int]:
     for parent in found:
         found.extend(child for child, its in parents.items() if its == parent)
     return found[1:]
+
+
+def test_a_local_run_listens_on_loopback_only(tmp_path: Path):
+    script = (
+        "import os, sys\n"
+        "from tprl_env.ray_session import ray_session\n"
+        "with ray_session(2):\n"
+        "    import ray\n"
+        "    ray.get(ray.remote(lambda: 1).remote())\n"
+        "    print('up', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "assert 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER' not in os.environ\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline() == "up\n"
+        listening = _listening([run.pid, *_children(run.pid)])
+    finally:
+        run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert len(listening) >= 4
+    assert {address for address in listening if not _is_loopback(address)} == set()
+
+
+def _listening(pids: list[int]) -> list[str]:
+    """Hex addresses that the processes listen on, from /proc."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = os.readlink(link)
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                sockets.add(target[8:-1])
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and words[9] in sockets:
+                found.append(words[1].partition(":")[0])
+    return found
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("0100007F", "0000000000000000FFFF00000100007F", "0" * 24 + "01000000")

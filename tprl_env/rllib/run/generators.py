@@ -26,11 +26,13 @@ def resumes_exactly(config: TrainConfig) -> bool:
     """Whether a resumed run equals the undisturbed one to the bit.
 
     It does where one process does everything in one order: scorer actors batch what comes when,
-    and remote runners and learners join a resumed run as new processes.
+    and remote runners and learners join a resumed run as new processes. An LVLM's scores differ in
+    their last digits with their batch, which is another one when nothing is remembered yet.
     """
     resources = config.resources
     actors = resources.num_scorers + resources.num_env_runners + resources.num_learners
-    return not actors and config.rollout.runner == "fast"
+    scores_alone = config.scoring.scorer != "lvlm"
+    return not actors and scores_alone and config.rollout.runner == "fast"
 
 
 def read_generators(algorithm: Algorithm) -> dict[str, Any]:
