@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from tprl_env.data.features import shared_source
 from tprl_env.rllib.config import TrainConfig
 
-__all__ = ["MAY_CHANGE", "check_changes", "has_effect"]
+__all__ = ["MAY_CHANGE", "SOURCE", "check_changes", "has_effect"]
 
 _LIMITS = ("iterations", "max_scores", "max_seconds", "checkpoint_every", "checkpoint_seconds")
 
@@ -25,16 +27,20 @@ MAY_CHANGE = (
 )
 """Settings that a run may change between its starts; they act from the next iteration on."""
 
+SOURCE = "source_fingerprint"
 _WITHOUT_EFFECT = ("limits.", "resources.start_timeout", "resources.sample_timeout")
 
 
-def check_changes(where: str, old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+def check_changes(
+    where: str, old: TrainConfig, new: TrainConfig, last_start: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
     """Refuse another policy, another experiment, other data; what else changed is returned.
 
     Args:
         where: The run, for messages.
         old: Its settings.
         new: Those of this start.
+        last_start: Its entry in ``run.json``: the same samples may have moved to another place.
 
     Returns:
         Old and new value of each setting that changed.
@@ -56,6 +62,12 @@ def check_changes(where: str, old: TrainConfig, new: TrainConfig) -> dict[str, t
         for name, value in new_table.items()
         if old_table.get(name) != value
     }
+    samples = last_start.get(SOURCE)
+    if samples is not None:
+        if samples != shared_source(new.source).fingerprint:
+            changed.setdefault("source", (old.source, f"{new.source} with other samples"))
+        else:
+            changed.pop("source", None)
     refused = [name for name in changed if name not in MAY_CHANGE]
     if refused:
         table = ", ".join(

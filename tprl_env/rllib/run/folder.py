@@ -30,11 +30,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tprl_env.data.features import shared_source
 from tprl_env.evaluation.results import TRAINING_NAME
 from tprl_env.files import JsonLog, versions, write_json
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.run.changes import check_changes
+from tprl_env.rllib.run.changes import SOURCE, check_changes
 from tprl_env.rllib.run.whole import damage, seal, sync_folder
 
 __all__ = ["Progress", "Resume", "RunFolder", "RunTakenOverError", "training_record"]
@@ -135,7 +136,7 @@ class RunFolder:
             if not saved.is_file():
                 raise ValueError(f"there is no run in {self.where!r} to resume")
             old = TrainConfig.from_dict(json.loads(saved.read_text()))
-            self.changed = check_changes(self.where, old, config)
+            self.changed = check_changes(self.where, old, config, self._last_start())
             self.newest()  # refuses a run whose checkpoints are all damaged
         elif saved.exists():
             raise ValueError(
@@ -143,6 +144,10 @@ class RunFolder:
                 "another --out"
             )
         return resume
+
+    def _last_start(self) -> dict[str, Any]:
+        starts = self.path / "run.json"
+        return dict(json.loads(starts.read_text())[-1]) if starts.is_file() else {}
 
     def begin(self, config: TrainConfig, *, resume: Resume) -> None:
         """Claim the folder for a run, or for another start of the run in it.
@@ -330,6 +335,7 @@ def _description(config: TrainConfig, resume: bool) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "resume": resume,
         "seed": config.seed,
+        SOURCE: shared_source(config.source).fingerprint,
         "git_revision": _git_revision(),
         "versions": versions(),
     }

@@ -92,6 +92,13 @@ def _check_resources(config: TrainConfig) -> None:
 
     if os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return
+    if config.scoring.scorer == "lvlm":
+        from tprl_env.lvlm.loading.supported import pick_device
+
+        try:
+            pick_device(config.scoring.device)
+        except ValueError as error:
+            raise ValueError(f"scoring.device: {error}") from error
     wanted = config.resources
     custom = wanted.scorer_resources if wanted.num_scorers else {}
     if any(custom.values()):
