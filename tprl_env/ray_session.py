@@ -12,6 +12,8 @@ import math
 import os
 import secrets
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,17 +142,43 @@ def _session(cpus: float) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        declared = max(2, os.cpu_count() or 1, math.ceil(cpus))
-        make_private()  # Ray would write its token for everybody on this machine to read
-        with _on_loopback():
-            ray.init(address="local", num_cpus=declared, include_dashboard=False, **quiet)
+    with contextlib.ExitStack() as local:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            declared = max(2, os.cpu_count() or 1, math.ceil(cpus))
+            make_private()  # Ray would write its token for everybody on this machine to read
+            with _on_loopback():
+                ray.init(address="local", num_cpus=declared, include_dashboard=False, **quiet)
+            local.enter_context(_reaper())
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _reaper() -> Iterator[None]:
+    """Let none of Ray's processes outlive this one, see `tprl_env.ray_reaper`."""
+    from ray._private.worker import global_worker
+
+    processes = global_worker.node.all_processes
+    pids = [str(info.process.pid) for each in processes.values() for info in each]
+    script = Path(__file__).with_name("ray_reaper.py")
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script), *pids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C in the terminal is for the driver
+    )
     try:
         yield
     finally:
-        ray.shutdown()
+        if reaper.stdin is not None:
+            reaper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reaper.wait(10)
 
 
 @contextlib.contextmanager

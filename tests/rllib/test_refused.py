@@ -39,6 +39,10 @@ def nothing_starts(monkeypatch):
         ({"imitation.demonstrator": "vispruner"}, "needs tower and cls_attention"),
         ({"source": "nowhere"}, "nowhere"),
         ({"scoring.scorer": "lvlm", "lvlm": "nowhere"}, "nowhere"),
+        (
+            {"scoring.scorer": "lvlm", "lvlm": "builtin:crowded", "scoring.device": "cuda:77"},
+            "scoring.device: device 'cuda:77' is not there",
+        ),
         ({"resources.scorer_gpus": 64.0, "resources.num_scorers": 2}, "ask for 128 GPUs"),
         (
             {"resources.scorer_resources": {"tpu": 1}, "resources.num_scorers": 1},
@@ -79,3 +83,13 @@ def test_the_corrected_command_works_in_the_same_folder(tmp_path: Path, capsys):
     assert not out.exists() and not ray.is_initialized()
     assert main([*command, "--rules.budget", "3,16"]) == 0
     assert (out / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("out", ["", "  "])
+def test_a_run_in_no_folder_is_refused(tmp_path: Path, monkeypatch, capsys, out: str):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "smoke", "--out", out]) == 2
+    assert "expected a path" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="got nothing"):
+        train(load_config("smoke", LOCAL), out, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -210,9 +210,46 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_143(tmp_path: Path):
     assert said.count("\n") == 1 and "stopped by SIGTERM after iteration" in said
     assert RunFolder(tmp_path / "run").newest() is not None
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
+    while time.monotonic() < deadline and any(_runs(pid) for pid in children):
         time.sleep(0.1)
-    assert children and not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert children and not [pid for pid in children if _runs(pid)]
+
+
+def test_sigkill_leaves_no_process_behind(tmp_path: Path):
+    script = (
+        "import sys\n"
+        "from tprl_env.ray_session import ray_session\n"
+        "with ray_session(2):\n"
+        "    import ray\n"
+        "    ray.get(ray.remote(lambda: 1).remote())\n"
+        "    print('up', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert run.stdout.readline() == "up\n"
+    time.sleep(3)
+    children = _children(run.pid)
+    run.kill()
+    run.wait(10)
+    deadline = time.monotonic() + 6
+    while time.monotonic() < deadline and any(_runs(pid) for pid in children):
+        time.sleep(0.1)
+    assert len(children) > 4 and not [pid for pid in children if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _children(pid: int) -> list[int]:
