@@ -166,6 +166,25 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path):
         train(smoke(), tmp_path, resume=True, progress=False)
 
 
+def test_a_checkpoint_from_before_checksums_resumes_and_says_so(tmp_path: Path):
+    train(smoke(), tmp_path, progress=False)
+    for checkpoint in RunFolder(tmp_path).checkpoints():
+        for name in ("whole.json", "generators.json"):
+            (checkpoint / name).unlink()
+    again = train(smoke(), tmp_path, resume=True, iterations=3, progress=False)
+    assert again.progress.iteration == 3 and again.record["resumed"] == 1
+
+
+def test_a_run_whose_samples_changed_is_refused(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.begin(smoke(), resume=False)
+    starts = json.loads((tmp_path / "run.json").read_text())
+    starts[-1]["source_fingerprint"] = "another"
+    (tmp_path / "run.json").write_text(json.dumps(starts))
+    with pytest.raises(ValueError, match="with other samples"):
+        folder.check(smoke(), resume=True)
+
+
 def test_one_writer_per_folder(tmp_path: Path):
     with (
         folder_lock(tmp_path / "run", "tprl train"),

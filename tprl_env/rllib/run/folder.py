@@ -36,7 +36,7 @@ from tprl_env.files import JsonLog, versions, write_json
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.run.changes import SOURCE, check_changes
-from tprl_env.rllib.run.whole import damage, seal, sync_folder
+from tprl_env.rllib.run.whole import WHOLE, damage, seal, sync_folder
 
 __all__ = ["Progress", "Resume", "RunFolder", "RunTakenOverError", "training_record"]
 
@@ -208,7 +208,7 @@ class RunFolder:
 
     def _damage(self, path: Path) -> str:
         if path not in self._damaged:
-            self._damaged[path] = damage(path)
+            self._damaged[path] = "" if _is_older(path) else damage(path)
             if self._damaged[path]:
                 logger.warning("the checkpoint %s is left out: %s", path, self._damaged[path])
         return self._damaged[path]
@@ -323,6 +323,12 @@ class RunFolder:
                         board.add_scalar(name, value, row["iteration"])
 
             yield write
+
+
+def _is_older(checkpoint: Path) -> bool:
+    """Whether it was written before checkpoints noted checksums; they were renamed when whole."""
+    present = [(checkpoint / name).exists() for name in (WHOLE, GENERATORS, "progress.json")]
+    return present == [False, False, True]
 
 
 def _export(policy: PruningPolicy, folder: Path, record: Mapping[str, Any]) -> None:
