@@ -195,3 +195,9 @@ def test_damaged_files_are_refused(tmp_path: Path):
 def test_numbers_below_one(store: FeatureStore, field: str):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
         train_autoencoder(store, **{**QUICK, field: 0})
+
+
+@pytest.mark.parametrize("width", [0, -3, 10**9])
+def test_codes_wider_than_the_features_are_refused(store: FeatureStore, width: int):
+    with pytest.raises(ValueError, match=r"code_width must lie between 1 and the width"):
+        train_autoencoder(store, code_width=width, steps=1)

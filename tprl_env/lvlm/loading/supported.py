@@ -140,12 +140,19 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """The requested device, else the GPU if there is one.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: torch knows no such device, or the machine has none.
     """
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        built = "" if torch.backends.cuda.is_built() else ", and this torch is built for the CPU"
+        raise ValueError(
+            f"device {str(wanted)!r} is not there: this machine shows torch "
+            f"{torch.cuda.device_count()} GPUs{built}; use 'cpu', or install torch for CUDA"
+        )
+    return wanted
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
