@@ -7,11 +7,10 @@ imports ``reducers``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tprl_env.checks import did_you_mean
+from tprl_env.checks import check_fields, did_you_mean
 from tprl_env.reducers.interfaces import (
     Merged,
     Merger,
@@ -113,7 +112,8 @@ def make_reducer(name: str, /, **fields: Any) -> Reducer:
         **fields: Hyper-parameters of the method.
 
     Raises:
-        ValueError: An unknown name or field; the message names the nearest.
+        ValueError: An unknown name or field (the message names the nearest), or a value of another
+            type than the field's.
     """
     reducer: Reducer = _make("reducer", {**REDUCERS, **LAYER_PRUNERS}, name, fields)
     return reducer

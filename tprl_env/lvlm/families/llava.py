@@ -21,6 +21,7 @@ from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.question_map import question_map
 from tprl_env.lvlm.execution.selection import Selection
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
+from tprl_env.lvlm.loading.processor import load_processor
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import (
     check_kinds,
@@ -32,7 +33,7 @@ from tprl_env.lvlm.loading.supported import (
     read_llava_config,
 )
 from tprl_env.lvlm.loading.vision import VisionEncoder
-from tprl_env.lvlm.loading.weights import load_model
+from tprl_env.lvlm.loading.weights import check_size, load_model
 from tprl_env.lvlm.protocol import Inside, LVLMScores, Positions, Prompt, Visual
 from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
 from tprl_env.reducers.vision import VisionSignals
@@ -125,8 +126,10 @@ class LlavaLVLM:
         check_kinds(plain, checkpoint)
         config = read_llava_config(LlavaConfig, source, checkpoint, **options)
         check_parts(config, checkpoint)
-        processor = LlavaProcessor.from_pretrained(source, **options)
+        processor = load_processor(LlavaProcessor, source, checkpoint, **options)
         check_vocabulary(config, processor.tokenizer, checkpoint)
+        if local:
+            check_size(LlavaForConditionalGeneration, config, local, checkpoint)
         model = load_model(
             LlavaForConditionalGeneration,
             source,
@@ -220,6 +223,7 @@ class LlavaLVLM:
         Raises:
             ValueError: Lengths differ, a row has no answer, an array does not fit, an average
                 cannot be met, or a sequence does not fit into the context.
+            FloatingPointError: The language model computes what is not a number.
         """
         return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
 
