@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import quoted
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
 from tprl_env.files import write_atomically
-from tprl_env.reducers.interfaces import Pruner, prune_inputs
+from tprl_env.reducers.interfaces import Pruner, checked_mask, prune_inputs
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
@@ -137,11 +138,24 @@ def keep_masks(
 
     Returns:
         ``(B, max_tokens)`` bool, False where padding.
+
+    Raises:
+        ValueError: What the pruner gave for a sample is no mask of its tokens, or keeps another
+            number than an exact pruner promises; pruner and sample are named.
     """
     inputs = [prune_inputs(store, int(sample), _reads(pruner)) for sample in samples]
     keep = np.zeros((len(samples), store.max_tokens), dtype=np.bool_)
-    for row, mask in enumerate(pruner.prune_batch(inputs, budget)):
-        keep[row, : len(mask)] = mask.cpu().numpy()
+    tokens = store.exists(samples).sum(1)
+    masks = pruner.prune_batch(inputs, budget)
+    if not isinstance(masks, Sequence) or len(masks) != len(samples):
+        raise ValueError(
+            f"pruner {pruner.name!r} must give {len(samples)} masks, one per sample, got "
+            f"{quoted(masks)}"
+        )
+    for row, mask in enumerate(masks):
+        where = f"pruner {pruner.name!r} on sample {store.id(int(samples[row]))!r}"
+        exactly = budget if pruner.exact else None
+        keep[row, : tokens[row]] = checked_mask(mask, int(tokens[row]), exactly, where)
     return keep
 
 

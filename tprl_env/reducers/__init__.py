@@ -7,10 +7,9 @@ imports ``reducers``.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from tprl_env.checks import did_you_mean
+from tprl_env.checks import check_fields, did_you_mean
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, RankingPruner, prune_inputs
 from tprl_env.reducers.prune.cls_attention import ClsAttentionPruner
 from tprl_env.reducers.prune.divprune import DivPrune
@@ -47,7 +46,7 @@ PRUNERS: dict[str, type[Pruner]] = {
 }
 
 
-def make_pruner(name: str, **fields: Any) -> Pruner:
+def make_pruner(name: str, /, **fields: Any) -> Pruner:
     """Build a pruner by name.
 
     Args:
@@ -55,7 +54,8 @@ def make_pruner(name: str, **fields: Any) -> Pruner:
         **fields: Hyper-parameters of the method.
 
     Raises:
-        ValueError: An unknown name or field; the message names the nearest.
+        ValueError: An unknown name or field (the message names the nearest), or a value of another
+            type than the field's.
     """
     if name == "policy":
         raise ValueError(
@@ -68,16 +68,6 @@ def make_pruner(name: str, **fields: Any) -> Pruner:
             f"{did_you_mean(name, PRUNERS)}"
         )
     cls: Any = PRUNERS[name]
-    all_fields = dataclasses.fields(cls)
-    known = [field.name for field in all_fields]
-    for given in fields:
-        if given not in known:
-            raise ValueError(
-                f"pruner {name!r} has no field {given!r}, its fields are "
-                f"{', '.join(known) or 'none'}{did_you_mean(given, known)}"
-            )
-    for field in all_fields:
-        if field.default is dataclasses.MISSING and field.name not in fields:
-            raise ValueError(f"pruner {name!r} needs {field.name}=...; pass it to make_pruner")
+    check_fields(f"pruner {name!r}", cls, fields)
     pruner: Pruner = cls(**fields)
     return pruner

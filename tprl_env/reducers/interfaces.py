@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.checks import quoted
 from tprl_env.data.features.source import TokenSource
 from tprl_env.reducers.selection import top_k_mask
 
@@ -174,6 +176,38 @@ class RankingPruner(Pruner):
                 f"{int(saliency.isnan().sum())} NaN"
             )
         return keep_top(saliency, budget)
+
+
+def checked_mask(mask: Any, tokens: int, exactly: int | None, where: str) -> npt.NDArray[np.bool_]:
+    """What a pruner gave, as an array: checked once, where masks leave the pruners.
+
+    Args:
+        mask: What it gave for one image.
+        tokens: Visual tokens of the image.
+        exactly: Tokens that must be kept; None where the pruner keeps so many on average only.
+        where: Pruner and sample, for the message.
+
+    Returns:
+        bool (tokens,).
+
+    Raises:
+        ValueError: It is no bool tensor or array of that shape, or keeps another number.
+    """
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        raise ValueError(f"{where}: a mask must be a bool tensor ({tokens},), got {quoted(mask)}")
+    array: npt.NDArray[Any] = np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask)
+    if array.dtype != np.bool_ or array.shape != (tokens,):
+        raise ValueError(
+            f"{where}: a mask must be bool ({tokens},), one entry per token of the sample, got "
+            f"{array.dtype} {array.shape}"
+        )
+    kept = int(array.sum())
+    if exactly is not None and kept != exactly:
+        raise ValueError(
+            f"{where}: it promises exactly {exactly} tokens (its `exact` is True) and keeps "
+            f"{kept}; keep that many, or let `exact` be False"
+        )
+    return array
 
 
 def keep_top(values: Tensor, count: int) -> Tensor:

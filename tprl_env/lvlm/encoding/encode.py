@@ -26,6 +26,7 @@ from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_f
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
 from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
 from tprl_env.data.sample import Sample
+from tprl_env.files import folder_lock
 from tprl_env.lvlm.encoding.bad_samples import (
     Texts,
     check_context,
@@ -226,20 +227,25 @@ def full_disk_as_store_error(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove a store's folder that a failed encoding made but committed nothing to.
+def writing(folder: Path) -> Iterator[None]:
+    """Be the only writer of a store's folder, and leave no folder behind for nothing.
 
-    What was committed stays, because the same call continues it.
+    A folder that a failed encoding made but committed nothing to is removed; what was committed
+    stays, because the same call continues it.
+
+    Raises:
+        FolderInUseError: Another process encodes into the folder.
     """
-    there_before = folder.exists()
-    finished = False
-    try:
-        yield
-        finished = True
-    finally:
-        if not (finished or there_before or (folder / JOURNAL_NAME).exists()):
-            # a worker may still be writing there: the error that is on its way says more
-            shutil.rmtree(folder, ignore_errors=True)
+    made = not folder.exists()
+    with folder_lock(folder, "tprl encode"):
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if made and not (finished or (folder / JOURNAL_NAME).exists()):
+                # a worker may still be writing there: the error that is on its way says more
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def encode_dataset(
@@ -281,6 +287,7 @@ def encode_dataset(
             resumable, a new folder without anything committed goes.
         BadSampleError: A sample cannot be read or asked, or wants a grader that is not computed,
             and ``skip_bad`` is off.
+        FolderInUseError: Another process encodes into ``out``.
         ValueError: A size is below one.
     """
     check_sizes(batch_size, shard_images)
@@ -288,7 +295,7 @@ def encode_dataset(
     settings = {"tower": tower, "shard_images": shard_images}
     reader = SkippingReader(samples, skip_bad)
     total = count_samples(samples)
-    with nothing_left_behind(folder), full_disk_as_store_error(folder):
+    with writing(folder), full_disk_as_store_error(folder):
         dataset = describe_dataset(description, samples)
         journal = Journal.start(folder, dataset, settings, resume=resume)
         journal.identify(lvlm_identity(lvlm))

@@ -24,6 +24,11 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 _LOGIT_ELEMENTS = 1 << 26
 
+_NOT_FINITE = (
+    "the language model's logits are not finite: visual tokens, weights or config.json are "
+    "damaged, or the number type is too small (dtype='float32' has the largest range)"
+)
+
 
 class _GivenKeys:
     """Replaces a cache: gives the last layer the keys and values of all places."""
@@ -90,6 +95,9 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
 
     Returns:
         bool (M,) and float32 (M,).
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite.
     """
     hits, log_p = [], []
     step = max(1, _LOGIT_ELEMENTS // len(head))
@@ -102,7 +110,10 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
         if len(ends) > 1:
             alone = torch.where(ending, logits[:, ends].logsumexp(-1) - total, alone)
         log_p.append(alone)
-    return torch.cat(hits), torch.cat(log_p)
+    every = torch.cat(log_p)
+    if not every.isfinite().all():
+        raise FloatingPointError(_NOT_FINITE)
+    return torch.cat(hits), every
 
 
 def greedy(
@@ -127,6 +138,9 @@ def greedy(
 
     Returns:
         Per sequence the generated ids without the end token.
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite.
     """
     cache = DynamicCache(config=text.config)
     written: list[list[int]] = [[] for _ in range(hidden.shape[0])]
@@ -139,7 +153,9 @@ def greedy(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        chosen = (states.float() @ head.T).argmax(-1)
+        best, chosen = (states.float() @ head.T).max(-1)
+        if not best.isfinite().all():
+            raise FloatingPointError(_NOT_FINITE)
         for row, token in enumerate(chosen.tolist()):
             if running[row] and token in eos_ids:
                 running[row] = False

@@ -28,6 +28,7 @@ from tprl_env.lvlm.execution.sequence import (
     on_device,
 )
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
+from tprl_env.lvlm.loading.processor import load_processor
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import (
     check_kinds,
@@ -39,7 +40,7 @@ from tprl_env.lvlm.loading.supported import (
     read_llava_config,
 )
 from tprl_env.lvlm.loading.vision import VisionEncoder
-from tprl_env.lvlm.loading.weights import load_model
+from tprl_env.lvlm.loading.weights import check_size, load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
 
 _ATTENTION_ELEMENTS = 1 << 26
@@ -130,8 +131,10 @@ class LlavaLVLM:
         check_kinds(plain, checkpoint)
         config = read_llava_config(LlavaConfig, source, checkpoint, **options)
         check_parts(config, checkpoint)
-        processor = LlavaProcessor.from_pretrained(source, **options)
+        processor = load_processor(LlavaProcessor, source, checkpoint, **options)
         check_vocabulary(config, processor.tokenizer, checkpoint)
+        if local:
+            check_size(LlavaForConditionalGeneration, config, local, checkpoint)
         model = load_model(
             LlavaForConditionalGeneration,
             source,
@@ -214,6 +217,7 @@ class LlavaLVLM:
         Raises:
             ValueError: Lengths differ, a row has no answer, a mask does not fit, or a sequence
                 does not fit into the context.
+            FloatingPointError: The language model computes what is not a number.
         """
         check_rows(prompts, tokens, keep, answers=answers)
         if not prompts:
