@@ -25,7 +25,7 @@ from tprl_env.reducers import (
 
 FIELDS = {"cdpruner": {"relevance": "query"}, "trim": {"relevance": "query"}}
 ALL = {
-    name: make_reducer(name, **FIELDS.get(name, {}))
+    name: REDUCERS[name](**FIELDS.get(name, {}))  # question_rows: the form before the LLM
     for name, cls in REDUCERS.items()
     if issubclass(cls, (Pruner, Merger))  # before the LLM
 }
@@ -82,6 +82,7 @@ def inputs(side=4, seed=0, constant=False):
         query_tokens=torch.randn(3, 6, generator=g),
         relevance=some(n).round(),
         question_attention=some(n),
+        question_rows=some(n),
         vision=vision,
         clip_image=some(n, 5),
         clip_text=some(2, 5),
