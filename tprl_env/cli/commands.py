@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env import __version__
+from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
 from tprl_env.cli.parsing import (
@@ -88,9 +89,14 @@ def encode(args: argparse.Namespace) -> int:
         lvlm = load()
         store = encode_dataset(lvlm, samples, args.out, **options)
     if args.question_attention and not store.has_channel("question_attention"):
-        from tprl_env.lvlm.encoding.encode import add_question_attention
+        from tprl_env.lvlm.encoding.saliency import add_question_attention
 
-        add_question_attention(store, lvlm or load(), batch_size=args.batch_size)
+        lvlm = lvlm or load()
+        add_question_attention(store, lvlm, batch_size=args.batch_size)
+    if args.question_rows is not None and not store.has_channel("question_rows"):
+        from tprl_env.lvlm.encoding.saliency import add_question_rows
+
+        add_question_rows(store, lvlm or load(), args.question_rows, args.batch_size)
     left_out = f"; {store.manifest.skipped} bad samples left out" if args.skip_bad else ""
     print(
         f"{len(store)} questions about {store.num_images} images in {args.out}; accuracy with all "
@@ -223,6 +229,10 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )
+    sub.add_argument(
+        "--question-rows", type=int, nargs="?", const=0, metavar="LAYER",
+        help="also what the question looks up before this decoder layer (default 0: no pass)",
+    )  # fmt: skip
     sub.add_argument("--engine", choices=("local", "ray"), default="local")
     sub.add_argument("--num-gpus", type=float, default=0, help="per worker of --engine ray")
     sub.add_argument("--concurrency", type=int, default=1, help="workers of --engine ray")
@@ -316,6 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_evaluate,
         add_compare,
+        add_cliff,
         _add_tiny_lvlm,
         add_submit,
         add_token,

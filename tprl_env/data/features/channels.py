@@ -36,6 +36,7 @@ from tprl_env.files import write_json
 CURES = {
     "codes": "run `tprl autoencoder {store}`",
     "question_attention": "run the same `tprl encode` again with --question-attention",
+    "question_rows": "run the same `tprl encode` again with --question-rows",
 }
 _FIELDS = {"name", "store", "per", "width", "meta", "file", SEAL}
 

@@ -38,6 +38,7 @@ __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source
 
 CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
+QUESTION_ROWS = "question_rows"  # the same of one layer's own queries and keys, before it runs
 
 _LONGEST_NAME = 255  # of a file or folder, on the file systems there are
 

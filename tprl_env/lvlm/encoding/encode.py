@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.journal import Journal, Skipped, UnitEntry, unit_names
 from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
-from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.sample import Sample
 from tprl_env.files import folder_lock
 from tprl_env.lvlm.encoding.bad_samples import (
@@ -326,37 +325,3 @@ def _earlier_tokens(journal: Journal, width: int) -> TokensOf:
         return opened[0].view("tokens", image).reshape(-1, width)
 
     return tokens
-
-
-def add_question_attention(store: FeatureStore, lvlm: LVLM, batch_size: int = 64) -> None:
-    """Write the per-sample channel ``"question_attention"``: the LVLM's own (n,) map.
-
-    It is what the ``question_attention`` demonstrator imitates; it costs one LVLM pass with all
-    tokens per sample and is needed while training only.
-
-    Args:
-        store: A finished store.
-        lvlm: The LVLM that encoded it.
-        batch_size: Samples per call of the LVLM.
-
-    Raises:
-        StoreError: Another LVLM encoded the store, or the attention is not finite.
-        ValueError: ``batch_size`` is below one.
-    """
-    check_sizes(batch_size, 1)
-    if lvlm.fingerprint != store.manifest.lvlm_fingerprint:
-        raise StoreError(
-            f"{store.path} was encoded by the LVLM {store.manifest.lvlm} (fingerprint "
-            f"{store.manifest.lvlm_fingerprint}), not by {lvlm.name} ({lvlm.fingerprint}); give "
-            f"that LVLM"
-        )
-
-    def maps() -> Iterator[npt.NDArray[np.float32]]:
-        numbers = iter(range(len(store)))
-        while batch := list(islice(numbers, batch_size)):
-            prompts = [lvlm.prompt(store.question(sample)) for sample in batch]
-            tokens = [store.tokens(sample) for sample in batch]
-            yield from (to_numpy(m) for m in lvlm.question_attention(prompts, tokens))
-
-    meta = {"lvlm": lvlm.name, "lvlm_fingerprint": lvlm.fingerprint}
-    store.write_channel(QUESTION_ATTENTION, maps(), per="sample", meta=meta)

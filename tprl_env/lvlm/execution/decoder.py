@@ -49,26 +49,32 @@ def run_layers(text: Any, hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-    """Normed final states (R, A, D) at ``places`` (R, A), right-padded sequences.
-
-    In the last layer only the wanted places get queries and an MLP, which saves a fifth of the
-    built-in model's work.
-    """
-    cos, sin = text.rotary_emb(hidden, position_ids=positions)
+    """Normed final states (R, A, D) at ``places`` (R, A), right-padded sequences."""
+    rotary = text.rotary_emb(hidden, position_ids=positions)
     for layer in text.layers[:-1]:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    return last_layer_at(text, hidden, rotary, places)
+
+
+def last_layer_at(
+    text: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: Tensor
+) -> Tensor:
+    """Normed final states (R, A, D) at ``places`` from what enters the last layer, (R, L, D).
+
+    Only the wanted places get queries and an MLP, which saves a fifth of the built-in model's
+    work.
+    """
+    cos, sin = rotary
     last = text.layers[-1]
     attention = last.self_attn
     normed = last.input_layernorm(hidden)
-    heads = (*normed.shape[:2], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(heads).transpose(1, 2)
-    keys = keys * cos[:, None] + rotate_half(keys) * sin[:, None]
-    values = attention.v_proj(normed).view(heads).transpose(1, 2)
+    keys = turned(project(attention.k_proj, attention, normed), cos, sin)
+    values = project(attention.v_proj, attention, normed)
     visible = torch.arange(hidden.shape[1], device=hidden.device) <= places[..., None]
     wanted = last(
-        _rows(hidden, places),
+        rows_at(hidden, places),
         attention_mask=visible[:, None],
-        position_embeddings=(_rows(cos, places), _rows(sin, places)),
+        position_embeddings=(rows_at(cos, places), rows_at(sin, places)),
         past_key_values=_GivenKeys(keys, values),
         use_cache=True,
     )
@@ -76,7 +82,19 @@ def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> T
     return normed_states
 
 
-def _rows(values: Tensor, places: Tensor) -> Tensor:
+def project(projection: Any, attention: Any, normed: Tensor) -> Tensor:
+    """Queries, keys or values (R, heads, L, d) of normed states, before the rotary turn."""
+    heads = (*normed.shape[:2], -1, attention.head_dim)
+    found: Tensor = projection(normed).view(heads).transpose(1, 2)
+    return found
+
+
+def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(R, heads, L, d) queries or keys, turned by the rotary angles of their positions."""
+    return vectors * cos[:, None] + rotate_half(vectors) * sin[:, None]
+
+
+def rows_at(values: Tensor, places: Tensor) -> Tensor:
     """Gather (R, A, width) from (R or 1, L, width)."""
     values = values.expand(places.shape[0], -1, -1)
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
