@@ -40,7 +40,7 @@ PACKAGES = {
     "torch": (
         *("rllib.run", "rllib.algorithms", "rllib.rollout", "inference", "policy", "lvlm"),
         *("reducers", "scoring.lvlm_scorer", "evaluation.builtin_stores"),
-        "evaluation.trajectories",
+        *("evaluation.trajectories", "evaluation.reducers", "evaluation.reducer_flops"),
     ),
     "transformers": ("lvlm",),
     "gymnasium": ("rllib.rollout", "env", ""),

@@ -19,6 +19,7 @@ from tprl_env import __version__
 from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
+from tprl_env.cli.evaluate_reducers import add_reducers, evaluate_reducers
 from tprl_env.cli.parsing import (
     Parser,
     TrainHelp,
@@ -151,7 +152,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Compare pruners on a store at matched budgets."""
+    """Compare pruners, or reducers of every kind, on a store at matched budgets."""
+    if args.reducers is not None:
+        return evaluate_reducers(args)
+    if args.positions is not None:
+        raise ValueError("--positions belongs to --reducers; give it, or leave --positions out")
     from tprl_env.evaluation.compare_on_store import evaluate_store
 
     evaluate_store(
@@ -162,9 +167,9 @@ def evaluate(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         threshold=args.threshold,
         pruners=args.pruners,
-        budgets=args.budgets,
+        budgets=args.budgets or BUDGETS,
         limit=args.limit,
-        trajectories=args.trajectories,
+        trajectories=10 if args.trajectories is None else args.trajectories,
     )
     return 0
 
@@ -294,9 +299,10 @@ def _add_evaluate(commands: Any) -> None:
     sub.add_argument(
         "--pruners", type=names, help="comma-separated names (default: all that the store allows)"
     )
-    sub.add_argument("--budgets", type=counts, default=BUDGETS)
+    add_reducers(sub)
+    sub.add_argument("--budgets", type=counts, help="default: 48,29,14,7,4")
     sub.add_argument("--limit", type=int, help="use the first so many questions")
-    sub.add_argument("--trajectories", type=int, default=10, help="how many to draw")
+    sub.add_argument("--trajectories", type=int, help="how many to draw (default: 10)")
     sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
     add_trust(sub)
     sub.set_defaults(run=evaluate)

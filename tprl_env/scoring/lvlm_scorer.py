@@ -232,6 +232,48 @@ class LVLMScorer:
             checked[0], checked[1], entered if lives is None else given.astype(np.uint8)
         )
 
+    def score_merged(
+        self,
+        samples: IntArray,
+        tokens: Sequence[Tensor],
+        places: Sequence[npt.NDArray[np.int64]],
+        positions: Positions | None = None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """Score samples from merged tokens instead of their own.
+
+        Args:
+            samples: (B,) sample numbers.
+            tokens: Per sample (m, D).
+            places: Per sample (m,), the place in the full image that each token stands for.
+            positions: Rotary positions; default: original.
+
+        Returns:
+            (exact, likelihood), float32 (B,) each.
+        """
+        numbers = np.asarray(samples, np.int64)
+        sizes = self.store.exists(numbers).sum(1).tolist()
+        texts = [self._text(int(sample)) for sample in numbers]
+        lengths = np.array(
+            [len(t) + len(p.ids) + max(map(len, a)) - 2
+             for t, (p, a) in zip(tokens, texts, strict=True)]
+        )  # fmt: skip
+        sequences = np.array([len(answers) for _, answers in texts], np.int64)
+        found = np.zeros((2, len(numbers)), np.float32)
+        for rows in self._batches(lengths, sequences):
+            with NamedFailures(numbers[rows], self.store, self._name):
+                scores = self.lvlm.score(
+                    [texts[r][0] for r in rows],
+                    [texts[r][1] for r in rows],
+                    [tokens[r].to(self.lvlm.device, self.lvlm.dtype) for r in rows],
+                    None,
+                    positions,
+                    places=[places[r] for r in rows],
+                    sizes=[sizes[r] for r in rows],
+                )
+            found[0, rows], found[1, rows] = scores.exact, scores.likelihood
+        checked = [check_scores(one, numbers, self.store, scorer=self._name) for one in found]
+        return checked[0], checked[1]
+
     def _image_batches(self, numbers: IntArray, visual: IntArray) -> Iterator[list[int]]:
         """Rows by image, then by length; a shared first layer allows larger batches."""
         images = np.array([self.store.image_number(int(sample)) for sample in numbers])

@@ -153,6 +153,11 @@ class LlavaLVLM:
         return self._fingerprint
 
     @property
+    def text_config(self) -> Any:
+        """Configuration of the language model: its depth and widths."""
+        return self._text.config
+
+    @property
     def _head(self) -> Tensor:
         return self._language.head
 
