@@ -19,7 +19,8 @@ import torch
 
 from tprl_env.data.pictures import PictureError, as_picture
 from tprl_env.policy.autoencoder import TokenAutoencoder
-from tprl_env.reducers.interfaces import PruneInputs, Pruner
+from tprl_env.reducers.interfaces import Merger, PruneInputs, Pruner, Reducer
+from tprl_env.reducers.layer_pruner import LayerPruner
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.protocol import LVLM, Positions
@@ -32,44 +33,57 @@ class PrunedAnswer:
 
     Attributes:
         text: What the LVLM generated.
-        keep: Tokens that reached the LLM, ``(n,)`` bool in raster order.
+        keep: Tokens that reached the LLM, ``(n,)`` bool in raster order; of merged tokens the
+            places that they stand for.
         grid: Rows and columns of the tokens.
+        lives: uint8 (n,), decoder layers that each place's token entered, 0 = dropped.
+        average_tokens: Visual tokens per decoder layer, mean over the layers.
     """
 
     text: str
     keep: npt.NDArray[np.bool_]
     grid: tuple[int, int]
+    lives: npt.NDArray[np.uint8]
+    average_tokens: float
 
 
 @dataclass(frozen=True, eq=False)
 class PrunedLVLM:
-    """An LVLM that sees only the tokens a pruner keeps.
+    """An LVLM that uses the visual tokens a reducer leaves.
 
     Attributes:
         lvlm: The frozen model.
-        pruner: Any pruner that needs no label: the trained policy or a heuristic.
-        autoencoder: Makes the codes that a policy looks at; not needed by heuristics.
-        positions: Rotary positions of the kept tokens, as in training ("original").
+        reducer: A pruner (the trained policy or a published one), a merger, or a layer pruner;
+            anything that needs no label.
+        autoencoder: Makes the codes that a policy looks at; not needed by other reducers.
+        positions: Rotary positions of what is left. ``None``: a pruner keeps its tokens' own, as
+            in training; mergers and layer pruners do what their authors' code does.
     """
 
     lvlm: LVLM
-    pruner: Pruner
+    reducer: Reducer
     autoencoder: TokenAutoencoder | None = None
-    positions: Positions = "original"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a pruner whose inputs cannot be made from a picture and a question.
+        """Refuse a reducer whose inputs cannot be made from a picture and a question.
 
         Raises:
-            ValueError: The pruner needs codes and there is no autoencoder, or needs a label.
+            ValueError: It needs codes and there is no autoencoder, it needs a label, or it is
+                of no known kind.
         """
-        if "codes" in self.pruner.required() and self.autoencoder is None:
+        if not isinstance(self.reducer, (Pruner, Merger, LayerPruner)):
             raise ValueError(
-                f"pruner {self.pruner.name!r} looks at codes; pass the autoencoder of its store"
+                "reducer must be a pruner, a merger or a layer pruner, got "
+                f"{type(self.reducer).__name__}; make_reducer(name) makes one"
             )
-        if "relevance" in self.pruner.required():
+        if "codes" in self.reducer.required() and self.autoencoder is None:
             raise ValueError(
-                f"pruner {self.pruner.name!r} knows the built-in scenes' labels; it cannot prune "
+                f"pruner {self.reducer.name!r} looks at codes; pass the autoencoder of its store"
+            )
+        if "relevance" in self.reducer.required():
+            raise ValueError(
+                f"pruner {self.reducer.name!r} knows the built-in scenes' labels; it cannot prune "
                 "a new picture, take another pruner"
             )
 
@@ -136,7 +150,8 @@ class PrunedLVLM:
                 tensor, uint8 in 0..255 or float in 0..1, ``(H, W, 3)`` or ``(3, H, W)``; see
                 ``tprl_env.data.pictures.as_picture``.
             questions: Questions.
-            budget: Tokens to keep; with a threshold it only informs the policy.
+            budget: Tokens to leave; with a threshold it only informs the policy. For a layer pruner
+                the average over decoder layers.
             max_new_tokens: Longest answer in tokens.
 
         Raises:
@@ -153,28 +168,108 @@ class PrunedLVLM:
         images = [_taken(i, one) for i, one in enumerate(pictures)]
         visuals = self.lvlm.encode_images(images)
         prompts = [self.lvlm.prompt(question) for question in questions]
+        if isinstance(self.reducer, LayerPruner):
+            return self._inside(self.reducer, prompts, visuals, budget, max_new_tokens)
         inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
-        if "question_attention" in self.pruner.required():
-            maps = self.lvlm.question_attention(prompts, [visual.tokens for visual in visuals])
-            for one, saliency in zip(inputs, maps, strict=True):
-                one.question_attention = torch.as_tensor(saliency)
-        if "question_rows" in self.pruner.needs:
-            from tprl_env.reducers.layer.question_rows import QuestionRows
-
-            rows = self.lvlm.saliency(prompts, [v.tokens for v in visuals], QuestionRows(layer=0))
-            for one, saliency in zip(inputs, rows, strict=True):
-                one.question_rows = torch.as_tensor(saliency)
-        if "vision" in self.pruner.required():
-            for one, image in zip(inputs, images, strict=True):
-                one.vision = self.lvlm.vision_signals(image)
-        keep = [mask.cpu().numpy() for mask in self.pruner.prune_batch(inputs, budget)]
+        self._fill(inputs, prompts, visuals, images)
+        if isinstance(self.reducer, Merger):
+            return self._merged(self.reducer, inputs, prompts, visuals, budget, max_new_tokens)
+        pruner = self.reducer
+        if not isinstance(pruner, Pruner):
+            raise ValueError(f"{pruner.name!r} is no pruner")
+        keep = [mask.cpu().numpy() for mask in pruner.prune_batch(inputs, budget)]
         texts = self.lvlm.generate(
-            prompts, [visual.tokens for visual in visuals], keep, max_new_tokens, self.positions
+            prompts,
+            [visual.tokens for visual in visuals],
+            keep,
+            max_new_tokens,
+            self.positions or "original",
         )
         return [
-            PrunedAnswer(text, mask, visual.grid)
+            self._answer(text, mask, visual.grid, mask * np.uint8(self.lvlm.num_layers))
             for text, mask, visual in zip(texts, keep, visuals, strict=True)
         ]
+
+    def _merged(
+        self,
+        merger: Merger,
+        inputs: list[PruneInputs],
+        prompts: list[Any],
+        visuals: list[Any],
+        budget: int,
+        max_new_tokens: int,
+    ) -> list[PrunedAnswer]:
+        """Answers from a merger's tokens."""
+        merged = merger.merge_batch(inputs, budget)
+        places = [one.places.cpu().numpy() for one in merged]
+        sizes = [len(visual.tokens) for visual in visuals]
+        tokens = [one.tokens.to(self.lvlm.device, self.lvlm.dtype) for one in merged]
+        texts = self.lvlm.generate(
+            prompts,
+            tokens,
+            None,
+            max_new_tokens,
+            self.positions or merger.positions,
+            places=places,
+            sizes=sizes,
+        )
+        answers = []
+        for text, place, size, visual in zip(texts, places, sizes, visuals, strict=True):
+            keep = np.zeros(size, np.bool_)
+            keep[place] = True
+            lives = keep * np.uint8(self.lvlm.num_layers)
+            answers.append(self._answer(text, keep, visual.grid, lives, len(place)))
+        return answers
+
+    def _inside(
+        self,
+        reducer: LayerPruner,
+        prompts: list[Any],
+        visuals: list[Any],
+        average: float,
+        max_new_tokens: int,
+    ) -> list[PrunedAnswer]:
+        """Answers while tokens leave between the layers."""
+        tokens = [visual.tokens for visual in visuals]
+        positions, wanted = self.positions, float(average)
+        found = self.lvlm.reduce(prompts, tokens, reducer, wanted, positions)
+        texts = self.lvlm.generate(
+            prompts, tokens, None, max_new_tokens, positions, reducer=reducer, average=wanted
+        )
+        return [
+            self._answer(text, lives > 0, visual.grid, lives)
+            for text, lives, visual in zip(texts, found, visuals, strict=True)
+        ]
+
+    def _answer(
+        self,
+        text: str,
+        keep: npt.NDArray[np.bool_],
+        grid: tuple[int, int],
+        lives: npt.NDArray[np.uint8],
+        tokens: float | None = None,
+    ) -> PrunedAnswer:
+        average = float(lives.sum()) / self.lvlm.num_layers if tokens is None else float(tokens)
+        return PrunedAnswer(text, keep, grid, lives, average)
+
+    def _fill(
+        self, inputs: list[PruneInputs], prompts: list[Any], visuals: list[Any], images: list[Any]
+    ) -> None:
+        """What only the LVLM can compute, where the reducer reads it."""
+        needs, tokens = self.reducer.required(), [visual.tokens for visual in visuals]
+        if "question_attention" in needs:
+            maps = self.lvlm.question_attention(prompts, tokens)
+            for one, saliency in zip(inputs, maps, strict=True):
+                one.question_attention = torch.as_tensor(saliency)
+        if "question_rows" in needs:
+            from tprl_env.reducers.layer.question_rows import QuestionRows
+
+            rows = self.lvlm.saliency(prompts, tokens, QuestionRows(layer=0))
+            for one, saliency in zip(inputs, rows, strict=True):
+                one.question_rows = torch.as_tensor(saliency)
+        if "vision" in needs:
+            for one, image in zip(inputs, images, strict=True):
+                one.vision = self.lvlm.vision_signals(image)
 
     def _inputs(self, visual: Any, prompt: Any) -> PruneInputs:
         embeddings = self.lvlm.question_embeddings(prompt)

@@ -24,9 +24,10 @@ SHOWN = 14  # examples are drawn at this average, or at the nearest that a metho
 _KEPT = ", positions kept"
 _WIDTH = 4  # methods side by side in the drawn examples
 _COLORS = (
-    *("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22"),
-    *("#17becf", "#393b79", "#637939", "#8c6d31", "#843c39", "#7b4173", "#3182bd", "#e6550d"),
-    *("#31a354", "#756bb1", "#a55194", "#006d2c", "#6baed6", "#fd8d3c", "#74c476", "#ce6dbd"),
+    *("#7f7f7f", "#bbbbbb", "#1f77b4", "#17becf", "#2ca02c", "#111111", "#98df8a", "#555555"),
+    *("#ff7f0e", "#ffbb78", "#9467bd", "#c5b0d5", "#8c564b", "#c49c94", "#e377c2", "#f7b6d2"),
+    *("#bcbd22", "#6b6ecf", "#637939", "#843c39", "#d6616b", "#e7ba52", "#393b79", "#00441b"),
+    *("#5254a3", "#a55194", "#008080", "#b5651d", "#4daf4a", "#377eb8"),
 )
 _POLICY = "#c8102e"
 
@@ -126,55 +127,67 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def plot_against(content: Mapping[str, Any], what: str, path: Path) -> Path:
-    """Accuracy against tokens or FLOPs: methods before the LLM left, inside it right."""
-    figure = _figure(13, 9)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, inside, title in (
-        (left, False, "before the LLM"),
-        (right, True, "inside the LLM, and the policy"),
-    ):
-        _lines(axes, content, what, inside)
-        axes.axhline(content["full"]["accuracy"], color="black", linewidth=0.8, linestyle=":")
-        axes.set_title(title)
+    """Accuracy against tokens or FLOPs: before the LLM by positions, and inside it."""
+    figure = _figure(16, 8.5)
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = (
+        "before the LLM, positions as the authors' code has them",
+        "before the LLM, positions kept",
+        "inside the LLM (dashed: positions kept)",
+    )
+    for number, (axes, title) in enumerate(zip(panels, titles, strict=True)):
         axes.set_xscale("log")
         axes.minorticks_off()
+        _lines(axes, content, what, number)
+        axes.axhline(content["full"]["accuracy"], color="black", linewidth=0.8, linestyle=":")
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel(
             "visual tokens per decoder layer, mean"
             if what == "tokens"
-            else "MFLOPs per question, LLM prefill and reducer (vision tower left out)"
+            else "MFLOPs per question: LLM prefill and reducer"
         )
         axes.grid(alpha=0.25)
         axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8, frameon=False
+            loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8.5, frameon=False
         )
-    left.set_ylabel("accuracy (dashed: positions kept; dotted: all tokens)")
-    left.set_ylim(0, 1.02)
+    panels[0].set_ylabel("accuracy, 95 % interval (dotted: all tokens)")
+    panels[0].set_ylim(0, 1.02)
     return save_figure(figure, path)
 
 
-def _lines(axes: Axes, content: Mapping[str, Any], what: str, inside: bool) -> None:
+def panel_of(row: Mapping[str, Any]) -> set[int]:
+    """In which of the three panels a row is drawn; the policy is in all."""
+    if row["knowledge"] == "policy":
+        return {0, 1, 2}
+    if row["kind"] == "layer pruner" and row["entering_tokens"] > row["average_tokens"] + 1:
+        return {2}
+    if row["name"].endswith(_KEPT):
+        return {1}
+    return {0} if row["positions"] == "contiguous" else {0, 1}
+
+
+def _lines(axes: Axes, content: Mapping[str, Any], what: str, panel: int) -> None:
     ink = colors(content["rows"])
     ticks: set[float] = set()
     for name, group in by_name(content["rows"]).items():
         rows = [row for row in group if row["feasible"]]
-        is_inside = group[0]["kind"] == "layer pruner"
-        if not rows or (is_inside != inside and name != "policy"):
+        if not rows or panel not in panel_of(rows[0]):
             continue
         x = [_x(row, what) for row in rows]
         y = [row["accuracy"] for row in rows]
-        low = [row["accuracy"] - row["ci95"][0] for row in rows]
-        high = [row["ci95"][1] - row["accuracy"] for row in rows]
+        low = [max(row["accuracy"] - row["ci95"][0], 0) for row in rows]
+        high = [max(row["ci95"][1] - row["accuracy"], 0) for row in rows]
         axes.errorbar(
             x,
             y,
             yerr=[low, high],
             color=ink[name.removesuffix(_KEPT)],
-            linestyle="--" if name.endswith(_KEPT) else "-",
+            linestyle="--" if name.endswith(_KEPT) and panel == 2 else "-",
             marker={"pruner": "o", "merger": "s"}.get(group[0]["kind"], "^"),
             linewidth=2.5 if name == "policy" else 1.2,
             elinewidth=0.6,
             markersize=4,
-            label=name + marks(group[0]),
+            label=(name if panel == 2 else name.removesuffix(_KEPT)) + marks(group[0]),
         )
         ticks |= {row["budget"] for row in rows} if what == "tokens" else set(x)
     if what == "tokens":
