@@ -9,7 +9,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.policy import PolicyPruner
 from tprl_env.policy.autoencoder import AutoencoderConfig, TokenAutoencoder
 from tprl_env.policy.network import PolicyConfig, PruningPolicy
-from tprl_env.reducers import make_pruner
+from tprl_env.reducers import PruneInputs, make_pruner, make_reducer
 from tprl_env.reducers.layer import QuestionRows
 
 
@@ -134,3 +134,58 @@ def test_a_batch_is_a_list(folders):
     for words in (("a.png", [QUESTIONS[0]]), (pictures(1), QUESTIONS[0])):
         with pytest.raises(ValueError, match=r"must be lists; for one of each use answer\(\)"):
             model.answer_batch(*words, budget=3)
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "question_rows"])
+def test_a_layer_pruner_answers_as_the_lvlm_with_it(folders, name):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    reducer = make_reducer(name)
+    answers = PrunedLVLM(lvlm, reducer=reducer).answer_batch(pictures(3), list(QUESTIONS), 12)
+    prompts = [lvlm.prompt(question) for question in QUESTIONS]
+    tokens = [visual.tokens for visual in lvlm.encode_images(pictures(3))]
+    assert [a.text for a in answers] == lvlm.generate(
+        prompts, tokens, reducer=reducer, average=12.0
+    )
+    for answer, lives in zip(answers, lvlm.reduce(prompts, tokens, reducer, 12.0), strict=True):
+        assert np.array_equal(answer.lives, lives)
+        assert np.array_equal(answer.keep, lives > 0)
+        assert answer.average_tokens == pytest.approx(lives.sum() / lvlm.num_layers)
+        assert abs(answer.average_tokens - 12) <= 0.5
+
+
+@pytest.mark.parametrize("name", ["tome", "visionzip", "pooled"])
+def test_a_merger_answers_from_its_tokens(folders, name):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    merger = make_reducer(name)
+    answer = PrunedLVLM(lvlm, reducer=merger).answer(pictures(1)[0], QUESTIONS[0], 4)
+    visual = lvlm.encode_images(pictures(1))[0]
+    inputs = PruneInputs(tokens=visual.tokens, grid=visual.grid)
+    inputs.vision = lvlm.vision_signals(pictures(1)[0])
+    merged = merger.merge(inputs, 4)
+    places = merged.places.numpy()
+    text = lvlm.generate(
+        [lvlm.prompt(QUESTIONS[0])], [merged.tokens], None, 20, merger.positions,
+        places=[places], sizes=[NUM_TOKENS],
+    )  # fmt: skip
+    assert [answer.text] == text
+    assert answer.average_tokens == len(places) == 4
+    assert np.flatnonzero(answer.keep).tolist() == sorted(set(places.tolist()))
+
+
+def test_all_kinds_use_all_tokens_alike(folders):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    texts = {
+        PrunedLVLM(lvlm, reducer=make_reducer(name)).answer(
+            pictures(1)[0], QUESTIONS[0], NUM_TOKENS
+        ).text
+        for name in ("uniform", "pooled", "fastv")
+    }  # fmt: skip
+    assert len(texts) == 1
+
+
+def test_an_impossible_average_and_no_reducer_are_refused(folders):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    with pytest.raises(ValueError, match="fastv can have an average of"):
+        PrunedLVLM(lvlm, make_reducer("fastv")).answer(pictures(1)[0], QUESTIONS[0], 1)
+    with pytest.raises(ValueError, match="a pruner, a merger or a layer pruner, got str"):
+        PrunedLVLM(lvlm, "fastv")

@@ -1,9 +1,8 @@
 """Floating-point operations of a comparison: two per multiply and add, one question's prefill.
 
-Language model: projections, the whole attention matrix and the gated MLP of every decoder layer at
-the number of places that enter it, text included; norms, embeddings and the output layer are left
-out, and so is the vision tower, which runs for every row alike. Reducers: matrix products as
-torch's counter sees them.
+The language model by the closed form of `tprl_env.lvlm.flops`, at the number of places that enter
+each decoder layer, text included, without the output layer; the vision tower runs for every row
+alike and is left out. Reducers: matrix products as torch's counter sees them.
 
 Shapes: B questions, L decoder layers.
 """
@@ -18,21 +17,20 @@ import numpy.typing as npt
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from tprl_env.lvlm.flops import LanguageSizes, language_flops
 
-def language_flops(config: Any, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Of the decoder layers, (B,).
+
+def mean_flops(config: Any, lengths: npt.NDArray[np.int64]) -> float:
+    """Of the decoder layers, mean over questions.
 
     Args:
         config: The text model's configuration.
         lengths: (B, L) places that enter each layer.
     """
-    width, heads = int(config.hidden_size), int(config.num_attention_heads)
-    head = int(getattr(config, "head_dim", None) or width // heads)
-    queries, keys = heads * head, int(config.num_key_value_heads) * head
-    n = lengths.astype(np.float64)
-    adds = n * width * (2 * queries + 2 * keys) + 2 * n * n * queries
-    found: npt.NDArray[np.float64] = 2 * (adds + 3 * n * width * config.intermediate_size).sum(1)
-    return found
+    sizes = LanguageSizes.from_config(config)
+    rows, counts = np.unique(lengths, axis=0, return_counts=True)
+    found = [language_flops(sizes, row) for row in rows.tolist()]
+    return float(np.average(found, weights=counts))
 
 
 def counted_flops(call: Callable[[], object]) -> int:

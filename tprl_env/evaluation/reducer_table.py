@@ -147,9 +147,9 @@ def plot_against(content: Mapping[str, Any], what: str, path: Path) -> Path:
             else "MFLOPs per question: LLM prefill and reducer"
         )
         axes.grid(alpha=0.25)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8.5, frameon=False
-        )
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2, fontsize=8.5,
+                        frameon=False)  # fmt: skip
     panels[0].set_ylabel("accuracy, 95 % interval (dotted: all tokens)")
     panels[0].set_ylim(0, 1.02)
     return save_figure(figure, path)

@@ -22,7 +22,7 @@ import torch
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluation.intervals import mean_interval, paired_difference
 from tprl_env.evaluation.measure import by_type, iterate_chunks
-from tprl_env.evaluation.reducer_flops import counted_flops, language_flops
+from tprl_env.evaluation.reducer_flops import counted_flops, mean_flops
 from tprl_env.evaluation.reducer_names import Contender, kind_of, substitute_of
 from tprl_env.lvlm.protocol import Positions
 from tprl_env.reducers.interfaces import (
@@ -104,7 +104,7 @@ class Bench:
 
     def flops(self, visual: IntArray, part: slice = slice(None)) -> float:
         """Mean of the LLM's operations per question for visual lengths (B, L)."""
-        return float(language_flops(self.lvlm.text_config, visual + self._texts[part, None]).mean())
+        return mean_flops(self.lvlm.text_config, visual + self._texts[part, None])
 
     def full_row(self) -> dict[str, Any]:
         """The LLM with all tokens."""
