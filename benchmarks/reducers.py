@@ -62,7 +62,7 @@ def record(task: str, quickstart: Path, args: Any) -> dict[str, Any]:
     content |= {
         "task": task,
         "data_seed": args.data_seed,
-        "policy": {"scores": run["training"].get("scores"), "seed": run["training"].get("seed")},
+        "policy": {**run["training"], "scale": run["settings"]["scale"]},
         "rows": [
             {key: value for key, value in row.items() if key not in _LEFT_OUT}
             for row in content["rows"]
