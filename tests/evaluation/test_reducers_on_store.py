@@ -1,6 +1,7 @@
 """``tprl evaluate --reducers``: every reducer of both tables on a tiny store, and bad input."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,3 +220,14 @@ def test_names_with_fields():
     own, kept = contenders(["tome"], "both")
     assert (own.positions, kept.positions) == ("contiguous", "original")
     assert [one.positions for one in contenders(["tome", "fastv"], "original")] == ["original"] * 2
+
+
+def test_the_docs_show_the_recorded_results():
+    from benchmarks.reducers import BEGIN, END, section
+
+    root = Path(__file__).parents[2]
+    shown = (root / "docs" / "results.md").read_text("utf-8").split(BEGIN)[1].split(END)[0]
+    files = sorted((root / "benchmarks" / "results").glob("reducers-*.json"))
+    assert [file.stem for file in files] == ["reducers-crowded", "reducers-sparse"]
+    written = "\n\n".join(section(json.loads(file.read_text("utf-8"))) for file in files)
+    assert shown.strip() == written, "run benchmarks.reducers ... --report"
