@@ -223,11 +223,11 @@ def test_names_with_fields():
 
 
 def test_the_docs_show_the_recorded_results():
-    from benchmarks.reducers import BEGIN, END, section
+    from benchmarks.every_reducer import BEGIN, END, section
 
     root = Path(__file__).parents[2]
     shown = (root / "docs" / "results.md").read_text("utf-8").split(BEGIN)[1].split(END)[0]
     files = sorted((root / "benchmarks" / "results").glob("reducers-*.json"))
     assert [file.stem for file in files] == ["reducers-crowded", "reducers-sparse"]
     written = "\n\n".join(section(json.loads(file.read_text("utf-8"))) for file in files)
-    assert shown.strip() == written, "run benchmarks.reducers ... --report"
+    assert shown.strip() == written, "run benchmarks.every_reducer ... --report"

@@ -1,6 +1,6 @@
 """Every reducer and the policy on fresh test questions of both built-in tasks.
 
-    python -m benchmarks.reducers runs/crowded runs/sparse
+    python -m benchmarks.every_reducer runs/crowded runs/sparse
 
 The arguments are folders of `tprl quickstart`, one per task: their policy, autoencoder and
 calibration store are used. Test questions are drawn anew (seed 1011), `tprl evaluate --reducers all
@@ -68,9 +68,10 @@ def record(task: str, quickstart: Path, args: Any) -> dict[str, Any]:
             for row in content["rows"]
         ],
     }
-    rows = ",\n".join(json.dumps(row) for row in content["rows"])
-    head = json.dumps({**content, "rows": []}, indent=1).removesuffix("[]\n}")
-    write_text(args.record / f"reducers-{task}.json", f"{head}[\n{rows}\n]\n}}\n")
+    rows = ",\n".join(json.dumps(row) for row in content.pop("rows"))
+    head = json.dumps(content, indent=1).removesuffix("\n}")
+    write_text(args.record / f"reducers-{task}.json", f'{head},\n "rows": [\n{rows}\n]}}\n')
+    content = json.loads((args.record / f"reducers-{task}.json").read_text("utf-8"))
     images = args.docs / "images"
     whole = json.loads((folder / RESULTS).read_text("utf-8"))
     for what in ("tokens", "flops"):
