@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -34,7 +35,7 @@ def quickstart(args: argparse.Namespace) -> int:
     settings = QuickstartSettings(
         task=args.task, out=args.out, preset=args.preset, seed=args.seed, scale=args.scale
     )
-    run_quickstart(settings, overrides=overrides(args.overrides))
+    run_quickstart(settings, overrides=overrides(args.overrides), command=args.line)
     return 0
 
 
@@ -140,6 +141,7 @@ def evaluate(args: argparse.Namespace) -> int:
         budgets=args.budgets,
         limit=args.limit,
         trajectories=args.trajectories,
+        command=args.line,
     )
     return 0
 
@@ -288,7 +290,9 @@ def build_parser() -> argparse.ArgumentParser:
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
     sub.add_argument("file", type=Path)
-    sub.add_argument("--budgets", type=counts, default=BUDGETS, help="counts that must be there")
+    sub.add_argument(
+        "--budgets", type=counts, help="counts that must be there (default: those in the file)"
+    )
     sub.set_defaults(run=check_results)
     return parser
 
@@ -310,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
             )
-        args.overrides, args.script = rest, script
+        args.overrides, args.script, args.line = rest, script, shlex.join(["tprl", *words])
         return int(args.run(args))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tprl_env"):

@@ -2,13 +2,14 @@
 
 Also used by the quickstart: builds the pruners that a store allows, evaluates
 them at matched budgets and writes ``results.json``, ``per_question.parquet``, the plots, drawn
-trajectories and ``report.html``.
+trajectories and ``report.html``. The numbers are written first: a picture that fails costs none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +32,28 @@ from tprl_env.evaluation.measure import (
     evaluate,
     write_per_question,
 )
-from tprl_env.evaluation.report import plot_accuracy, plot_learning_curve, write_report
+from tprl_env.evaluation.findings import differences, policy_name
+from tprl_env.evaluation.plots import plot_accuracy, plot_learning_curve
+from tprl_env.evaluation.report import write_report
 from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
-from tprl_env.evaluation.trajectories import choose_examples, draw_examples
+from tprl_env.evaluation.trajectories import Examples, draw_examples
 from tprl_env.files import versions, write_json
 from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.scoring import local_scorer
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
+
+
+PICTURE_FAILURES = (
+    *(ImportError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(ArithmeticError, RuntimeError, MemoryError),
+)
+"""What drawing may raise, in matplotlib, Pillow or here: no picture is worth the numbers."""
+
+
+class PictureError(ValueError):
+    """A picture or the page could not be made; the numbers were written before."""
 
 
 def print_row(result: MethodResult) -> None:
@@ -58,6 +72,7 @@ def build_results(
     """``results.json`` from the evaluated rows, the unpruned model first."""
     full, *methods = rows
     return {
+        "run": secrets.token_hex(8),
         "task": task,
         "visual_tokens": full.budget,
         "full": {
@@ -67,37 +82,86 @@ def build_results(
             "by_type": {name: round(value, 5) for name, value in full.by_type.items()},
         },
         "methods": [row.as_dict() for row in methods],
+        "differences": differences(methods),
         "training": dict(training),
         "versions": versions(),
         **extra,
     }
 
 
-def write_comparison(
+def write_data(
     out: Path,
-    results: dict[str, Any],
+    results: Mapping[str, Any],
     rows: Sequence[MethodResult],
     store: FeatureStore,
     samples: npt.NDArray[np.int64],
+) -> None:
+    """Write the numbers: ``per_question.parquet``, then ``results.json``, before any picture.
+
+    The page of an older comparison is removed first: it tells of other numbers.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    check_results(results, sorted({row.budget for row in rows[1:]}))
+    (out / "report.html").unlink(missing_ok=True)
+    ids = [store.id(int(sample)) for sample in samples]
+    question_types = [store.question_type(int(sample)) for sample in samples]
+    path = out / "per_question.parquet"
+    write_per_question(rows, ids, question_types, path, str(results["run"]))
+    write_json(out / "results.json", dict(results))
+
+
+def write_pictures(
+    out: Path,
+    results: Mapping[str, Any],
     *,
     curve: Sequence[Mapping[str, Any]] = (),
     curve_full: float | None = None,
-    trajectories: Sequence[tuple[Path, str]] = (),
+    draw: Callable[[], Examples] | None = None,
 ) -> None:
-    """Write ``results.json``, ``per_question.parquet``, the plots and ``report.html``."""
-    out.mkdir(parents=True, exist_ok=True)
-    check_results(results, sorted({row.budget for row in rows[1:]}))
-    ids = [store.id(int(sample)) for sample in samples]
-    question_types = [store.question_type(int(sample)) for sample in samples]
-    write_per_question(rows, ids, question_types, out / "per_question.parquet")
-    figures = [(plot_accuracy(results, out / "accuracy.png"), "Accuracy against tokens kept.")]
-    if curve:
-        path = plot_learning_curve(
-            curve, curve_full or results["full"]["accuracy"], out / "learning_curve.png"
+    """Draw the plots and the trajectories, then ``report.html`` with those that could be drawn.
+
+    Args:
+        out: Folder that `write_data` has filled.
+        results: Content of its ``results.json``.
+        curve: Points of the learning curve.
+        curve_full: Accuracy with all tokens on the questions of the curve.
+        draw: Draws the trajectories.
+
+    Raises:
+        PictureError: One could not be drawn; everything else is there.
+    """
+    failed: list[str] = []
+
+    def attempt(name: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except PICTURE_FAILURES as error:
+            failed.append(f"{name} ({type(error).__name__}: {error})")
+            return None
+
+    full = curve_full or results["full"]["accuracy"]
+    figures = [
+        (
+            attempt("accuracy.png", lambda: plot_accuracy(results, out / "accuracy.png")),
+            "Accuracy against tokens kept; bands: 95 % intervals.",
         )
-        figures.append((path, "Learning curve on the calibration split."))
-    write_report(results, figures, trajectories, out / "report.html")
-    write_json(out / "results.json", results)
+    ]
+    if curve:
+        path = out / "learning_curve.png"
+        caption = (
+            "The policy on calibration questions while it learns, without redundancy penalty; "
+            "bands: 95 % intervals."
+        )
+        picture = attempt(path.name, lambda: plot_learning_curve(curve, full, path))
+        figures.append((picture, caption))
+    examples = None if draw is None else attempt("trajectories", draw)
+    drawn = [(path, caption) for path, caption in figures if path is not None]
+    attempt("report.html", lambda: write_report(results, drawn, examples, out / "report.html"))
+    if failed:
+        raise PictureError(
+            f"the numbers are safe in {out / 'results.json'}, but this could not be drawn: "
+            f"{'; '.join(failed)}"
+        )
 
 
 def compare(
@@ -123,6 +187,7 @@ def evaluate_store(
     budgets: Sequence[int] = (48, 29, 14, 7, 4),
     limit: int | None = None,
     trajectories: int = 10,
+    command: str = "",
 ) -> dict[str, Any]:
     """Compare pruners on a store and write the files that people read (``tprl evaluate``).
 
@@ -138,12 +203,14 @@ def evaluate_store(
         budgets: Token counts.
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
+        command: The command line, for the report; empty for a call from Python.
 
     Returns:
         Content of ``results.json``.
 
     Raises:
         ValueError: Something is missing, does not fit, or is out of range.
+        PictureError: A picture failed after the numbers were written.
     """
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import load_lvlm
@@ -152,6 +219,12 @@ def evaluate_store(
         raise ValueError("calibration and threshold belong to a policy; give its folder as policy")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
+    options = {
+        **{"store": str(store), "lvlm": lvlm, "policy": None if policy is None else str(policy)},
+        "calibration": None if calibration is None else str(calibration),
+        **{"threshold": threshold, "pruners": pruners and list(pruners)},
+        **{"budgets": list(budgets), "limit": limit, "trajectories": trajectories},
+    }
     model = load_lvlm(lvlm)
     opened = FeatureStore.open(store, lvlm_fingerprint=model.fingerprint)
     check_budgets(budgets, opened.max_tokens)
@@ -170,15 +243,23 @@ def evaluate_store(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     rows = compare(opened, scorer, entries, budgets, samples)
-    drawn: list[tuple[Path, str]] = []
-    if trained is not None and trajectories > 0:
-        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
-        chosen = choose_examples(opened, samples, trajectories)
-        steps = sorted(budgets, reverse=True)
-        drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)
-    extra = {} if tuned is None else {"settings": {"redundancy_penalty": penalties(tuned)}}
+    extra: dict[str, Any] = {"made_by": {"command": command, "config": options}}
+    if tuned is not None:
+        extra["settings"] = {"redundancy_penalty": penalties(tuned)}
     results = build_results(str(Path(store).name), rows, training, extra)
-    write_comparison(out, results, rows, opened, samples, trajectories=drawn)
+    write_data(out, results, rows, opened, samples)
+
+    def draw() -> Examples:
+        assert trained is not None
+        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
+        steps, name = sorted(budgets, reverse=True), policy_name(results)
+        scores = next(r.scores for r in rows if (r.name, r.budget) == (name, steps[-1]))
+        place = out / "trajectories"
+        return draw_examples(
+            opened, scorer, best, samples, scores, trajectories, steps, place, model
+        )
+
+    write_pictures(out, results, draw=draw if trained is not None and trajectories > 0 else None)
     return results
 
 

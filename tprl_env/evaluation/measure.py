@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
+from tprl_env.evaluation.results import RUN_KEY
 from tprl_env.files import write_atomically
 from tprl_env.reducers.interfaces import Pruner, prune_inputs
 
@@ -137,12 +138,42 @@ def keep_masks(
 
     Returns:
         ``(B, max_tokens)`` bool, False where padding.
+
+    Raises:
+        ValueError: The pruner returned something else than the masks it promises.
     """
     inputs = [prune_inputs(store, int(sample), _reads(pruner)) for sample in samples]
     keep = np.zeros((len(samples), store.max_tokens), dtype=np.bool_)
-    for row, mask in enumerate(pruner.prune_batch(inputs, budget)):
-        keep[row, : len(mask)] = mask.cpu().numpy()
+    masks = list(pruner.prune_batch(inputs, budget))
+    if len(masks) != len(samples):
+        raise ValueError(
+            f"pruner {pruner.name!r} must return one mask per sample, got {len(masks)} for "
+            f"{len(samples)} samples from {store.id(int(samples[0]))!r} on"
+        )
+    tokens = store.exists(samples).sum(1)
+    for row, (sample, mask) in enumerate(zip(samples, masks, strict=True)):
+        where = f"pruner {pruner.name!r}, sample {store.id(int(sample))!r}"
+        keep[row, : tokens[row]] = _checked_mask(
+            mask, int(tokens[row]), budget if pruner.exact else None, where
+        )
     return keep
+
+
+def _checked_mask(mask: Any, tokens: int, exactly: int | None, where: str) -> BoolArray:
+    """One mask as an array: bool, one entry per existing token, and as many kept as promised."""
+    array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
+    if array.dtype != np.bool_ or array.shape != (tokens,):
+        raise ValueError(
+            f"{where}: a mask must be bool ({tokens},), one entry per token of the sample, got "
+            f"{array.dtype} {array.shape}"
+        )
+    kept = int(array.sum())
+    if exactly is not None and kept != exactly:
+        raise ValueError(
+            f"{where}: the pruner promises exactly {exactly} tokens (its `exact` is True) and "
+            f"keeps {kept}; keep that many, or let `exact` be False"
+        )
+    return array
 
 
 def _reads(pruner: Pruner) -> tuple[str, ...]:
@@ -231,12 +262,16 @@ def evaluate(
 
 
 def write_per_question(
-    results: Sequence[MethodResult], ids: Sequence[str], question_types: Sequence[str], path: Path
+    results: Sequence[MethodResult],
+    ids: Sequence[str],
+    question_types: Sequence[str],
+    path: Path,
+    run: str = "",
 ) -> None:
     """Write every single score as Parquet, so that others can compute their own statistics.
 
     Columns: ``method``, ``knowledge``, ``budget``, ``sample``, ``question_type``, ``kept``,
-    ``score``.
+    ``score``. The metadata of the schema holds ``run`` of the results file that this belongs to.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -255,4 +290,7 @@ def write_per_question(
         )
         for result in results
     ]
-    write_atomically(path, lambda stream: pq.write_table(pa.concat_tables(tables), stream))
+    table = pa.concat_tables(tables)
+    if run:
+        table = table.replace_schema_metadata({RUN_KEY: run.encode()})
+    write_atomically(path, lambda stream: pq.write_table(table, stream))

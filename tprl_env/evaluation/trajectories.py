@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,23 @@ from tprl_env.reducers.interfaces import prune_inputs
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm.protocol import LVLM
+
+
+COLUMNS = 5  # panels in one row; text is then readable on a page of 1200 pixels
+RIGHT = 0.5  # a score from here on counts as a right answer
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Drawn trajectories.
+
+    Attributes:
+        pictures: Files and captions.
+        chosen: How they were chosen, in a sentence or two.
+    """
+
+    pictures: list[tuple[Path, str]]
+    chosen: str
 
 
 def choose_examples(
@@ -45,39 +64,67 @@ def choose_examples(
     return np.array(order, dtype=np.int64)
 
 
+def choose_with_failures(
+    store: FeatureStore,
+    samples: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float32],
+    count: int,
+) -> npt.NDArray[np.int64]:
+    """Samples as `choose_examples` picks them, with at least the share of failures there is.
+
+    Args:
+        store: Store of the samples.
+        samples: Sample numbers, ``(S,)``.
+        scores: What the policy scored on them, ``(S,)``; below one half is a failure.
+        count: How many to choose, at most.
+
+    Returns:
+        The failures first.
+    """
+    wrong = np.asarray(scores) < RIGHT
+    failures = min(math.ceil(count * float(wrong.mean())), int(wrong.sum())) if len(wrong) else 0
+    failures = max(failures, count - int((~wrong).sum()))  # too few right ones to fill the rest
+    first = choose_examples(store, samples[wrong], failures)
+    return np.concatenate([first, choose_examples(store, samples[~wrong], count - len(first))])
+
+
 def draw_examples(
     store: FeatureStore,
     scorer: Scorer,
     pruner: PolicyPruner,
     samples: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float32],
+    count: int,
     budgets: Sequence[int],
     out: Path,
     lvlm: LVLM | None = None,
-) -> list[tuple[Path, str]]:
+) -> Examples:
     """Draw what the policy keeps step by step on the picture, one strip per sample.
 
     Args:
         store: Store of the samples.
         scorer: Scores the mask of every step.
         pruner: The trained policy.
-        samples: Sample numbers, ``(B,)``.
+        samples: Sample numbers to choose from, ``(S,)``.
+        scores: Of the policy at the last budget, ``(S,)``, see `choose_with_failures`.
+        count: How many to draw.
         budgets: Tokens kept after each step, largest first.
         out: Folder for ``trajectory-NN.png``.
         lvlm: If given, its generated answer is printed under every step.
-
-    Returns:
-        Files and captions.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("trajectory-*.png"):  # of another run
+        old.unlink()
+    chosen = choose_with_failures(store, samples, scores, count)
     drawn: list[tuple[Path, str]] = []
-    for number, sample in enumerate(map(int, samples)):
+    for number, sample in enumerate(map(int, chosen)):
         masks = _step_masks(store, pruner, sample, budgets)
-        scores = scorer(np.full(len(masks), sample, dtype=np.int64), masks)
+        found = scorer(np.full(len(masks), sample, dtype=np.int64), masks)
         answers = [None] * len(masks) if lvlm is None else _answers(store, lvlm, sample, masks)
-        count = int(np.prod(store.grid(sample)))
+        size = int(np.prod(store.grid(sample)))
         steps = [
-            TrajectoryStep(alive=mask[:count], score=float(score), answer=answer)
-            for mask, score, answer in zip(masks, scores, answers, strict=True)
+            TrajectoryStep(alive=mask[:size], score=float(score), answer=answer)
+            for mask, score, answer in zip(masks, found, answers, strict=True)
         ]
         strip = draw_trajectory(
             store.picture(sample),
@@ -85,12 +132,30 @@ def draw_examples(
             steps,
             question=store.question(sample),
             answer=store.answers(sample)[0],
+            columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
         )
         path = out / f"trajectory-{number:02d}.png"
         save = partial(Image.fromarray(strip).save, format="PNG")
         write_atomically(path, save)
-        drawn.append((path, f"{store.question(sample)} — {store.answers(sample)[0]}"))
-    return drawn
+        drawn.append((path, _caption(store, sample, float(found[0]), float(found[-1]), budgets)))
+    wrong = int((np.asarray(scores) < RIGHT).sum())
+    shown = sum(float(scores[np.flatnonzero(samples == one)[0]]) < RIGHT for one in chosen)
+    return Examples(
+        drawn,
+        f"{len(chosen)} of {len(samples)} questions, the first of each question type in turn, of "
+        f"different pictures where there are any. In the table the policy is wrong about {wrong} "
+        f"of them at {budgets[-1]} tokens ({wrong / max(len(samples), 1):.1%}); {shown} of those "
+        "come first here, at least their share. The strips prune in steps, the table at once, so "
+        "that a strip can end otherwise than the table: each says how it ends.",
+    )
+
+
+def _caption(
+    store: FeatureStore, sample: int, full: float, last: float, budgets: Sequence[int]
+) -> str:
+    """Question, answer, and whether it was right in the end."""
+    end = "right" if last >= RIGHT else "wrong" if full >= RIGHT else "wrong, as with all tokens"
+    return f"{store.question(sample)} — {store.answers(sample)[0]}: {end} at {budgets[-1]} tokens"
 
 
 def _step_masks(

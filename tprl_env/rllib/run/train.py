@@ -259,7 +259,7 @@ class _Loop:
             while not (limit := self._limit()):
                 self.row = self._iterate().as_dict()
                 write(self.row)
-                self.lines.show(self.row)
+                self.lines.show(self.row, last=bool(self._limit()))
                 if self.on_iteration is not None:
                     self.on_iteration(self.row, self.policy())
                 if self._due(saved):

@@ -1,0 +1,93 @@
+"""What a comparison says in words and pairs: the headline, and differences between methods.
+
+Everything is computed from the rows of the comparison; the budget of the headline follows from a
+rule, so that it is not chosen by its outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tprl_env.evaluation.intervals import paired_difference
+
+if TYPE_CHECKING:
+    from tprl_env.evaluation.measure import MethodResult
+
+IMITATION = "imitation only"
+FULL_PASS = "LLM question attention (full pass)"
+"""Heuristic that runs the whole LLM over all tokens before it prunes: it saves nothing."""
+SHARE = 0.05  # of the visual tokens; the headline is told at the nearest budget
+
+
+def policy_name(results: Mapping[str, Any]) -> str | None:
+    """The policy's first row, None for a comparison of untrained pruners."""
+    names = [row["name"] for row in results["methods"] if row["knowledge"] == "policy"]
+    return next((name for name in names if name != IMITATION), None)
+
+
+def headline_budget(results: Mapping[str, Any]) -> int:
+    """The measured budget nearest to 5 % of the visual tokens, the smaller of two."""
+    wanted = SHARE * results["visual_tokens"]
+    budgets = {int(row["budget"]) for row in results["methods"]}
+    return min(sorted(budgets), key=lambda budget: abs(budget - wanted))
+
+
+def at_budget(results: Mapping[str, Any], budget: int) -> dict[str, Mapping[str, Any]]:
+    """Rows of one budget by name."""
+    return {row["name"]: row for row in results["methods"] if row["budget"] == budget}
+
+
+def best_heuristic(rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The heuristic with the highest accuracy, without the one that needs a full pass."""
+    found = [
+        row for row in rows.values()
+        if row["knowledge"] == "heuristic" and row["name"] != FULL_PASS
+    ]  # fmt: skip
+    return max(found, key=lambda row: float(row["accuracy"]), default=None)
+
+
+def headline(results: Mapping[str, Any]) -> str:
+    """The outcome in one sentence."""
+    budget = headline_budget(results)
+    rows = at_budget(results, budget)
+    best, name = best_heuristic(rows), policy_name(results)
+    all_tokens = f"{100 * results['full']['accuracy']:.1f} %"
+    start = f"At {budget} of {results['visual_tokens']} tokens "
+    end = f" % of the questions that all tokens answer {all_tokens} of"
+    if name is None:
+        if best is None:
+            return f"All {results['visual_tokens']} tokens answer {all_tokens} of the questions."
+        return f"{start}the best heuristic ({best['name']}) answers {_percent(best)}{end}."
+    against = "" if best is None else f"; the best heuristic ({best['name']}) {_percent(best)} %"
+    return f"{start}the policy answers {_percent(rows[name])}{end}{against}."
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['accuracy']:.1f}"
+
+
+def differences(methods: Sequence[MethodResult]) -> list[dict[str, Any]]:
+    """The policy against the best heuristic and against imitation at every budget, by question.
+
+    Args:
+        methods: Rows of the comparison, without the unpruned model.
+
+    Returns:
+        ``{"method", "to", "budget", "difference", "ci95"}`` each; empty without a policy.
+    """
+    table = {"methods": [row.as_dict() for row in methods]}
+    name = policy_name(table)
+    if name is None:
+        return []
+    found = []
+    for budget in sorted({row.budget for row in methods}, reverse=True):
+        rows = {row.name: row for row in methods if row.budget == budget}
+        best = best_heuristic(at_budget(table, budget))
+        others = [*([best["name"]] if best else []), *([IMITATION] if IMITATION in rows else [])]
+        for other in others:
+            mean, low, high = paired_difference(rows[name].scores, rows[other].scores)
+            bounds = [round(low, 5), round(high, 5)]
+            difference = {"difference": round(mean, 5), "ci95": bounds}
+            found.append({"method": name, "to": other, "budget": budget, **difference})
+    return found
