@@ -31,14 +31,14 @@ class Row:
     """One line of the table.
 
     Attributes:
-        fault: what was done.
-        goes_on: seconds until the caller had its scores, or training its next iteration.
-        whole: seconds until everything that was lost is back.
-        steps: environment steps whose work was thrown away, at most: an iteration under way counts
+        fault: What was done.
+        goes_on: Seconds until the caller had its scores, or training its next iteration.
+        whole: Seconds until everything that was lost is back.
+        steps: Environment steps whose work was thrown away, at most: an iteration under way counts
             as whole.
-        repeated: rows that a scorer began more than once; None where it was not counted.
-        lost: scores that were asked for and never delivered.
-        note: how it ended.
+        repeated: Rows that a scorer began more than once; None where it was not counted.
+        lost: Scores that were asked for and never delivered.
+        note: How it ended.
     """
 
     fault: str

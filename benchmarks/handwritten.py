@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
@@ -149,7 +149,7 @@ class Handwritten:
             Postprocessing.ADVANTAGES: (gain - gain.mean()) / gain.std().clamp(min=1e-4),
         }
 
-    def _returns(self, gained: Any) -> NDArray[np.float64]:
+    def _returns(self, gained: Any) -> npt.NDArray[np.float64]:
         return (self._settings.gamma ** np.arange(len(gained)))[:, None] * gained
 
     def _within_groups(

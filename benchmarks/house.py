@@ -44,7 +44,7 @@ def in_subprocess(tree: Path) -> dict[str, Any]:
     """`measure` in a process that imports ``tprl_env`` and ``rllib_configs`` of that tree.
 
     Raises:
-        ValueError: there is no checkout, or its packages cannot be measured.
+        ValueError: There is no checkout, or its packages cannot be measured.
     """
     if not (tree / "tprl_env" / "__init__.py").is_file():
         raise ValueError(f"{tree} is no checkout: it has no tprl_env/__init__.py")

@@ -123,9 +123,9 @@ class Hosts:
     """All simulated scorers.
 
     Attributes:
-        spec: what each of them builds.
-        names: of the host processes' actors.
-        each: scorers per process.
+        spec: What each of them builds.
+        names: Of the host processes' actors.
+        each: Scorers per process.
     """
 
     spec: ScorerSpec

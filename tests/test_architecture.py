@@ -25,8 +25,8 @@ FLOORS = (
     ("rllib.config",),
     ("evaluation", "inference"),
     ("scoring", "policy"),
-    ("lvlm", "env"),
-    ("data", "reducers"),
+    ("lvlm", "env", "reducers"),
+    ("data",),
     ("checks", "files", "ray_session"),
     ("",),
 )

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from lvlm_fixtures import NUM_TOKENS, QUESTIONS, pictures, save_llava
+from PIL import Image
 
 from tprl_env.inference import PrunedLVLM
 from tprl_env.lvlm import load_lvlm
@@ -72,3 +73,42 @@ def test_one_question_per_picture(folders):
     model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("uniform"))
     with pytest.raises(ValueError, match="1 pictures and 2 questions"):
         model.answer_batch(pictures(1), list(QUESTIONS[:2]), budget=3)
+
+
+def test_a_picture_may_be_a_path_a_pil_image_an_array_or_a_tensor(folders, tmp_path):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("cls_attention"))
+    picture = pictures(1)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    tensor = torch.from_numpy(picture.copy())
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), data, Image.fromarray(picture), tensor,
+             tensor.permute(2, 0, 1) / 255, Image.open(tmp_path / "a.png")]  # fmt: skip
+    first, *others = model.answer_batch([picture, *forms], [QUESTIONS[0]] * 8, budget=5)
+    for other in others:
+        assert other.text == first.text
+        assert np.array_equal(other.keep, first.keep)
+    assert model.answer(tmp_path / "a.png", QUESTIONS[0], budget=5).text == first.text
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        (np.zeros((0, 8, 3), np.uint8), "picture 0: .* has no pixels"),
+        (np.zeros((8, 0, 3), np.uint8), "has no pixels"),
+        (np.zeros((8, 8, 3), np.float32) - 1, r"floats must lie in 0\.\.1"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "give one picture"),
+        ("nowhere.png", "nowhere.png: No such file"),
+        (None, "got NoneType"),
+    ],
+)
+def test_what_is_no_picture_is_refused(folders, picture, reason):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("uniform"))
+    with pytest.raises(ValueError, match=reason):
+        model.answer(picture, QUESTIONS[0], budget=3)
+
+
+def test_a_batch_is_a_list(folders):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("uniform"))
+    for words in (("a.png", [QUESTIONS[0]]), (pictures(1), QUESTIONS[0])):
+        with pytest.raises(ValueError, match=r"must be lists; for one of each use answer\(\)"):
+            model.answer_batch(*words, budget=3)

@@ -17,9 +17,9 @@ def did_you_mean(value: object, known: Iterable[str], most: int = 1) -> str:
     """``"; did you mean 'width'?"`` for a misspelt name, empty where nothing is near.
 
     Args:
-        value: what was given.
-        known: the names there are.
-        most: how many to suggest.
+        value: What was given.
+        known: The names there are.
+        most: How many to suggest.
     """
     near = difflib.get_close_matches(str(value), list(known), n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -43,7 +43,7 @@ def check_integer(name: str, value: object, least: int) -> int:
     """The value as int; a bool is not an integer.
 
     Raises:
-        ValueError: it is not an integer, or below ``least``.
+        ValueError: It is not an integer, or below ``least``.
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
         return int(value)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, logs that survive a crash, and the versions written into them.
+"""Files that are whole or absent, files that really are files, logs that survive a crash, versions.
 
 Every file that this package leaves behind goes through `write_atomically`: a draft beside the
 target, synced, then renamed, so that no reader sees half a file and a crash loses nothing old.
@@ -7,31 +7,68 @@ Logs that grow while a run lasts go through `JsonLog`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["JsonLog", "versions", "write_atomically", "write_json", "write_text"]
+__all__ = ["JsonLog", "open_regular", "versions", "write_atomically", "write_json", "write_text"]
 
 PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
+
+
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading bytes; anything else is refused instead of waited for.
+
+    Args:
+        path: The file; symbolic links are followed.
+
+    Raises:
+        OSError: It is missing, unreadable, or a folder, FIFO, socket or device.
+    """
+    _check_regular(path.stat().st_mode, path)  # opening a device may already do something
+    # without O_NONBLOCK a FIFO that took the file's place in between would block for ever
+    stream = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    try:
+        _check_regular(os.fstat(stream.fileno()).st_mode, path)
+    except OSError:
+        stream.close()
+        raise
+    return stream
+
+
+def _check_regular(mode: int, path: Path) -> None:
+    if not stat.S_ISREG(mode):
+        what = next((name for test, name in _SPECIAL if test(mode)), "something else")
+        raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Let ``write`` fill a draft beside ``path``, sync it, then rename it into place.
 
     Args:
-        path: the file; its folder is made if needed.
-        write: gets the draft opened for writing bytes.
+        path: The file; its folder is made if needed.
+        write: Gets the draft opened for writing bytes.
 
     Returns:
         ``path``.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; the draft is removed and an
+        OSError: The disk is full or the folder cannot be written; the draft is removed and an
             older file at ``path`` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +94,7 @@ def write_json(path: Path, content: Mapping[str, Any] | list[Any], *, sort: bool
     """`write_atomically` of JSON; NaN and infinities are refused.
 
     Raises:
-        ValueError: the content holds a number that JSON lacks.
+        ValueError: The content holds a number that JSON lacks.
     """
     text = json.dumps(content, indent=2, sort_keys=sort, allow_nan=False)
     return write_text(path, text + "\n")
@@ -70,7 +107,7 @@ class JsonLog:
     an error.
 
     Args:
-        path: the file; there is none before the first `append`.
+        path: The file; there is none before the first `append`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -80,7 +117,7 @@ class JsonLog:
         """All whole rows, oldest first; empty without a file.
 
         Raises:
-            ValueError: a line before the last is damaged, which no crash of ours explains.
+            ValueError: A line before the last is damaged, which no crash of ours explains.
         """
         if not self.path.is_file():
             return []

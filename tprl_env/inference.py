@@ -2,7 +2,7 @@
 
 >>> model = PrunedLVLM.load("builtin:sparse", policy="runs/mine/policy",
 ...                         autoencoder="runs/mine/autoencoder")    # doctest: +SKIP
->>> model.answer(picture, "what digit is at cx ?", budget=14).text  # doctest: +SKIP
+>>> model.answer("a.png", "what digit is at cx ?", budget=14).text  # doctest: +SKIP
 '5'
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tprl_env.data.pictures import PictureError, as_picture
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.reducers.interfaces import PruneInputs, Pruner
 
@@ -109,7 +110,7 @@ class PrunedLVLM:
 
     def answer(
         self,
-        picture: npt.NDArray[np.uint8],
+        picture: Any,
         question: str,
         budget: int,
         max_new_tokens: int = 20,
@@ -119,7 +120,7 @@ class PrunedLVLM:
 
     def answer_batch(
         self,
-        pictures: Sequence[npt.NDArray[np.uint8]],
+        pictures: Sequence[Any],
         questions: Sequence[str],
         budget: int,
         max_new_tokens: int = 20,
@@ -127,20 +128,25 @@ class PrunedLVLM:
         """Encode, prune and answer.
 
         Args:
-            pictures: RGB uint8 ``(H, W, 3)``, one per question.
+            pictures: One per question: a path, a file's bytes, a PIL image, or an array or
+                tensor, uint8 in 0..255 or float in 0..1, ``(H, W, 3)`` or ``(3, H, W)``; see
+                ``tprl_env.data.pictures.as_picture``.
             questions: Questions.
             budget: Tokens to keep; with a threshold it only informs the policy.
             max_new_tokens: Longest answer in tokens.
 
         Raises:
-            ValueError: Different numbers of pictures and questions, or a budget out of range.
+            ValueError: Different numbers of pictures and questions, a budget out of range, or
+                something that is no picture.
         """
+        if isinstance(pictures, (str, bytes)) or isinstance(questions, str):
+            raise ValueError("pictures and questions must be lists; for one of each use answer()")
         if len(pictures) != len(questions):
             raise ValueError(
                 f"expected one question per picture, got {len(pictures)} pictures and "
                 f"{len(questions)} questions"
             )
-        visuals = self.lvlm.encode_images(pictures)
+        visuals = self.lvlm.encode_images([_taken(i, one) for i, one in enumerate(pictures)])
         prompts = [self.lvlm.prompt(question) for question in questions]
         inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
         if "question_attention" in self.pruner.needs:
@@ -170,3 +176,10 @@ class PrunedLVLM:
             query_tokens=embeddings,
             codes=self.autoencoder.encode(tokens) if self.autoencoder is not None else None,
         )
+
+
+def _taken(number: int, picture: Any) -> npt.NDArray[np.uint8]:
+    try:
+        return as_picture(picture)
+    except PictureError as error:
+        raise PictureError(f"picture {number}: {error}") from error

@@ -43,10 +43,10 @@ def make_private(path: Path | None = None) -> Path:
     """Make the token file if it is missing, and take it from all others if it is ours.
 
     Args:
-        path: the file, by default the one that Ray reads.
+        path: The file, by default the one that Ray reads.
 
     Raises:
-        OSError: it can be neither written nor changed.
+        OSError: It can be neither written nor changed.
     """
     path = path or token_path()
     if not path.exists():
@@ -73,7 +73,7 @@ def check_private(path: Path) -> None:
     """Refuse a token file that is missing, empty or readable for others.
 
     Raises:
-        PermissionError: with the cure.
+        PermissionError: With the cure.
     """
     if not path.is_file() or not path.read_text().strip():
         raise PermissionError(
@@ -92,7 +92,7 @@ def use_token() -> str:
     """Turn token mode on for this process, before ray is imported, and return the token.
 
     Raises:
-        PermissionError: the mode is another one, or there is no private token.
+        PermissionError: The mode is another one, or there is no private token.
     """
     mode = os.environ.setdefault(MODE, "token")
     if mode.lower() != "token":
@@ -114,10 +114,10 @@ def ray_session(cpus: float) -> Iterator[None]:
     actors ask for, so that a two-core machine can hold two scorers and the runners between them.
 
     Args:
-        cpus: that the actors of the run ask for together.
+        cpus: That the actors of the run ask for together.
 
     Raises:
-        BaseException: what a worker raised, itself: Ray wraps it in an error of the same class
+        BaseException: What a worker raised, itself: Ray wraps it in an error of the same class
             whose text is the worker's whole traceback.
     """
     from ray.exceptions import RayTaskError

@@ -1,5 +1,6 @@
 """Bad input: one sentence, exit status 2, nothing written, nothing lost."""
 
+import argparse
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from lvlm_fixtures import save_llava
 from small_run import files_under, make_small_run, write_dataset, write_jsonl, write_policy
 
 import tprl_env
-from tprl_env.cli.commands import main
+from tprl_env.cli.commands import build_parser, main
 from tprl_env.cli.parsing import overrides
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm.encoding.encode import encode_dataset
@@ -223,7 +224,8 @@ def test_encode_says_what_it_made(run, tmp_path, capsys):
         ({"answers": []}, "sample 'q0' has no answer"),
         ({"answers": [""]}, "sample 'q0' has no answer"),
         ({"image": "none.png"}, "cannot read the image"),
-        ({"answers": "7"}, "answers must be a list of strings"),
+        ({"answers": {"a": "7"}}, "line 2: the field 'answers' must be a string or a number"),
+        ({"image": "../0.png"}, "--allow-outside"),
         ({"color": "red"}, "unknown fields ['color']"),
     ],
 )
@@ -282,7 +284,8 @@ def test_a_dataset_without_samples(run, tmp_path, refused, text, sentence):
         (["--limit", "0"], "limit must be at least 1, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--lvlm", "no/such/folder"], "does not exist"),
-        (["--lvlm", "builtin:crowdet"], "'crowdet'"),
+        (["--lvlm", "builtin:crowdet"], "no LVLM 'builtin:crowdet'"),
+        (["--lvlm", "builtin:spare"], "did you mean 'builtin:sparse'?"),
         (["--dtype", "float63"], "float63"),
         (["--device", "abacus"], "abacus"),
     ],
@@ -349,7 +352,76 @@ def test_another_lvlm_or_dataset_does_not_continue_a_store(run, tmp_path, refuse
     assert main([str(w) for w in encode_words(run.data, run.lvlm, tmp_path / "mine")]) == 0
     assert "was started with the LVLM" in refused(*encode_words(run.data, other, tmp_path / "mine"))
     words = encode_words(write_dataset(tmp_path / "d", images=2), run.lvlm, tmp_path / "mine")
-    assert "was started with dataset" in refused(*words)
+    assert "--restart" in refused(*words)
+    assert main([str(word) for word in [*words, "--restart"]]) == 0
+    assert len(FeatureStore.open(tmp_path / "mine")) == 4
+
+
+def test_the_same_data_by_another_path_and_with_more_lines_goes_on(run, tmp_path, capsys):
+    data = write_dataset(tmp_path / "d", images=3)
+    lines = data.read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:4]))
+    assert main([str(w) for w in encode_words(data, run.lvlm, tmp_path / "store")]) == 0
+    before = files_under(tmp_path / "store")
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    again = encode_words(tmp_path / "link" / data.name, run.lvlm, tmp_path / "store")
+    assert main([str(w) for w in again]) == 0
+    assert files_under(tmp_path / "store") == before
+    data.write_text("".join(lines))
+    assert main([str(w) for w in again]) == 0
+    after = files_under(tmp_path / "store")
+    assert all(after[name] == before[name] for name in before if name.endswith(".arrow"))
+    assert "6 questions about 3 images" in capsys.readouterr().out
+
+
+def test_tilde_is_the_home_folder_in_every_option(run, tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    data = write_dataset(home / "d", images=1)
+    (home / "lvlm").symlink_to(run.lvlm)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    data = f"~/d/{data.name}"
+    assert main(["encode", f"--data={data}", "--lvlm=~/lvlm", "--out=~/store"]) == 0
+    assert main(["autoencoder", "~/store", "--steps=1", "--out=~/a", "--also", "~/store"]) == 0
+    assert (home / "a" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    assert overrides(["--store=~/s", "--lvlm", "~/m"]) == {
+        "store": f"{home}/s",
+        "lvlm": f"{home}/m",
+    }
+
+
+PLACES = {
+    "encode": ("--data", "--lvlm", "--out"),
+    "autoencoder": ("store", "--also", "--out", "--load"),
+    "train": ("config", "--out", "--init-policy"),
+    "evaluate": ("store", "--lvlm", "--policy", "--calibration", "--out"),
+    "compare": ("config", "--out", "--shared", "--lvlm", "--train", "--calibration", "--test"),
+    "quickstart": ("--out",),
+    "submit": ("config", "--storage", "--working-dir"),
+    "token": ("path",),
+    "check-results": ("file",),
+}
+
+
+@pytest.mark.parametrize(("command", "options"), PLACES.items())
+def test_every_option_that_names_a_place_expands_and_refuses_nothing(refused, command, options):
+    (commands,) = [a for a in build_parser()._actions if isinstance(a.choices, dict)]
+    actions = {
+        name: action
+        for action in commands.choices[command]._actions
+        for name in (action.option_strings or [action.dest])
+    }
+    for option in options:
+        assert str(actions[option].type("~/x")) == os.path.expanduser("~/x")
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a path or a name, got ''"):
+            actions[option].type("")
+
+
+def test_an_unknown_home_folder_is_refused(refused):
+    assert "no home folder for '~nobody-here/x'" in refused(
+        *encode_words("scenes-sparse", "builtin:sparse", "~nobody-here/x")
+    )
 
 
 # Stores --------------------------------------------------------------------------------------

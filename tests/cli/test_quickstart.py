@@ -71,7 +71,7 @@ def test_without_scorer_actors_the_test_split_is_scored_here(finished, tmp_path)
     settings, _ = finished
     for made in ("stores", "autoencoder", "imitation"):
         shutil.copytree(settings.out / made, tmp_path / made)
-    small = SMALL | {"num_scorers": "0", "max_scores": "5120"}
+    small = SMALL | {"resources.num_scorers": "0", "limits.max_scores": "5120"}
     results = run_quickstart(dataclasses.replace(settings, out=tmp_path), small)
     assert read_results(tmp_path / "results.json") == json.loads(json.dumps(results))
     assert results["training"]["lvlm_scores"] >= 256

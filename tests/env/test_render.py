@@ -1,10 +1,21 @@
 """Pictures: sizes, what is faded, captions that fit, and bad input."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tprl_env.env.render import TrajectoryStep, _font, _wrap, draw_step, draw_text, draw_trajectory
+from tprl_env.env.render import (
+    TrajectoryStep,
+    _font,
+    _wrap,
+    draw_step,
+    draw_text,
+    draw_trajectory,
+    episode_frame,
+)
+from tprl_env.env.token_picture import cut_off, token_picture
 
 RED = np.full((96, 96, 3), (200, 0, 0), np.uint8)
 CAPTION = {"step": 1, "score": 0.5, "kept": 72, "question": "Which digit is left of it?"}
@@ -107,3 +118,88 @@ def test_refused_input(changes, message):
 def test_a_trajectory_needs_steps():
     with pytest.raises(ValueError, match="at least one step"):
         draw_trajectory(RED, (12, 12), [], question="?")
+
+
+# What the LVLM does not see -----------------------------------------------------------------
+
+WIDE = np.full((64, 192, 3), (200, 0, 0), np.uint8)
+MIDDLE = (0.0, 64.0, 64.0, 128.0)  # shortest edge, then the centre: two thirds are cut off
+
+
+def colourful(pixels: np.ndarray) -> np.ndarray:
+    return pixels.max(-1).astype(int) - pixels.min(-1) > 150
+
+
+def test_masks_are_drawn_where_the_tokens_look():
+    mask = np.zeros((4, 4), bool)
+    mask[:, 0] = True  # the left column of what is seen is not the left of the picture
+    drawn = colourful(token_picture(WIDE, mask, (160, 480), MIDDLE))
+    columns = np.flatnonzero(drawn.any(0))
+    assert columns.min() in range(159, 163) and columns.max() in range(197, 201)
+    assert drawn[:, 160:200].mean() > 0.9
+    everywhere = token_picture(WIDE, mask, (160, 480))
+    assert np.flatnonzero(colourful(everywhere).any(0)).max() < 121  # all of it is seen
+
+
+def test_what_is_cut_off_is_grey_even_where_all_tokens_are_kept():
+    image = token_picture(WIDE, np.ones((4, 4), bool), (160, 480), MIDDLE).astype(int)
+    assert np.ptp(image[:, :160], axis=-1).max() <= 1 and np.ptp(image[:, 320:], axis=-1).max() <= 1
+    assert image[80, 30, 0] < 160  # darker than what is pruned
+    assert image[60, 180].tolist() == [200, 0, 0]
+
+
+def test_padding_is_drawn_around_the_picture():
+    square = (-64.0, 0.0, 128.0, 192.0)  # padded above and below
+    mask = np.zeros((3, 3), bool)
+    mask[1] = True
+    drawn = colourful(token_picture(WIDE, mask, (300, 300), square))
+    assert drawn[110:190].mean() > 0.9 and not drawn[:99].any() and not drawn[201:].any()
+    assert cut_off(WIDE.shape, square) == 0
+    huge = (-1e9, 0.0, 1e9, 192.0)  # from a forged store: no memory, no error
+    assert token_picture(WIDE, mask, (300, 300), huge).shape == (300, 300, 3)
+
+
+@pytest.mark.parametrize(
+    ("box", "share"), [(None, 0), (MIDDLE, 2 / 3), ((0, 0, 64, 192), 0), ((16, -9, 48, 300), 1 / 2)]
+)
+def test_the_share_that_is_cut_off(box, share):
+    assert cut_off(WIDE.shape, box) == pytest.approx(share)
+
+
+def test_what_is_cut_off_is_mentioned_once():
+    alive = np.ones(16, bool)
+    plain = draw_step(WIDE, (4, 4), alive, **CAPTION)
+    boxed = draw_step(WIDE, (4, 4), alive, **CAPTION, box=MIDDLE)
+    assert boxed.shape == plain.shape  # frames make a video
+    assert not np.array_equal(boxed[480:], plain[480:])
+    assert np.array_equal(draw_step(WIDE, (4, 4), alive, **CAPTION, box=(0, 0, 64, 192)), plain)
+    steps = [TrajectoryStep(alive, 0.9), TrajectoryStep(np.arange(16) < 4, 0.5)]
+    one = draw_trajectory(WIDE, (4, 4), steps, question="Which?")
+    two = draw_trajectory(WIDE, (4, 4), steps, question="Which?", box=MIDDLE)
+    line = two.shape[0] - one.shape[0]
+    assert 0 < line < 30, "one line for all panels"
+    text = draw_text(
+        (1, 2), np.ones(2, bool), step=0, score=1.0, kept=2, question="?", unseen=2 / 3
+    )
+    assert text.count("cut off before the LVLM sees it (67 % of the picture)") == 1
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+@pytest.mark.parametrize("box", [None, MIDDLE, "no such method"])
+def test_frames_of_an_episode_know_the_box(mode: str, box: object):
+    source = SimpleNamespace(
+        grid=lambda s: (4, 4), question=lambda s: "?", answers=lambda s: ("a",),
+        picture=lambda s: WIDE, picture_box=lambda s: box,
+    )  # fmt: skip
+    if isinstance(box, str):
+        del source.picture_box
+    whole = np.ones((1, 16), bool)
+    zero = np.zeros(1, np.int64)
+    episodes = SimpleNamespace(
+        source=source, samples=zero, score=np.array([0.5]), alive=whole, existing=whole, step=zero
+    )
+    frame = episode_frame(episodes, 0, mode)
+    if mode == "ansi":
+        assert ("cut off" in frame) == (box is MIDDLE)
+    else:
+        assert colourful(frame[:480])[240, 40] == (box is not MIDDLE)

@@ -69,7 +69,8 @@ def test_every_path_keeps_the_same_tokens(run, masks, tmp_path):
     rows = [prune_inputs(store, sample) for sample in range(QUESTIONS_ASKED)]
     folders = TaskData(str(run.lvlm), *[str(run.store)] * 3)
     place = SimpleNamespace(task=lambda trial: folders, budgets=(BUDGET,))
-    settings = SimpleNamespace(config=SimpleNamespace(scorer_device="cpu", scorer_dtype="float32"))
+    scoring = SimpleNamespace(device="cpu", dtype="float32")
+    settings = SimpleNamespace(config=SimpleNamespace(scoring=scoring))
     model = PrunedLVLM.load(str(run.lvlm), policy=run.policy, autoencoder=run.autoencoder)
     paths = {
         "tprl compare": lambda: trial._measure(policy, place, settings),

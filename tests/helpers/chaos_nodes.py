@@ -45,9 +45,9 @@ def score_while(lose: Callable[[list[str | None]], str], log: Path, **resources:
     """Ask for scores, call ``lose`` (returns the lost node) in the middle of both scorers' passes.
 
     Args:
-        lose: gets the node of each scorer.
-        log: folder of the traces.
-        resources: custom resources of each scorer.
+        lose: Gets the node of each scorer.
+        log: Folder of the traces.
+        resources: Custom resources of each scorer.
     """
     options = {"log": str(log), "seconds": 0.5}
     spec = ScorerSpec(

@@ -23,6 +23,9 @@ class FakeLVLM:
     model_type: str = "fake"
     token_width: int = 8
     query_width: int = 6
+    dtype: str = "torch.float32"
+    image_backend: str = "pil"
+    max_positions: int = 1 << 20
     delay: float = 0.0
     poison: str = ""  # "tokens", "tower", "query" or "score": give a NaN there
     calls: dict[str, int] = field(default_factory=dict)
@@ -78,6 +81,9 @@ class FakeLVLM:
             likelihood[-1] = np.nan
         exact = np.array([len(a[0]) % 2 for a in answers], np.float32)
         return SimpleNamespace(exact=exact, likelihood=likelihood)
+
+    def generate(self, prompts, tokens, keep=None, max_new_tokens=20, positions="original"):
+        return [f"said {len(p.ids)}" for p in prompts]
 
     def question_attention(self, prompts, tokens) -> list[np.ndarray]:
         pairs = zip(prompts, tokens, strict=True)

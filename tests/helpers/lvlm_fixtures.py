@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -40,12 +40,12 @@ LLAVA15_CHAT_TEMPLATE = (
 )
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level, splitting at white space, without adding a BOS token by itself."""
+def word_tokenizer(bos: str = "prepended") -> PreTrainedTokenizerFast:
+    """Word-level, splitting at white space; ``bos`` is "prepended", "named" only, or "none"."""
     vocabulary = {word: i for i, word in enumerate([*SPECIALS, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _wrap(tokenizer)
+    return _wrap(tokenizer, bos)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -62,11 +62,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer, bos: str = "prepended") -> PreTrainedTokenizerFast:
+    if bos == "prepended":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        bos_token="<s>",
+        bos_token=None if bos == "none" else "<s>",
         eos_token="</s>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
@@ -80,6 +84,7 @@ def save_llava(
     tokenizer: PreTrainedTokenizerFast | None = None,
     chat_template: str | None = None,
     cls_attention_layer: int | None = None,
+    tie_word_embeddings: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a random LLaVA (3 tower and 3 decoder layers, grouped-query attention)."""
@@ -108,12 +113,14 @@ def save_llava(
             eos_token_id=2,
             pad_token_id=0,
             initializer_range=0.3,
+            tie_word_embeddings=tie_word_embeddings,
         ),
         image_token_id=4,
         image_seq_length=NUM_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         pad_token_id=0,
+        tie_word_embeddings=tie_word_embeddings,
         **extra,
     )
     model = LlavaForConditionalGeneration(config)

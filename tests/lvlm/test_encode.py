@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from fake_lvlm import FakeLVLM, make_samples
 
 import tprl_env.files
-from tprl_env.data import BadSampleError, load_dataset
+from tprl_env.data import BadSampleError, NoSamplesError, load_dataset
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
@@ -25,7 +26,9 @@ SMALL = {"batch_size": 2, "shard_images": 3, "progress": False}
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    # a killed process may leave its draft
+    whole = (path for path in sorted(folder.iterdir()) if path.suffix != ".tmp")
+    return {path.name: path.read_bytes() for path in whole}
 
 
 def test_each_image_once_and_each_sample_once(tmp_path: Path):
@@ -198,21 +201,117 @@ def half(tmp_path: Path) -> Path:
     ("lvlm", "samples", "change", "message"),
     [
         (FakeLVLM(fingerprint="x"), make_samples(7), {}, "started with the LVLM fake .*fake-1"),
-        (FakeLVLM(), make_samples(7)[1:], {}, "started with other samples .* in unit 0"),
+        (FakeLVLM(dtype="torch.bfloat16"), make_samples(7), {}, "dtype 'float32', not 'bfloat16'"),
+        (
+            FakeLVLM(image_backend="torchvision"),
+            make_samples(7),
+            {},
+            "image_backend 'pil', not 'torchvision'",
+        ),
+        (FakeLVLM(), make_samples(7)[1:], {}, r"other samples .* unit 0, from 's0-1' to 's3-0'\)"),
         (FakeLVLM(), make_samples(7)[:3], {}, "started with other samples"),
         (FakeLVLM(), [], {}, "holds more samples than the given ones"),
-        (FakeLVLM(), make_samples(7), {"description": "e"}, "dataset 'd', not 'e'"),
         (FakeLVLM(), make_samples(7), {"shard_images": 4}, "shard_images 3, not 4"),
         (FakeLVLM(), make_samples(7), {"tower": False}, "tower True, not False"),
     ],
 )
 def test_resuming_something_else_is_refused(tmp_path: Path, lvlm, samples, change, message):
     out = half(tmp_path)
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(StoreError, match=rf"{message}.* --restart \(resume=False in Python\)"):
         encode_dataset(lvlm, samples, out, **{"description": "d", **SMALL, **change})
     fresh = {"description": "d", **SMALL, **change, "resume": False}
     if samples:
         assert len(encode_dataset(lvlm, samples, out, **fresh)) == len(samples)
+
+
+def test_the_name_of_the_data_decides_nothing(tmp_path: Path):
+    out = half(tmp_path)
+    store = encode_dataset(FakeLVLM(), make_samples(7), out, description="e", **SMALL)
+    store.write_channel("codes", [np.zeros((store.image_count(i), 2)) for i in range(7)])
+    before = content(out)
+    lvlm = FakeLVLM()
+    store = encode_dataset(lvlm, make_samples(7), out, description="another path", **SMALL)
+    assert lvlm.calls == {} and content(out) == before and store.has_channel("codes")
+
+
+def test_samples_added_at_the_end_are_encoded_and_nothing_else(tmp_path: Path, caplog):
+    samples, out = make_samples(10), tmp_path / "s"
+    whole = encode_dataset(FakeLVLM(), samples, tmp_path / "whole", **SMALL)
+    store = encode_dataset(FakeLVLM(), samples[:16], out, **SMALL)  # ends inside of a picture
+    store.write_channel("codes", [np.zeros((store.image_count(i), 2)) for i in range(6)])
+    files = {name: data for name, data in content(out).items() if name.endswith("s.arrow")}
+    for stop in (17, 17, 30):
+        lvlm = FakeLVLM()
+        store = encode_dataset(lvlm, samples[:stop], out, **SMALL)
+        assert lvlm.calls.get("scores", 0) == {17: 1, 30: 13}[stop] * (len(store) != len(files))
+        files = range(len(store))
+    assert "made for fewer samples and removed: codes" in caplog.text
+    assert "run `tprl autoencoder" in caplog.text and not store.has_channel("codes")
+    assert store.manifest.dataset_fingerprint == whole.manifest.dataset_fingerprint
+    for i in range(30):
+        assert store.id(i) == whole.id(i)
+        np.testing.assert_array_equal(store.tokens(i), whole.tokens(i))
+    with pytest.raises(StoreError, match=r"(holds more|other) samples.*--restart"):
+        encode_dataset(FakeLVLM(), samples[:17], out, **SMALL)
+
+
+def test_a_kill_while_a_store_grows_leaves_the_old_one(tmp_path: Path):
+    out, samples = tmp_path / "s", make_samples(12)
+    old = encode_dataset(FakeLVLM(), samples[:9], out, **SMALL).fingerprint
+    with pytest.raises(Interrupt):
+        encode_dataset(FakeLVLM(), crashing(samples, 30), out, **SMALL)
+    assert FeatureStore.open(out, verify="checksums").fingerprint == old
+    assert len(encode_dataset(FakeLVLM(), samples, out, **SMALL)) == 36
+
+
+def test_starting_over_removes_the_store_s_own_files_only(tmp_path: Path):
+    out = tmp_path / "s"
+    store = encode_dataset(FakeLVLM(), make_samples(2), out, **SMALL)
+    store.write_channel("codes", [np.zeros((store.image_count(i), 2)) for i in range(2)])
+    mine = ["channel-notes.txt", "images-of-me.arrow", "samples.txt", "notes.json"]
+    for name in mine:
+        (out / name).write_text("mine")
+    (out / "autoencoder").mkdir()
+    (out / ".images-00001.arrow-77.tmp").write_text("draft")
+    encode_dataset(FakeLVLM(fingerprint="x"), make_samples(1), out, resume=False, **SMALL)
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        [*mine, "autoencoder", "encoding.json", "images-00000.arrow", "manifest.json",
+         "samples-00000.arrow"]
+    )  # fmt: skip
+
+
+def forget_computing(folder: Path) -> None:
+    """Make of a store what the first release wrote."""
+    for name, place in (("encoding.json", "lvlm"), ("manifest.json", None)):
+        if (folder / name).exists():
+            whole = json.loads((folder / name).read_text())
+            for field in ("dtype", "image_backend"):
+                del (whole[place] if place else whole)[field]
+            (folder / name).write_text(json.dumps(whole))
+
+
+def test_how_an_lvlm_computed_is_in_the_manifest(tmp_path: Path):
+    lvlm = FakeLVLM(dtype="torch.bfloat16", image_backend="torchvision")
+    store = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert (store.manifest.dtype, store.manifest.image_backend) == ("bfloat16", "torchvision")
+    other = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "t", **SMALL)
+    assert store.fingerprint != other.fingerprint
+    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), start"):
+        encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+
+
+def test_stores_that_did_not_record_it_still_open(tmp_path: Path):
+    first = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
+    forget_computing(tmp_path / "s")
+    old = FeatureStore.open(tmp_path / "s")
+    assert old.manifest.dtype == "" and old.fingerprint != first.fingerprint
+    lvlm = FakeLVLM()
+    again = encode_dataset(lvlm, make_samples(2), tmp_path / "s", **SMALL)
+    assert lvlm.calls == {} and again.fingerprint == old.fingerprint
+    out = half(tmp_path / "half")
+    forget_computing(out)
+    with pytest.raises(StoreError, match=r"did not record the number type.* another folder"):
+        encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
 
 
 def test_starting_over_forgets_channels(tmp_path: Path):
@@ -225,10 +324,10 @@ def test_starting_over_forgets_channels(tmp_path: Path):
 def test_damaged_unfinished_state_is_refused(tmp_path: Path):
     out = half(tmp_path)
     (out / "images-00000.arrow").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"images-00000.arrow has 0 bytes.*resume=False"):
+    with pytest.raises(StoreError, match=r"images-00000.arrow has 0 bytes.*--restart"):
         encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
     (out / "encoding.json").write_text("{")
-    with pytest.raises(StoreError, match=r"encoding.json is damaged"):
+    with pytest.raises(StoreError, match=r"encoding.json is damaged.*--restart"):
         encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
 
 
@@ -261,6 +360,31 @@ def test_bad_samples_stop_or_are_counted(tmp_path: Path):
         assert [store.id(i) for i in range(3)] == ["0", "1", "3"]
         assert store.manifest.skipped == 1
         assert store.manifest.dataset == "d.jsonl"
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("twice", [False, True])
+def test_when_every_sample_is_bad_encoding_ends_with_one_sentence(tmp_path: Path, caplog, twice):
+    rows = [f'{{"id": "{i}", "image": "no.png", "question": "q", "answers": ["a"]}}\n'
+            for i in range(30)]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    dataset = load_dataset(tmp_path / "d.jsonl", skip_bad=twice)
+    with pytest.raises(NoSamplesError, match=r"no sample .*is left: .* first because: .*no.png"):
+        encode_dataset(FakeLVLM(), dataset, tmp_path / "s", skip_bad=True, **SMALL)
+    assert len(caplog.records) <= 11
+
+
+@pytest.mark.timeout(30)
+def test_an_iterator_that_does_not_go_on_is_left(tmp_path: Path):
+    class Stuck:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise BadSampleError("sample 'x' is bad")
+
+    with pytest.raises(BadSampleError, match="'x'"):
+        encode_dataset(FakeLVLM(), Stuck(), tmp_path / "s", skip_bad=True, **SMALL)
 
 
 def test_a_generator_that_dies_is_never_taken_for_its_end(tmp_path: Path):
@@ -329,6 +453,18 @@ def test_ray_gives_the_same_files(tmp_path: Path):
             encode_dataset_ray(unloadable, few[:4], tmp_path / "u", **SMALL)
         assert len(str(caught.value).splitlines()) == 1
         assert not (tmp_path / "p").exists() and not (tmp_path / "u").exists()
+
+        class Picky(fake_lvlm.FakeLVLM):
+            def prompt(self, question):
+                if "this this" in question:
+                    raise ValueError("too much")
+                return super().prompt(question)
+
+        with pytest.raises(BadSampleError, match="sample 's0-1': too much; repair it or pass --sk"):
+            encode_dataset_ray(Picky, few[:4], tmp_path / "q", **SMALL)
+        store = encode_dataset_ray(Picky, few[:4], tmp_path / "r", skip_bad=True, **SMALL)
+        assert store.manifest.skipped == 2
+        assert (tmp_path / "r" / "skipped.jsonl").read_text().count("too much") == 2
     finally:
         if started_here:
             ray.shutdown()

@@ -281,6 +281,54 @@ def test_every_end_token_counts(word_folder, tmp_path):
     assert many > one_end.score(prompts, answers, tokens, keep).exact.sum()
 
 
+@pytest.fixture(scope="module")
+def many_ends(word_folder, tmp_path_factory):
+    """Like Llama 3: the model may stop with another token than the tokenizer's."""
+    folder = shutil.copytree(word_folder, tmp_path_factory.mktemp("ends") / "many")
+    generation = json.loads((folder / "generation_config.json").read_text())
+    generation["eos_token_id"] = [EOS, 11, 12]
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return load_lvlm(folder, device="cpu")
+
+
+def test_likelihood_adds_up_all_end_tokens(many_ends, word_lvlm, word_folder):
+    plain = LlavaForConditionalGeneration.from_pretrained(
+        word_folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    prompts, tokens, keep = cases(many_ends, 6, seed=31)
+    for i, prompt in enumerate(prompts):
+        answer = many_ends.answer_ids(prompt, "red c1" if i % 2 else "7")
+        with torch.no_grad():
+            logits = reference_logits(plain, prompt, tokens[i], keep[i], answer, "original")
+        p = logits.softmax(-1)
+        before = p[torch.arange(len(answer) - 1), list(answer[:-1])].prod()
+        expected = float(before * p[-1, [EOS, 11, 12]].sum())
+        row = ([prompt], [tokens[i]], [keep[i]])
+        found = many_ends.score(row[0], [[answer]], row[1], row[2]).likelihood[0]
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-12)
+        single = word_lvlm.score(row[0], [[answer]], row[1], row[2]).likelihood[0]
+        assert found > single
+
+
+def test_exact_and_likelihood_agree_about_ends(many_ends):
+    """An answer that ends with another end token is the same answer, counted once."""
+    prompts, tokens, keep = cases(many_ends, 12, seed=37)
+    written = many_ends.generate_ids(prompts, tokens, keep, 4)
+    ended = [i for i, ids in enumerate(written) if len(ids) < 4]
+    assert len(ended) > 3
+    pick = [[part[i] for i in ended] for part in (prompts, tokens, keep)]
+
+    def score(*ends):
+        answers = [[(*written[i], end) for end in ends] for i in ended]
+        return many_ends.score(pick[0], answers, pick[1], pick[2])
+
+    first, other, both = score(EOS), score(12), score(EOS, 11, 12)
+    assert first.exact.tolist() == other.exact.tolist() == both.exact.tolist() == [1.0] * len(ended)
+    np.testing.assert_array_equal(first.likelihood, other.likelihood)
+    np.testing.assert_array_equal(first.likelihood, both.likelihood)
+    assert both.sequences == len(ended)
+
+
 @pytest.mark.filterwarnings("error")
 def test_tokens_may_be_read_only_half_precision_arrays(word_lvlm):
     prompts, tokens, keep = cases(word_lvlm, 4)

@@ -118,7 +118,7 @@ def test_conditional_agrees_with_enumeration(tokens, scale):
         logits = scale * torch.randn(1, tokens, generator=generator, dtype=torch.float64)
         logits.requires_grad_()
         alive = torch.rand(1, tokens, generator=generator) > 0.2
-        d = ConditionalBernoulli(logits, alive, torch.tensor([count]))
+        d = ConditionalBernoulli(logits, alive, torch.tensor([count]).minimum(alive.sum(1)))
         masks, log_p = enumerate_masks(logits[0], alive[0], count)
         p = log_p.exp()
         entropy, inclusion = -(p * log_p).sum(), (p[:, None] * masks).sum(0)
@@ -191,8 +191,7 @@ def test_conditional_kl_agrees_with_enumeration():
 def test_conditional_edge_counts_are_exact():
     logits = rows([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).requires_grad_()
     alive = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
-    d = ConditionalBernoulli(logits, alive, torch.tensor([0, 5, 1]))
-    assert d.count.tolist() == [0, 2, 0]
+    d = ConditionalBernoulli(logits, alive, torch.tensor([0, 2, 0]))
     mask = torch.tensor([[0, 0, 0], [1, 1, 1], [0, 1, 0]])  # entries of dead tokens are ignored
     assert d.log_prob(mask).tolist() == [0.0, 0.0, 0.0]
     assert d.entropy().tolist() == [0.0, 0.0, 0.0]
@@ -211,7 +210,7 @@ def test_conditional_large_float32_is_close_to_float64():
     torch.manual_seed(0)
     logits = 8 * torch.randn(4, 300)
     alive = torch.rand(4, 300) > 0.1
-    count = torch.tensor([1, 40, 200, 299])
+    count = torch.tensor([1, 40, 200, 299]).minimum(alive.sum(1))
     single, double = (ConditionalBernoulli(x, alive, count) for x in (logits, logits.double()))
     mask = double.sample(torch.Generator().manual_seed(0))
     assert torch.allclose(
@@ -300,3 +299,27 @@ def test_top_k_ties_go_to_the_lowest_index():
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_log_odds_that_are_not_finite_are_refused_where_they_arise(value):
+    """NaN sampled "all pruned", and infinities became NaN in the log-probability."""
+    logits = torch.zeros(3, 4)
+    logits[1, 2] = value
+    alive, count = torch.ones(3, 4, dtype=torch.bool), torch.full((3,), 2)
+    message = rf"logits must be finite, got {value} for 1 of 4 tokens in row 1"
+    for build in (
+        lambda: MaskedBernoulli(logits, alive),
+        lambda: ConditionalBernoulli(logits, alive, count),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    alive[1, 2] = False  # a dead token's content is nobody's business
+    assert MaskedBernoulli(logits, alive).log_prob(alive).isfinite().all()
+    assert ConditionalBernoulli(logits, alive, count).entropy().isfinite().all()
+
+
+def test_more_tokens_than_alive_are_refused():
+    alive = torch.tensor([[True, True, True], [True, False, False]])
+    with pytest.raises(ValueError, match="alive tokens, got 2 of 1 in row 1"):
+        ConditionalBernoulli(torch.zeros(2, 3), alive, torch.tensor([3, 2]))

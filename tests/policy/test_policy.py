@@ -386,3 +386,14 @@ def test_more_tokens_than_positions_are_refused():
         PruningPolicy(config).double().logits(observation(config))
     with pytest.raises(ValueError, match="position_slots must be 0 or positive"):
         PolicyConfig(token_width=8, query_width=5, position_slots=-1)
+
+
+def test_log_odds_that_are_not_finite_are_refused_at_inference():
+    config = PolicyConfig(8, 5)
+    policy, obs = build(config), observation(config)
+    with torch.no_grad():
+        policy.actor.score.bias.fill_(math.nan)
+        for call in (policy, policy.logits):
+            with pytest.raises(ValueError, match=r"logits must be finite, got nan for \d of \d"):
+                call(obs)
+    assert policy(obs).logits.isnan().any()  # in training the loss decides

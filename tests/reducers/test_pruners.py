@@ -434,3 +434,17 @@ def test_a_policy_of_several_steps_is_measured_in_as_many():
     masks, plain = spread.prune_batch(rows, 4), stepwise.prune_batch(rows, 4)
     assert all(int(mask.sum()) == 4 for mask in masks + plain)
     assert any(not torch.equal(a, b) for a, b in zip(masks, plain, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["topk", "threshold", "multistep"])
+def test_a_policy_gone_bad_prunes_nothing(mode):
+    """Its NaN used to keep an arbitrary token, or all of them."""
+    net = policy(budget=True)
+    with torch.no_grad():
+        net.actor.score.weight.fill_(math.inf)
+    pruner = PolicyPruner(net, mode=mode, threshold=0.5)
+    for penalty in (0.0, 2.0):
+        with pytest.raises(ValueError, match="logits must be finite"):
+            dataclasses.replace(pruner, redundancy_penalty=penalty).prune(inputs(), 3)
+    with pytest.raises(ValueError, match=r"budget must lie in \[1, "):
+        PolicyPruner(policy(budget=True), mode=mode, threshold=0.5).prune(inputs(), 1000)

@@ -163,15 +163,17 @@ def test_a_search_stops_the_worse_and_orders_all(small, tmp_path):
     path = tmp_path / "s.py"
     path.write_text(
         "from ray import tune\nfrom tprl_env.rllib.experiments.definition import Search\n"
-        "SEARCH = Search(name='s', question='?', space={'lr': tune.choice([1e-4, 1e-3])},\n"
-        "    changes=dict(num_scorers=0, budget=(2, 6), samples=4, draws=4, \n"
-        "    imitation_steps=3, imitation_batch_size=4, width=16),\n"
+        "SEARCH = Search(name='s', question='?', \n"
+        "    space={'algorithm.lr': tune.choice([1e-4, 1e-3])},\n"
+        "    changes={'resources.num_scorers': 0, 'rules.budget': (2, 6), 'rollout.samples': 4,\n"
+        "    'rollout.draws': 4, 'imitation.steps': 3, 'imitation.batch_size': 4,\n"
+        "    'policy.width': 16},\n"
         "    trials=3, max_scores=160, grace_scores=32, budget=7)\n"
     )
     spec = load_experiment(path)
     file = search(spec, tmp_path / "out", stores=stores(small))
     tried = json.loads(file.read_text())["tried"]
-    assert len(tried) == 3 and all(set(row["settings"]) == {"lr"} for row in tried)
+    assert len(tried) == 3 and all(set(row["settings"]) == {"algorithm.lr"} for row in tried)
     assert max(row["scores"] for row in tried) >= 144
     assert [row["scores"] for row in tried] == sorted((r["scores"] for r in tried), reverse=True)
     with pytest.raises(ValueError, match="finished search"):

@@ -98,6 +98,16 @@ def test_the_memory_is_bounded_and_forgets_what_was_not_asked_for_longest():
     assert values(memory, (0, 0)) == values(memory, (2, 0)) == [1.0, 0.0]
 
 
+def test_a_memory_from_before_the_scores_kind_had_its_name_is_taken_over():
+    old = EpisodeMemory({"metric": "exact"}, size=3, limit=7)
+    old.add((1, 0), b"a", 0.5)
+    memory = EpisodeMemory({"score_kind": "exact"}, size=3, limit=7)
+    memory.set_state(old.get_state())
+    assert len(memory) == 1
+    with pytest.raises(ValueError, match="score_kind exact, now likelihood"):
+        EpisodeMemory({"score_kind": "likelihood"}, 3, 7).set_state(old.get_state())
+
+
 def test_the_memory_survives_its_state_and_refuses_another_samples_state():
     memory = EpisodeMemory({"samples": "abc", "alpha": 1.0}, size=3, limit=7)
     for sample in range(4):

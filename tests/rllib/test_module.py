@@ -301,3 +301,18 @@ def test_imitation_saves_a_policy_that_the_module_starts_from(tmp_path):
     )
     with pytest.raises(ValueError, match=r"set rules\.budget or algorithm\.count_target"):
         imitate(no_count, Demonstrated(), tmp_path)
+
+
+def test_weights_of_another_policy_are_refused_where_rllib_ignores_them():
+    """A resume with a part of the weights would go on with random ones for the rest."""
+    module = make_module()
+    whole = dict(module.get_state())
+    module.set_state(whole | {"reference.query_in.bias": torch.ones(16)})  # a learner's
+    name = "pruning_policy.query_in.bias"
+    less = {key: value for key, value in whole.items() if key != name}
+    with pytest.raises(ValueError, match=rf"1 missing \['{name}'\], 0 unknown"):
+        module.set_state(less)
+    with pytest.raises(ValueError, match=r"0 missing \[\], 1 unknown \['more'\]"):
+        module.set_state(whole | {"more": torch.ones(1)})
+    with pytest.raises(ValueError, match=rf"1 of another shape \['{name}'\]"):
+        module.set_state(whole | {name: torch.ones(3)})

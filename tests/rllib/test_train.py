@@ -85,8 +85,9 @@ def test_without_scorer_actors_the_runner_scores_and_the_scores_are_the_same(tmp
 
 
 def test_the_record_of_a_training_counts_all_starts_and_the_imitation(tmp_path: Path):
-    demonstrated = {"demonstrator": "divprune", "imitation_steps": 20, "num_scorers": 0}
-    config = load_config("smoke", {"iterations": 2, "seed": 5, **demonstrated})
+    fields = {"imitation.demonstrator": "divprune", "imitation.steps": 20}
+    fields |= {"resources.num_scorers": 0, "limits.iterations": 2, "seed": 5}
+    config = load_config("smoke", fields)
     first = train(config, tmp_path / "run", preset="smoke", progress=False)
     assert first.imitation is not None and first.imitation.seconds > 0
     imitation = round(first.imitation.seconds, 2)

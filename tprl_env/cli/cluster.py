@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tprl_env.cli.parsing import overrides
+from tprl_env.cli.parsing import overrides, path, place
 
 __all__ = ["add_submit", "add_token", "split_script"]
 
@@ -90,10 +90,12 @@ def add_submit(commands: Any) -> None:
         description="Send a training to a Ray cluster as a job and follow it; sent again with the "
         "same --storage it goes on. Any other script: tprl submit [options] -- python script.py",
     )
-    sub.add_argument("config", help="name in rllib_configs/ or a .py file")
-    sub.add_argument("--storage", help="URI, or a path that every node sees, for the run")
+    sub.add_argument("config", type=place, help="name in rllib_configs/ or a .py file")
+    sub.add_argument(
+        "--storage", type=place, help="URI, or a path that every node sees, for the run"
+    )
     sub.add_argument("--address", help="dashboard (default: $RAY_API_SERVER_ADDRESS or port 8265)")
-    sub.add_argument("--working-dir", type=Path, help="folder to upload (default: the checkout)")
+    sub.add_argument("--working-dir", type=path, help="folder to upload (default: the checkout)")
     sub.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; no secrets"
     )
@@ -106,5 +108,5 @@ def add_submit(commands: Any) -> None:
 def add_token(commands: Any) -> None:
     """Declare ``tprl token``."""
     sub = commands.add_parser("token", help="make a token file for Ray's authentication, mode 600")
-    sub.add_argument("path", type=Path, nargs="?", help="default: where Ray looks for it")
+    sub.add_argument("path", type=path, nargs="?", help="default: where Ray looks for it")
     sub.set_defaults(run=token)

@@ -19,7 +19,17 @@ from typing import Any
 from tprl_env import __version__
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
-from tprl_env.cli.parsing import Parser, TrainHelp, at_least_one, counts, names, overrides, resume
+from tprl_env.cli.parsing import (
+    Parser,
+    TrainHelp,
+    at_least_one,
+    counts,
+    names,
+    overrides,
+    path,
+    place,
+    resume,
+)
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
@@ -45,7 +55,12 @@ def encode(args: argparse.Namespace) -> int:
     from tprl_env.lvlm import find_lvlm, load_lvlm
 
     samples = load_dataset(
-        args.data, args.split, limit=args.limit, seed=args.seed, skip_bad=args.skip_bad
+        args.data,
+        args.split,
+        limit=args.limit,
+        seed=args.seed,
+        skip_bad=args.skip_bad,
+        allow_outside=args.allow_outside,
     )
     description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
     load = partial(
@@ -54,6 +69,7 @@ def encode(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
         "skip_bad": args.skip_bad,
+        "resume": not args.restart,
         "description": description,
         "progress": sys.stderr.isatty(),
     }
@@ -175,7 +191,7 @@ def check_results(args: argparse.Namespace) -> int:
 def _add_quickstart(commands: Any) -> None:
     sub = commands.add_parser("quickstart", help="encode, train, compare and report in one go")
     sub.add_argument("--task", default="crowded", help="crowded (default) or sparse")
-    sub.add_argument("--out", type=Path, default=Path("runs/quickstart"))
+    sub.add_argument("--out", type=path, default=Path("runs/quickstart"))
     sub.add_argument("--preset", default="recommended", help="a config of rllib_configs/")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--scale", type=float, default=1.0, help="size of everything; 1 = 10 minutes")
@@ -184,17 +200,25 @@ def _add_quickstart(commands: Any) -> None:
 
 def _add_encode(commands: Any) -> None:
     sub = commands.add_parser("encode", help="dataset split + LVLM -> feature store")
-    sub.add_argument("--data", required=True, help="dataset name or a .jsonl file")
+    sub.add_argument("--data", type=place, required=True, help="dataset name or a .jsonl file")
     sub.add_argument("--split", default="train")
     sub.add_argument("--limit", type=int, help="number of questions")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--lvlm", required=True, help="builtin:crowded, a folder or a hub id")
+    sub.add_argument(
+        "--lvlm", type=place, required=True, help="builtin:crowded, a folder or a hub id"
+    )
     sub.add_argument("--revision", help="commit of a hub checkpoint")
     sub.add_argument("--device")
     sub.add_argument("--dtype")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=path, required=True)
     sub.add_argument("--batch-size", type=int, default=64)
-    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, count them")
+    sub.add_argument(
+        "--restart", action="store_true", help="remove the store in --out first, do not continue it"
+    )
+    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, list them")
+    sub.add_argument(
+        "--allow-outside", action="store_true", help="also read pictures outside the data's folder"
+    )
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )
@@ -206,12 +230,12 @@ def _add_encode(commands: Any) -> None:
 
 def _add_autoencoder(commands: Any) -> None:
     sub = commands.add_parser("autoencoder", help="train it on a store, write codes into stores")
-    sub.add_argument("store", type=Path)
+    sub.add_argument("store", type=path)
     sub.add_argument(
-        "--also", type=Path, nargs="*", default=[], help="more stores to write codes to"
+        "--also", type=path, nargs="*", default=[], help="more stores to write codes to"
     )
-    sub.add_argument("--out", type=Path, help="folder for the weights (default: in the store)")
-    sub.add_argument("--load", type=Path, help="use these weights, do not train")
+    sub.add_argument("--out", type=path, help="folder for the weights (default: in the store)")
+    sub.add_argument("--load", type=path, help="use these weights, do not train")
     sub.add_argument("--code-width", type=at_least_one, help="default: token width / 16")
     sub.add_argument("--steps", type=int, default=2000)
     sub.add_argument("--seed", type=int, default=0)
@@ -230,22 +254,26 @@ def _add_train(commands: Any) -> None:
         "-h", "--help", action=TrainHelp, nargs=0, default=argparse.SUPPRESS,
         help="show this and every setting, with the values of CONFIG if it comes before",
     )  # fmt: skip
-    sub.add_argument("config", help="name in rllib_configs/ or a .py file")
-    sub.add_argument("--out", default="runs/train", help="a folder, or a URI of shared storage")
+    sub.add_argument("config", type=place, help="name in rllib_configs/ or a .py file")
+    sub.add_argument(
+        "--out", type=place, default="runs/train", help="a folder, or a URI of shared storage"
+    )
     sub.add_argument(
         "--resume", nargs="?", type=resume, const=True, default=False, metavar="auto",
         help="continue the run in --out; auto: or start it if there is none",
     )  # fmt: skip
-    sub.add_argument("--init-policy", type=Path, help="start from this policy folder")
+    sub.add_argument("--init-policy", type=path, help="start from this policy folder")
     sub.set_defaults(run=train, takes_fields=True)
 
 
 def _add_evaluate(commands: Any) -> None:
     sub = commands.add_parser("evaluate", help="compare pruners at matched budgets")
-    sub.add_argument("store", type=Path)
-    sub.add_argument("--lvlm", required=True, help="the LVLM that the store was encoded with")
-    sub.add_argument("--policy", type=Path, help="exported policy folder")
-    sub.add_argument("--calibration", type=Path, help="store to calibrate thresholds on")
+    sub.add_argument("store", type=path)
+    sub.add_argument(
+        "--lvlm", type=place, required=True, help="the LVLM that the store was encoded with"
+    )
+    sub.add_argument("--policy", type=path, help="exported policy folder")
+    sub.add_argument("--calibration", type=path, help="store to calibrate thresholds on")
     sub.add_argument(
         "--threshold", type=float, help="also keep p > THRESHOLD, 0 to 1 (TPRL eq. 16)"
     )
@@ -255,7 +283,7 @@ def _add_evaluate(commands: Any) -> None:
     sub.add_argument("--budgets", type=counts, default=BUDGETS)
     sub.add_argument("--limit", type=int, help="use the first so many questions")
     sub.add_argument("--trajectories", type=int, default=10, help="how many to draw")
-    sub.add_argument("--out", type=Path, default=Path("runs/evaluate"))
+    sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
     sub.set_defaults(run=evaluate)
 
 
@@ -264,7 +292,7 @@ def _add_tiny_lvlm(commands: Any) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     sub = actions.add_parser("train", help="train it from nothing")
     sub.add_argument("--task", default="crowded")
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=path, required=True)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--scale", type=float, default=1.0, help="multiplies all step counts")
     sub.add_argument("--threads", type=int, default=1)
@@ -289,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
-    sub.add_argument("file", type=Path)
+    sub.add_argument("file", type=path)
     sub.add_argument(
         "--budgets", type=counts, help="counts that must be there (default: those in the file)"
     )

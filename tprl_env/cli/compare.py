@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tprl_env.cli.parsing import path, place
+
 
 def compare(args: argparse.Namespace) -> int:
     """Run, resume or only report an experiment."""
@@ -89,16 +91,20 @@ def add_compare(commands: Any) -> None:
     sub = commands.add_parser(
         "compare", help="run, resume or report an experiment over arms and seeds"
     )
-    sub.add_argument("config", nargs="?", help="name in rllib_configs/experiments/ or a .py file")
-    sub.add_argument("--out", type=Path, help="default: runs/compare/NAME")
-    sub.add_argument("--shared", type=Path, help="folder of stores and runs that experiments share")
+    sub.add_argument(
+        "config", type=place, nargs="?", help="name in rllib_configs/experiments/ or a .py file"
+    )
+    sub.add_argument("--out", type=path, help="default: runs/compare/NAME")
+    sub.add_argument("--shared", type=path, help="folder of stores and runs that experiments share")
     sub.add_argument("--concurrent", type=int, help="runs at the same time")
     sub.add_argument(
         "--log", action="append", default=[], help="mlflow[=URI] or wandb[=PROJECT], repeatable"
     )
     sub.add_argument("--report", action="store_true", help="only write the tables of --out again")
-    sub.add_argument("--lvlm", help="your LVLM, with --train, --calibration and --test stores")
-    sub.add_argument("--train", help="store to learn on")
-    sub.add_argument("--calibration", help="store for curves and redundancy penalties")
-    sub.add_argument("--test", help="store that is reported on")
+    sub.add_argument(
+        "--lvlm", type=place, help="your LVLM, with --train, --calibration and --test stores"
+    )
+    sub.add_argument("--train", type=place, help="store to learn on")
+    sub.add_argument("--calibration", type=place, help="store for curves and redundancy penalties")
+    sub.add_argument("--test", type=place, help="store that is reported on")
     sub.set_defaults(run=compare)

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "TrainHelp", "at_least_one", "counts", "names", "overrides", "resume"]
+__all__ = [
+    "Parser",
+    "TrainHelp",
+    "at_least_one",
+    "counts",
+    "names",
+    "overrides",
+    "path",
+    "place",
+    "resume",
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,6 +69,23 @@ def names(text: str) -> list[str]:
     return found
 
 
+def place(text: str) -> str:
+    """A path, name or URI; ``~`` is expanded, which shells leave alone in ``--out=~/x``."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected a path or a name, got {text!r}")
+    if not text.startswith("~"):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text!r}")
+    return expanded
+
+
+def path(text: str) -> Path:
+    """A path; ``~`` is expanded, nothing is not the current folder."""
+    return Path(place(text))
+
+
 def at_least_one(text: str) -> int:
     """A whole number that is not below one."""
     if not text.isdecimal() or int(text) < 1:
@@ -74,7 +103,7 @@ def resume(text: str) -> str:
 
 
 def overrides(words: Sequence[str]) -> dict[str, str]:
-    """``["--policy.width", "64", "--seed=2"]`` to ``{"policy.width": "64", "seed": "2"}``.
+    """``["--policy.width", "64", "--seed=2"]`` to a dict of strings; ``~`` is expanded.
 
     Raises:
         ValueError: A word is no ``--field``, or a field has no value.
@@ -90,5 +119,5 @@ def overrides(words: Sequence[str]) -> dict[str, str]:
             if not queue or queue[0].startswith("--"):
                 raise ValueError(f"--{name} has no value; write --{name} VALUE")
             value = queue.pop(0)
-        fields[name.replace("-", "_")] = value
+        fields[name.replace("-", "_")] = os.path.expanduser(value)
     return fields

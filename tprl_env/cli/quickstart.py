@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.data.scenes import TASKS
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.builtin_stores import (
     QuickstartSettings,
@@ -91,6 +93,7 @@ def run_quickstart(
     from tprl_env.rllib.run.train import train
 
     watch = Stopwatch()
+    check_choice("task", settings.task, TASKS)
     name = f"builtin:{settings.task}"
     fields = {
         "source": str((settings.out / "stores" / "train").resolve()),

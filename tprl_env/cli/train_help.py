@@ -55,11 +55,11 @@ def settings_help(name: str | None) -> str:
     """The settings of a config.
 
     Args:
-        name: preset or file whose values are shown; None for the defaults, with the settings of
+        name: Preset or file whose values are shown; None for the defaults, with the settings of
             all algorithms.
 
     Raises:
-        ValueError: for an unknown preset.
+        ValueError: For an unknown preset.
     """
     shown: TrainConfig = _EverySetting() if name is None else load_config(name)
     text = io.StringIO()

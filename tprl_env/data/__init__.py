@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import Protocol
 
 from tprl_env.checks import did_you_mean
-from tprl_env.data.jsonl import BadSampleError, JsonlDataset
+from tprl_env.data.jsonl import BadSampleError, JsonlDataset, NoSamplesError
 from tprl_env.data.sample import Sample
 
-__all__ = ["DATASETS", "BadSampleError", "Dataset", "JsonlDataset", "Sample", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "BadSampleError",
+    "Dataset",
+    "JsonlDataset",
+    "NoSamplesError",
+    "Sample",
+    "load_dataset",
+]
 
 QUESTIONS_PER_SCENE = 6
 DEFAULT_SCENES = 200
@@ -40,6 +48,7 @@ def load_dataset(
     limit: int | None = None,
     seed: int = 0,
     skip_bad: bool = False,
+    allow_outside: bool = False,
 ) -> Dataset:
     """Load a dataset by name, or a local JSON-lines file.
 
@@ -50,6 +59,7 @@ def load_dataset(
         limit: Number of samples; ``None`` means all of a file and 200 scenes otherwise.
         seed: Chooses other scenes of the same split; a file ignores it.
         skip_bad: Leave out the samples of a file that cannot be read, and count them.
+        allow_outside: Also read pictures that do not lie below a file's folder.
 
     Returns:
         The samples. Pictures of a file are opened while iterating.
@@ -62,7 +72,7 @@ def load_dataset(
         raise ValueError(f"limit must be at least 1, got {limit}")
     text = str(name)
     if text.endswith(".jsonl"):
-        return JsonlDataset(text, limit=limit, skip_bad=skip_bad)
+        return JsonlDataset(text, limit=limit, skip_bad=skip_bad, allow_outside=allow_outside)
     if text not in DATASETS:
         raise ValueError(
             f"unknown dataset {text!r}, known are {', '.join(DATASETS)} and .jsonl files"

@@ -4,35 +4,58 @@ One object per line::
 
     {"id": "q1", "image": "pictures/1.png", "question": "what is it?", "answers": ["a cat"]}
 
-``image`` is relative to the file. ``question_type``, ``grader`` and ``image_id`` are optional;
-samples with the same ``image`` share one picture.
+``image`` is relative to the file and lies below its folder. ``question_type``, ``grader`` and
+``image_id`` are optional; samples with the same ``image`` share one picture. Ids may be whole
+numbers, and ``answers`` one string or number: they become strings.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tprl_env.checks import check_choice
 from tprl_env.data.graders import GRADERS
+from tprl_env.data.records import (
+    BadSampleError,
+    answers_field,
+    id_field,
+    read_records,
+    text_field,
+)
 from tprl_env.data.sample import Sample
+
+__all__ = ["BadSampleError", "JsonlDataset", "NoSamplesError", "log_left_out"]
 
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("id", "image", "question", "answers")
 _KNOWN = (*_REQUIRED, "question_type", "grader", "image_id")
 _RENAMED = {"metric": "grader", "kind": "question_type"}
+_MAX_TEXT = 100_000  # characters of a question or answer; no context of an LVLM takes more
+_LOGGED = 10  # bad samples that are logged one by one
+_LOGGED_LENGTH = 500
+_SKIP = "or pass --skip-bad"
 
 
-class BadSampleError(ValueError):
-    """A sample cannot be used; the message names it and the file."""
+class NoSamplesError(ValueError):
+    """No sample is left: every one was left out."""
+
+
+def log_left_out(number: int, message: str) -> None:
+    """Log the ``number``-th sample that is left out; only the first few, and bounded.
+
+    Args:
+        number: How many were left out, this one included.
+        message: Why.
+    """
+    if number <= _LOGGED:
+        logger.warning("left out: %s", message[:_LOGGED_LENGTH])
+    if number == _LOGGED:
+        logger.warning("further samples that are left out are counted, not logged")
 
 
 class JsonlDataset:
@@ -43,70 +66,100 @@ class JsonlDataset:
         limit: Use only the first this many samples.
         skip_bad: Leave out samples that cannot be used instead of raising; they are counted in
             ``skipped`` and logged.
+        allow_outside: Also read pictures that do not lie below the file's folder.
 
     Attributes:
         description: File name and limit, for manifests.
         skipped: Messages of the samples left out by the latest iteration.
+        skipped_ids: Their ids.
 
     Raises:
         ValueError: The file is missing or empty, or an id occurs twice.
-        BadSampleError: A line is not a JSON object with the known fields, or names an unknown
-            grader (never skipped: the file itself is wrong then).
+        BadSampleError: A line is not a JSON object with the known fields or names an unknown
+            grader (never skipped: the file itself is wrong then), or a picture is outside.
     """
 
     def __init__(
-        self, path: str | Path, *, limit: int | None = None, skip_bad: bool = False
+        self,
+        path: str | Path,
+        *,
+        limit: int | None = None,
+        skip_bad: bool = False,
+        allow_outside: bool = False,
     ) -> None:
         self.path = Path(path)
         self.skip_bad = skip_bad
         self.skipped: list[str] = []
+        self.skipped_ids: list[str] = []
         self.description = self.path.name + (f" limit {limit}" if limit is not None else "")
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise ValueError(f"cannot read the dataset {self.path}: {error.strerror}") from error
-        numbered = ((n, line) for n, line in enumerate(lines, 1) if line.strip())
-        self._records = [self._parse(n, line) for n, line in islice(numbered, limit)]
+        self._root = None if allow_outside else self.path.parent.resolve()
+        numbered = islice(read_records(self.path), limit)
+        self._records = [self._check(number, record) for number, record in numbered]
         if not self._records:
             raise ValueError(f"the dataset {self.path} has no samples; add some lines to it")
-        seen: set[str] = set()
+        seen: dict[str, int] = {}
         for record in self._records:
-            if record["id"] in seen:
+            first = seen.setdefault(record["id"], record["line"])
+            if first != record["line"]:
                 raise ValueError(
-                    f"the dataset {self.path} has the id {record['id']!r} twice; make ids unique"
+                    f"the dataset {self.path} has the id {record['id']!r} twice, in lines {first} "
+                    f"and {record['line']}; make ids unique"
                 )
-            seen.add(record["id"])
+            suspect = record["image"].startswith("/") or ".." in record["image"]
+            if suspect and not skip_bad:  # said before an LVLM is loaded
+                self._file(record)
 
-    def _parse(self, number: int, line: str) -> dict[str, Any]:
+    def _check(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
         where = f"{self.path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadSampleError(
-                f"{where} is not JSON ({error.msg}); write one object per line"
-            ) from error
-        if not isinstance(record, dict):
-            raise BadSampleError(f"{where} is not a JSON object; write one object per line")
         for old in _RENAMED.keys() & record:
             raise BadSampleError(
                 f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
             )
         missing = [name for name in _REQUIRED if name not in record]
-        unknown = [name for name in record if name not in _KNOWN]
+        unknown = [name[:50] for name in record if name not in _KNOWN]
         if missing or unknown:
             raise BadSampleError(
-                f"{where} lacks {missing} and has unknown fields {unknown}; "
+                f"{where} lacks {missing} and has unknown fields {unknown[:5]}; "
                 f"the fields are {', '.join(_KNOWN)}"
             )
-        answers = record["answers"]
-        texts = [value for name, value in record.items() if name != "answers"]
-        if not (isinstance(answers, list) and all(isinstance(a, str) for a in [*answers, *texts])):
-            raise BadSampleError(f"{where}: answers must be a list of strings, the rest strings")
+        checked: dict[str, Any] = {"line": number, "where": where}
+        for name in record:
+            if name == "answers":
+                checked[name] = answers_field(record, name, where)
+            elif name in ("id", "image_id"):
+                checked[name] = id_field(record, name, where)
+            else:
+                checked[name] = text_field(record, name, where)
         try:
-            check_choice(f"{where}: grader", record.get("grader", "exact"), GRADERS)
+            check_choice(f"{where}: grader", checked.get("grader", "exact"), GRADERS)
         except ValueError as error:
             raise BadSampleError(str(error)) from error
-        return record
+        return checked
+
+    def _file(self, record: dict[str, Any]) -> Path:
+        """Where a sample's picture is.
+
+        Raises:
+            BadSampleError: Outside of the data folder, or no name of a file.
+        """
+        file = self.path.parent / record["image"]
+        if self._root is None:
+            return file
+        where = f"sample {record['id']!r} of {self.path} line {record['line']}: the image"
+        try:
+            resolved = file.resolve()  # symbolic links must not lead out either
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BadSampleError(
+                f"{where} {record['image'][:200]!r} cannot be found ({error}), {_SKIP}",
+                sample=record["id"],
+            ) from error
+        if not resolved.is_relative_to(self._root):
+            raise BadSampleError(
+                f"{where} {record['image'][:200]!r} lies outside of the data folder {self._root}; "
+                f"move it there or pass allow_outside=True (--allow-outside)",
+                sample=record["id"],
+            )
+        return resolved
 
     def __len__(self) -> int:
         """Return the number of samples, those that turn out to be bad included."""
@@ -119,7 +172,7 @@ class JsonlDataset:
             BadSampleError: A picture cannot be read, a question is empty or an answer is
                 missing. The iterator survives: the next ``next`` yields the next sample.
         """
-        self.skipped = []
+        self.skipped, self.skipped_ids = [], []
         return _Reader(self)
 
     def read(self, index: int) -> Sample:
@@ -128,26 +181,37 @@ class JsonlDataset:
         Raises:
             BadSampleError: It cannot be used.
         """
+        from tprl_env.data.pictures import PictureError, read_picture
+
         record = self._records[index]
-        file = self.path.parent / record["image"]
+        where = f"sample {record['id']!r} of {self.path} line {record['line']}"
+        for text in (record["question"], *record["answers"]):
+            if len(text) > _MAX_TEXT:
+                raise BadSampleError(
+                    f"{where}: a text of {len(text)} characters, at most {_MAX_TEXT} are read; "
+                    f"shorten it, {_SKIP}",
+                    sample=record["id"],
+                )
+        try:
+            image = read_picture(self._file(record))
+        except PictureError as error:
+            raise BadSampleError(
+                f"{where}: cannot read the image {error}, {_SKIP}", sample=record["id"]
+            ) from error
         try:
             return Sample(
                 id=record["id"],
-                image=read_rgb(file),
+                image=image,
                 question=record["question"],
-                answers=tuple(record["answers"]),
+                answers=record["answers"],
                 image_id=record.get("image_id", record["image"]),
                 question_type=record.get("question_type", ""),
                 grader=record.get("grader", "exact"),
+                meta={"where": record["where"]},
             )
-        except OSError as error:
-            raise BadSampleError(
-                f"sample {record['id']!r} of {self.path}: cannot read the image {file} ({error}); "
-                f"repair it or pass skip_bad=True (--skip-bad)"
-            ) from error
         except ValueError as error:
             raise BadSampleError(
-                f"{self.path}: {error}, or pass skip_bad=True (--skip-bad)"
+                f"{record['where']}: {error}, {_SKIP}", sample=record["id"]
             ) from error
 
 
@@ -169,27 +233,14 @@ class _Reader:
             except BadSampleError as error:
                 if not self._dataset.skip_bad:
                     raise
-                self._dataset.skipped.append(str(error))
-                logger.warning("left out: %s", error)
+                reason = str(error).removesuffix(f", {_SKIP}")
+                self._dataset.skipped.append(reason)
+                self._dataset.skipped_ids.append(error.sample)
+                log_left_out(len(self._dataset.skipped), reason)
         if len(self._dataset.skipped) == len(self._dataset):
-            raise BadSampleError(
-                f"every sample of {self._dataset.path} was left out, "
-                f"the first because: {self._dataset.skipped[0]}"
+            # not a BadSampleError, which readers pass over
+            raise NoSamplesError(
+                f"no sample of {self._dataset.path} is left: every sample was left out, the first "
+                f"because: {self._dataset.skipped[0]}"
             )
         raise StopIteration
-
-
-def read_rgb(path: Path) -> npt.NDArray[np.uint8]:
-    """Read a picture as RGB, ``(H, W, 3)``; rotation flags are applied, alpha is dropped.
-
-    Raises:
-        OSError: The file is missing, truncated, too large to be a picture, or none at all.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        # Pillow raises these for broken files of some formats.
-        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -26,7 +26,8 @@ class Sample:
         grader: Name in ``tprl_env.data.graders.GRADERS`` that grades free text.
         relevance: Answer-blind per-token relevance for datasets that know it (the built-in
             scenes), ``(num_tokens,)`` float32, larger is more relevant; ``None`` elsewhere.
-        meta: Anything else a dataset wants to keep; never read by the library.
+        meta: Anything else a dataset wants to keep; the library reads ``"where"`` alone, the file
+            and line that a message names.
     """
 
     id: str
@@ -51,8 +52,9 @@ class Sample:
         if not self.answers or not all(a.strip() for a in self.answers):
             raise ValueError(f"sample {self.id!r} has no answer; remove it or fill it in")
         check_choice(f"sample {self.id!r}: grader", self.grader, GRADERS)
-        if self.image.ndim != 3 or self.image.shape[2] != 3 or self.image.dtype != np.uint8:
+        shape = self.image.shape
+        if len(shape) != 3 or shape[2] != 3 or 0 in shape or self.image.dtype != np.uint8:
             raise ValueError(
-                f"sample {self.id!r}: image must be (height, width, 3) uint8, "
-                f"got {self.image.shape} {self.image.dtype}; convert it to RGB"
+                f"sample {self.id!r}: image must be (height, width, 3) uint8 and not empty, "
+                f"got {shape} {self.image.dtype}; convert it to RGB"
             )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.data.features.store import open_source
@@ -26,7 +26,7 @@ from tprl_env.env.scorer import NamedFailures, check_scores
 
 __all__ = ["Episodes", "Transition", "choose_episode", "open_environment"]
 
-ScorerLike = Callable[[NDArray[np.int64], NDArray[np.bool_]], ArrayLike]
+ScorerLike = Callable[[npt.NDArray[np.int64], npt.NDArray[np.bool_]], npt.ArrayLike]
 
 
 def open_environment(
@@ -35,12 +35,12 @@ def open_environment(
     """Open the source, choose the scorer, and check that the three fit together.
 
     Args:
-        source: a token source, or what `tprl_env.data.features.store.open_source` opens.
-        scorer: a callable (samples, keep) -> scores; None only for the toy source.
-        rules: the settings.
+        source: A token source, or what `tprl_env.data.features.store.open_source` opens.
+        scorer: A callable (samples, keep) -> scores; None only for the toy source.
+        rules: The settings.
 
     Raises:
-        ValueError: if they do not fit, for instance a scorer of another score_kind.
+        ValueError: If they do not fit, for instance a scorer of another score_kind.
     """
     opened = open_source(source) if isinstance(source, (str, Path)) else source
     rules.check_source(opened)
@@ -72,14 +72,14 @@ def choose_episode(
     """Sample number and wanted count of a new episode: given by the user, else drawn.
 
     Args:
-        generator: only draws what is not given; first the sample (uniform), then the budget.
-        source: where samples come from.
-        rules: settings; without a budget the count is 0.
-        sample: reset option, in [0, S), or None.
-        budget: reset option, in [1, tokens of the sample], or None.
+        generator: Only draws what is not given; first the sample (uniform), then the budget.
+        source: Where samples come from.
+        rules: Settings; without a budget the count is 0.
+        sample: Reset option, in [0, S), or None.
+        budget: Reset option, in [1, tokens of the sample], or None.
 
     Raises:
-        ValueError: if an option is outside its range.
+        ValueError: If an option is outside its range.
     """
     if sample is None:
         number = int(generator.integers(len(source)))
@@ -127,12 +127,12 @@ class Transition(NamedTuple):
         wanted: bool (B,), those whose mask ``alive`` must be scored.
     """
 
-    alive: NDArray[np.bool_]
-    kept: NDArray[np.int64]
-    step: NDArray[np.int64]
-    live: NDArray[np.bool_]
-    ended: NDArray[np.bool_]
-    wanted: NDArray[np.bool_]
+    alive: npt.NDArray[np.bool_]
+    kept: npt.NDArray[np.int64]
+    step: npt.NDArray[np.int64]
+    live: npt.NDArray[np.bool_]
+    ended: npt.NDArray[np.bool_]
+    wanted: npt.NDArray[np.bool_]
 
 
 class Episodes:
@@ -143,10 +143,10 @@ class Episodes:
     replaced and never changed, so a caller may keep the ones it has seen.
 
     Args:
-        source: where samples come from.
-        scorer: callable (samples int64 (b,), keep bool (b, N)) -> (b,) scores in [0, 1]; only
+        source: Where samples come from.
+        scorer: Callable (samples int64 (b,), keep bool (b, N)) -> (b,) scores in [0, 1]; only
             `advance` asks it.
-        rules: settings of the MDP.
+        rules: Settings of the MDP.
         count: B.
 
     Attributes:
@@ -180,7 +180,10 @@ class Episodes:
         self._unseen = np.ones(count, bool)  # began after the last `observation`
 
     def start(
-        self, slots: NDArray[np.int64], samples: NDArray[np.int64], budgets: NDArray[np.int64]
+        self,
+        slots: npt.NDArray[np.int64],
+        samples: npt.NDArray[np.int64],
+        budgets: npt.NDArray[np.int64],
     ) -> None:
         """Begin new episodes.
 
@@ -191,8 +194,8 @@ class Episodes:
                 where the rules have no budget.
 
         Raises:
-            ValueError: if a sample has no tokens at all.
-            ScoringError: if the source holds something else than a score of a sample.
+            ValueError: If a sample has no tokens at all.
+            ScoringError: If the source holds something else than a score of a sample.
         """
         existing = np.asarray(self.source.exists(samples), bool)
         totals = existing.sum(axis=1)
@@ -215,7 +218,7 @@ class Episodes:
         self.live = _replaced(self.live, slots, True)
         self._unseen[slots] = True
 
-    def transition(self, keep: NDArray[np.bool_]) -> Transition:
+    def transition(self, keep: npt.NDArray[np.bool_]) -> Transition:
         """What one step of the live episodes does (TPRL eq. 2, 3); nothing is changed or scored.
 
         Args:
@@ -228,11 +231,11 @@ class Episodes:
         wanted = rewards.needs_score(live, ended, rules.score_steps)
         return Transition(alive, kept, step, live, ended, wanted)
 
-    def take(self, taken: Transition, score: NDArray[np.float32] | None = None) -> None:
+    def take(self, taken: Transition, score: npt.NDArray[np.float32] | None = None) -> None:
         """Take a step.
 
         Args:
-            taken: from `transition`, of the present state.
+            taken: From `transition`, of the present state.
             score: float32 (B,), newest scores, NaN where there are none; None while they are asked
                 for elsewhere.
         """
@@ -241,7 +244,9 @@ class Episodes:
         self.alive, self.kept, self.step, self.score = taken.alive, taken.kept, taken.step, score
         self.live = taken.live & ~taken.ended
 
-    def advance(self, keep: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    def advance(
+        self, keep: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """One step of the live episodes, with one request to the scorer (TPRL eq. 2-6).
 
         Args:
@@ -251,7 +256,7 @@ class Episodes:
             Rewards float32 (B,) and terminated bool (B,), zero and False where not live.
 
         Raises:
-            ScoringError: if the scorer fails; the state is then as before the call.
+            ScoringError: If the scorer fails; the state is then as before the call.
         """
         rules, taken = self.rules, self.transition(keep)
         live, wanted = taken.live, taken.wanted
@@ -271,8 +276,8 @@ class Episodes:
         return np.where(live, gained, np.float32(0.0)), taken.ended
 
     def _ask_scorer(
-        self, samples: NDArray[np.int64], keep: NDArray[np.bool_]
-    ) -> NDArray[np.float32]:
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float32]:
         """Scores of one request; whatever the scorer raises arrives as a `ScoringError`."""
         name = getattr(self.scorer, "__name__", type(self.scorer).__name__)
         with NamedFailures(samples, self.source, name):
@@ -291,7 +296,7 @@ class Episodes:
         parts = {name: part.copy() for name, part in self._looked_up.items()}
         return parts | progress(self.alive, self.step, budget, masks=np.int8)
 
-    def _look_up(self, slots: NDArray[np.int64]) -> None:
+    def _look_up(self, slots: npt.NDArray[np.int64]) -> None:
         """Read codes and questions of episodes that began after the last observation."""
         found = look_up(self.source, self.samples[slots], self.rules.query, masks=np.int8)
         for name, part in found.items():
@@ -300,7 +305,7 @@ class Episodes:
             self._looked_up[name][slots] = part
         self._unseen[slots] = False
 
-    def info(self) -> dict[str, tuple[NDArray[Any], NDArray[np.bool_]]]:
+    def info(self) -> dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         """Information of all episodes: name -> (values (B, ...), bool (B,) where it is known)."""
         everywhere = np.ones(self.count, bool)
         names = np.array([self.source.id(int(sample)) for sample in self.samples], object)
@@ -319,7 +324,9 @@ class Episodes:
         return table
 
 
-def _replaced(old: NDArray[Any], slots: NDArray[np.int64], new: ArrayLike) -> NDArray[Any]:
+def _replaced(
+    old: npt.NDArray[Any], slots: npt.NDArray[np.int64], new: npt.ArrayLike
+) -> npt.NDArray[Any]:
     """A copy with other values in some rows."""
     changed = old.copy()
     changed[slots] = new

@@ -13,29 +13,29 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
-from numpy.typing import ArrayLike, NDArray
 
 from tprl_env.data.features.source import TokenSource
 
 __all__ = ["VALUE_LIMIT", "Observation", "look_up", "observation_space", "progress"]
 
-Observation = dict[str, NDArray[Any]]
+Observation = dict[str, npt.NDArray[Any]]
 Mask = type[np.bool_] | type[np.int8]
 
 VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
 
 
 def look_up(
-    source: TokenSource, samples: NDArray[np.int64], query: str, masks: Mask = np.bool_
+    source: TokenSource, samples: npt.NDArray[np.int64], query: str, masks: Mask = np.bool_
 ) -> Observation:
     """The part of an observation that the sample alone decides.
 
     Args:
-        source: the samples.
+        source: The samples.
         samples: int64 (B,), sample numbers.
         query: "mean" or "tokens".
-        masks: type of ``query_mask``; Gymnasium's spaces want int8.
+        masks: Type of ``query_mask``; Gymnasium's spaces want int8.
 
     Returns:
         ``tokens`` float32 (B, N, d) and ``query`` float32 (B, d_q), or, for ``query="tokens"``,
@@ -52,15 +52,18 @@ def look_up(
 
 
 def progress(
-    alive: ArrayLike, step: ArrayLike, budget: ArrayLike | None = None, masks: Mask = np.bool_
+    alive: npt.ArrayLike,
+    step: npt.ArrayLike,
+    budget: npt.ArrayLike | None = None,
+    masks: Mask = np.bool_,
 ) -> Observation:
     """The part of an observation that changes with the episode.
 
     Args:
         alive: bool (B, N), tokens still in play.
-        step: steps taken so far, a number or (B,).
-        budget: count wanted at the end, a number or (B,); None leaves it out.
-        masks: type of ``alive``; Gymnasium's spaces want int8.
+        step: Steps taken so far, a number or (B,).
+        budget: Count wanted at the end, a number or (B,); None leaves it out.
+        masks: Type of ``alive``; Gymnasium's spaces want int8.
 
     Returns:
         ``alive`` (B, N), ``step`` float32 (B, 1) and, with a budget, ``budget`` float32 (B, 1);
@@ -96,7 +99,7 @@ def observation_space(
     return spaces.Dict(parts)
 
 
-def _column(value: ArrayLike, rows: int) -> NDArray[np.float32]:
+def _column(value: npt.ArrayLike, rows: int) -> npt.NDArray[np.float32]:
     column = np.empty((rows, 1), np.float32)
     column[:, 0] = value
     return column

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
 from tprl_env.checks import check_integer
 from tprl_env.data.features.source import TokenSource
@@ -20,7 +20,7 @@ __all__ = ["reference_returns"]
 
 _AT_ONCE = 64  # episodes in one scorer request: bounds the codes in memory
 
-Rule = Callable[[NDArray[np.bool_]], NDArray[np.bool_]]
+Rule = Callable[[npt.NDArray[np.bool_]], npt.NDArray[np.bool_]]
 
 
 def reference_returns(
@@ -36,11 +36,11 @@ def reference_returns(
     over every sample alike where ``episodes`` is a multiple of their number.
 
     Args:
-        source: the environment's token source.
-        scorer: its scorer; it is asked for at most ``3 * max_steps`` scores per episode.
-        rules: its settings. Rewards are not averaged over a batch, which leaves the mean unchanged.
-        episodes: episodes per rule.
-        seed: seeds the episodes and the random rule.
+        source: The environment's token source.
+        scorer: Its scorer; it is asked for at most ``3 * max_steps`` scores per episode.
+        rules: Its settings. Rewards are not averaged over a batch, which leaves the mean unchanged.
+        episodes: Episodes per rule.
+        seed: Seeds the episodes and the random rule.
 
     Returns:
         ``keep_all``: no token is ever pruned. ``random``: uniformly drawn actions, each token kept
@@ -49,8 +49,8 @@ def reference_returns(
         relevance of every sample that was played.
 
     Raises:
-        ValueError: if ``episodes`` is below 1 or ``seed`` below 0.
-        ScoringError: if the scorer fails.
+        ValueError: If ``episodes`` is below 1 or ``seed`` below 0.
+        ScoringError: If the scorer fails.
     """
     check_integer("episodes", episodes, 1)
     generator = np.random.default_rng(check_integer("seed", seed, 0))
@@ -71,7 +71,7 @@ def reference_returns(
 
 
 def _named_rules(
-    generator: np.random.Generator, relevant: NDArray[np.bool_] | None
+    generator: np.random.Generator, relevant: npt.NDArray[np.bool_] | None
 ) -> dict[str, Rule]:
     """The rules as functions from the tokens alive, bool (B, N), to the action, bool (B, N)."""
     named: dict[str, Rule] = {
@@ -83,7 +83,7 @@ def _named_rules(
     return named
 
 
-def _relevant(source: Any, samples: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+def _relevant(source: Any, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_] | None:
     """Tokens with positive relevance, bool (B, N); None if a sample's relevance is unknown."""
     if not hasattr(source, "relevance"):
         return None
@@ -97,8 +97,8 @@ def _relevant(source: Any, samples: NDArray[np.int64]) -> NDArray[np.bool_] | No
 
 
 def _play(
-    played: Episodes, samples: NDArray[np.int64], budgets: NDArray[np.int64], rule: Rule
-) -> NDArray[np.float64]:
+    played: Episodes, samples: npt.NDArray[np.int64], budgets: npt.NDArray[np.int64], rule: Rule
+) -> npt.NDArray[np.float64]:
     """Undiscounted returns (B,) of one episode per sample under a rule."""
     played.start(np.arange(len(samples)), samples, budgets)
     returns = np.zeros(len(samples))

@@ -11,26 +11,28 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+from tprl_env.env.token_picture import (
+    PAPER,
+    Box,
+    Picture,
+    check_picture,
+    cut_off,
+    frame,
+    token_picture,
+)
 
 if TYPE_CHECKING:
     from tprl_env.env.episodes import Episodes
 
 __all__ = ["TrajectoryStep", "draw_step", "draw_text", "draw_trajectory", "episode_frame"]
 
-Picture = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_PAPER = (250, 250, 248)
 _INK = (32, 33, 36)
 _FAINT = (110, 114, 120)
-_KEPT_EDGE = (255, 140, 0)
-_GRID = np.array([128, 128, 128], np.float32)
-_FADED = 240.0  # grey level that pruned tokens are blended towards
-_FADE = 0.78  # how far
-_GRID_OPACITY = 0.22
-_HATCH = 0.11  # darkening of the stripes that tell pruned tokens from pale kept ones
 _SMALLEST = 120  # pixels; captions do not fit into less
 
 
@@ -41,18 +43,18 @@ class TrajectoryStep:
     Attributes:
         alive: bool (n,), tokens kept at this step, row by row of the grid.
         score: Score(m_t) in [0, 1], or None where the step was not scored.
-        answer: what the LVLM answered from these tokens, or None.
+        answer: What the LVLM answered from these tokens, or None.
     """
 
-    alive: NDArray[np.bool_]
+    alive: npt.NDArray[np.bool_]
     score: float | None = None
     answer: str | None = None
 
 
 def draw_step(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
@@ -60,32 +62,36 @@ def draw_step(
     question: str,
     answer: str | None = None,
     size: int = 480,
+    box: Box | None = None,
 ) -> Picture:
     """Draw one step: the picture with pruned tokens faded, and a caption.
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
+        grid: Rows and columns of the visual tokens.
         alive: bool (rows * columns,), True = kept.
-        step: steps taken, 0 before the first.
+        step: Steps taken, 0 before the first.
         score: Score(m_t) in [0, 1], or None where it is not known.
-        kept: number of kept tokens to print.
-        question: the question, cut after two lines.
-        answer: reference answer, or None.
-        size: side of the picture area in pixels, at least 120.
+        kept: Number of kept tokens to print.
+        question: The question, cut after two lines.
+        answer: Reference answer, or None.
+        size: Side of the picture area in pixels, at least 120.
+        box: Part of the picture that the grid covers, (top, left, bottom, right) in its pixels;
+            all of it where None. What lies outside is greyed.
 
     Returns:
         uint8 (size + caption, size, 3); the caption's height depends on ``size`` alone.
 
     Raises:
-        ValueError: if the picture is not RGB uint8, the mask does not fill the grid, or the size
+        ValueError: If the picture is not RGB uint8, the mask does not fill the grid, or the size
             is too small.
     """
     mask = _check_mask(grid, alive)
-    area = _token_picture(_check_picture(picture), mask, (_check_size(size), size))
+    rgb = check_picture(picture)
+    area = token_picture(rgb, mask, (_check_size(size), size), box)
     font, small = _font(size / 26), _font(size / 30)
     line = _line_height(font)
-    canvas = Image.new("RGB", (size, size + 5 * line), _PAPER)
+    canvas = Image.new("RGB", (size, size + 5 * line), PAPER)
     canvas.paste(Image.fromarray(area), (0, 0))
     draw, margin = ImageDraw.Draw(canvas), line // 2
     top = size + line // 3
@@ -96,14 +102,20 @@ def draw_step(
     rows = _wrap(draw, question, font, size - 2 * margin, lines=2)
     for number, text in enumerate(rows):
         draw.text((margin, top + int((1.3 + number) * line)), text, _INK, font)
+    left: float = size - margin
+    if share := cut_off(rgb.shape, box):
+        note = f"grey: not seen ({100 * share:.0f} %)"
+        left -= draw.textlength(note, small)
+        draw.text((left, top + int(3.4 * line)), note, _FAINT, small)
+        left -= margin
     if answer is not None:
-        text = _wrap(draw, f"reference answer: {answer}", small, size - 2 * margin, lines=1)[0]
+        text = _wrap(draw, f"reference answer: {answer}", small, left - margin, lines=1)[0]
         draw.text((margin, top + int((1.4 + len(rows)) * line)), text, _FAINT, small)
     return np.asarray(canvas)
 
 
 def draw_trajectory(
-    picture: ArrayLike,
+    picture: npt.ArrayLike,
     grid: tuple[int, int],
     steps: Sequence[TrajectoryStep],
     *,
@@ -111,6 +123,7 @@ def draw_trajectory(
     answer: str | None = None,
     size: int = 280,
     columns: int | None = None,
+    box: Box | None = None,
 ) -> Picture:
     """Draw a whole episode as panels side by side (the content of TPRL fig. 4).
 
@@ -118,25 +131,27 @@ def draw_trajectory(
 
     Args:
         picture: uint8 (H, W, 3).
-        grid: rows and columns of the visual tokens.
-        steps: the states T = 0, 1, ... in order; the first usually holds all tokens.
-        question: printed once above the panels.
-        answer: reference answer, printed beside the question, or None.
-        size: side of one panel in pixels, at least 120.
-        columns: panels in a row, then the next row begins; all in one row by default.
+        grid: Rows and columns of the visual tokens.
+        steps: The states T = 0, 1, ... in order; the first usually holds all tokens.
+        question: Printed once above the panels.
+        answer: Reference answer, printed beside the question, or None.
+        size: Side of one panel in pixels, at least 120.
+        columns: Panels in a row, then the next row begins; all in one row by default.
+        box: As in `draw_step`.
 
     Returns:
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: as `draw_step`, or if there are no steps.
+        ValueError: As `draw_step`, or if there are no steps.
     """
     if not steps:
         raise ValueError("steps must hold at least one step, got none")
-    rgb = _check_picture(picture)
+    rgb = check_picture(picture)
     masks = [_check_mask(grid, part.alive) for part in steps]
-    panel = min(_check_size(size), max(round(size * rgb.shape[0] / rgb.shape[1]), 1))
-    areas = [_token_picture(rgb, mask, (panel, size)) for mask in masks]
+    top, left, bottom, right = frame(rgb.shape, box)
+    panel = min(_check_size(size), max(round(size * (bottom - top) / (right - left)), 1))
+    areas = [token_picture(rgb, mask, (panel, size), box) for mask in masks]
     font, small = _font(size / 15), _font(size / 16)
     line = _line_height(font)
     gap = line // 2
@@ -147,18 +162,21 @@ def draw_trajectory(
     if answer is not None:
         text = _wrap(probe, f"reference answer: {answer}", font, width - 2 * gap, lines=1)[0]
         header.append((text, _FAINT))
-    top = gap + len(header) * line + gap // 2
+    if share := cut_off(rgb.shape, box):
+        text = _wrap(probe, _unseen_text(share), font, width - 2 * gap, lines=1)[0]
+        header.append((text, _FAINT))
+    head = gap + len(header) * line + gap // 2
     captions = 2 + any(part.answer is not None for part in steps)
     row_height = panel + captions * line + gap
     rows = -(-len(steps) // across)
-    canvas = Image.new("RGB", (width, top + rows * row_height), _PAPER)
+    canvas = Image.new("RGB", (width, head + rows * row_height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for number, (text, colour) in enumerate(header):
         draw.text((gap, gap // 2 + number * line), text, colour, font)
     for number, (part, mask, area) in enumerate(zip(steps, masks, areas, strict=True)):
-        left, above = gap + number % across * (size + gap), top + number // across * row_height
-        canvas.paste(Image.fromarray(area), (left, above))
-        centre, below = left + size // 2, above + panel + gap // 3
+        at, above = gap + number % across * (size + gap), head + number // across * row_height
+        canvas.paste(Image.fromarray(area), (at, above))
+        centre, below = at + size // 2, above + panel + gap // 3
         _centred(draw, (centre, below), f"T = {number}     {_score_text(part.score)}", font)
         texts = [_count_text(int(mask.sum()), mask.size)]
         if part.answer is not None:
@@ -170,21 +188,27 @@ def draw_trajectory(
 
 def draw_text(
     grid: tuple[int, int],
-    alive: ArrayLike,
+    alive: npt.ArrayLike,
     *,
     step: int,
     score: float | None,
     kept: int,
     question: str,
     answer: str | None = None,
+    unseen: float = 0.0,
 ) -> str:
-    """Draw one step as text: ``#`` for kept, ``.`` for pruned tokens; arguments as `draw_step`."""
+    """Draw one step as text: ``#`` for kept, ``.`` for pruned tokens; arguments as `draw_step`.
+
+    ``unseen`` is the share of the picture that the grid does not cover.
+    """
     mask = _check_mask(grid, alive)
     rows = ["".join("#" if cell else "." for cell in row) for row in mask]
     head = f"step {step}  {_score_text(score)}  {_count_text(kept, mask.size)}"
     lines = [head, *textwrap.wrap(question, 80)]
     if answer is not None:
         lines.append(f"reference answer: {answer}")
+    if unseen:
+        lines.append(_unseen_text(unseen).removeprefix("grey: "))
     return "\n".join([*lines, *rows]) + "\n"
 
 
@@ -192,8 +216,8 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     """Draw the present state of one running episode.
 
     Args:
-        episodes: the state of an environment.
-        slot: which of its episodes.
+        episodes: The state of an environment.
+        slot: Which of its episodes.
         mode: "rgb_array" for `draw_step`, "ansi" for `draw_text`.
 
     Returns:
@@ -210,57 +234,15 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
         "question": source.question(sample),
         "answer": " / ".join(source.answers(sample)),
     }
+    find = getattr(source, "picture_box", None)  # a source of somebody's own may lack it
+    box = None if find is None else find(sample)
     if mode == "ansi":
-        return draw_text(grid, alive, **common)
-    return draw_step(source.picture(sample), grid, alive, **common)
+        unseen = 0.0 if box is None else cut_off(source.picture(sample).shape, box)
+        return draw_text(grid, alive, **common, unseen=unseen)
+    return draw_step(source.picture(sample), grid, alive, **common, box=box)
 
 
-def _token_picture(picture: Picture, mask: NDArray[np.bool_], area: tuple[int, int]) -> Picture:
-    """The picture centred on (height, width), pruned tokens faded, kept regions outlined."""
-    height, width = picture.shape[:2]
-    scale = min(area[0] / height, area[1] / width)
-    shape = max(round(height * scale), 1), max(round(width * scale), 1)
-    # Tiny pictures are diagrams whose pixels mean something; others look better smoothed.
-    method = Image.Resampling.NEAREST if max(height, width) <= 64 else Image.Resampling.BICUBIC
-    large = Image.fromarray(picture).resize((shape[1], shape[0]), method)
-    pixels = np.asarray(large, np.float32)
-    rows = np.arange(shape[0]) * mask.shape[0] // shape[0]
-    columns = np.arange(shape[1]) * mask.shape[1] // shape[1]
-    kept = mask[rows[:, None], columns[None, :]]
-    grey = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    faded = (1 - _FADE) * grey + _FADE * _FADED
-    period, stroke = max(area[1] // 60, 4), max(area[1] // 240, 1)
-    stripes = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % period < stroke
-    faded *= 1 - _HATCH * stripes
-    shown = np.where(kept[..., None], pixels, faded[..., None])
-    lines = np.zeros(shape, bool)
-    lines[1:] |= (np.diff(rows) > 0)[:, None]
-    lines[:, 1:] |= (np.diff(columns) > 0)[None, :]
-    shown[lines] += _GRID_OPACITY * (_GRID - shown[lines])
-    shown[_outline(kept, stroke)] = _KEPT_EDGE
-    canvas = np.full((*area, 3), _PAPER, np.uint8)
-    top, left = (area[0] - shape[0]) // 2, (area[1] - shape[1]) // 2
-    canvas[top : top + shape[0], left : left + shape[1]] = np.rint(shown).astype(np.uint8)
-    return canvas
-
-
-def _outline(kept: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    """Pixels inside kept regions within ``width`` of a pruned pixel."""
-    inner = kept.copy()
-    for _ in range(width):
-        padded = np.pad(inner, 1, constant_values=True)
-        inner = inner & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return kept & ~inner
-
-
-def _check_picture(picture: ArrayLike) -> Picture:
-    array = np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise ValueError(f"picture must be uint8 (H, W, 3), got {array.dtype}{array.shape}")
-    return array
-
-
-def _check_mask(grid: tuple[int, int], alive: ArrayLike) -> NDArray[np.bool_]:
+def _check_mask(grid: tuple[int, int], alive: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """The mask as (rows, columns)."""
     array, (rows, columns) = np.asarray(alive), grid
     if array.shape != (rows * columns,) or array.size == 0:
@@ -284,6 +266,10 @@ def _font(height: float) -> Font:
 def _line_height(font: Font) -> int:
     _, top, _, bottom = font.getbbox("Ag|")
     return int((bottom - top) * 1.35) + 1
+
+
+def _unseen_text(share: float) -> str:
+    return f"grey: cut off before the LVLM sees it ({100 * share:.0f} % of the picture)"
 
 
 def _score_text(score: float | None) -> str:

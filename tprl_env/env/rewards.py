@@ -10,7 +10,7 @@ is one explicit function, `batch_mean_reward`, and the default reward belongs to
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 
 __all__ = [
     "SCORE_STEPS",
@@ -26,7 +26,7 @@ __all__ = [
 SCORE_STEPS: tuple[str, ...] = ("all", "final")
 
 
-def advance(alive: ArrayLike, keep: ArrayLike) -> NDArray[np.bool_]:
+def advance(alive: npt.ArrayLike, keep: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Next state of the mask, m_{t+1} = m_t AND a_t (TPRL eq. 2, 3): a pruned token never returns.
 
     Args:
@@ -37,7 +37,7 @@ def advance(alive: ArrayLike, keep: ArrayLike) -> NDArray[np.bool_]:
         bool (..., N), a new array.
 
     Raises:
-        ValueError: if one of them is not boolean or the shapes differ.
+        ValueError: If one of them is not boolean or the shapes differ.
     """
     alive, keep = np.asarray(alive), np.asarray(keep)
     if alive.dtype != np.bool_ or keep.dtype != np.bool_ or alive.shape != keep.shape:
@@ -49,13 +49,13 @@ def advance(alive: ArrayLike, keep: ArrayLike) -> NDArray[np.bool_]:
 
 
 def step_reward(
-    score: ArrayLike,
-    previous_score: ArrayLike,
-    kept: ArrayLike,
-    kept_before: ArrayLike,
+    score: npt.ArrayLike,
+    previous_score: npt.ArrayLike,
+    kept: npt.ArrayLike,
+    kept_before: npt.ArrayLike,
     alpha: float = 1.0,
     beta: float = 0.1,
-) -> NDArray[np.float32]:
+) -> npt.NDArray[np.float32]:
     """Reward of one step (TPRL eq. 4-6).
 
     r_t = alpha * [Score(m_{t+1}) - Score(m_t)] + beta * (1 - K_{t+1} / K_t)
@@ -65,14 +65,14 @@ def step_reward(
         previous_score: (...), Score(m_t) in [0, 1]; at t = 0 the score with all tokens.
         kept: (...), K_{t+1}; 0 is legal, the LVLM then answers from the text alone.
         kept_before: (...), K_t, at least 1, because an episode ends at K = 0.
-        alpha: weight of the task term.
-        beta: weight of the pruning term.
+        alpha: Weight of the task term.
+        beta: Weight of the pruning term.
 
     Returns:
         float32 (...).
 
     Raises:
-        ValueError: if a count before the step is below 1 or grows during the step.
+        ValueError: If a count before the step is below 1 or grows during the step.
     """
     after, before = np.asarray(kept, np.float64), np.asarray(kept_before, np.float64)
     if np.any(before < 1):
@@ -87,15 +87,15 @@ def step_reward(
 
 
 def is_terminal(
-    kept: ArrayLike, step: ArrayLike, max_steps: int = 3, min_tokens: int = 1
-) -> NDArray[np.bool_]:
+    kept: npt.ArrayLike, step: npt.ArrayLike, max_steps: int = 3, min_tokens: int = 1
+) -> npt.NDArray[np.bool_]:
     """Whether an episode has ended: after T_max steps (TPRL sec. 4.1) or with K <= ``min_tokens``.
 
     Args:
         kept: (...), tokens kept now.
         step: (...), number of steps taken so far.
         max_steps: T_max.
-        min_tokens: the count at which there is nothing left to decide.
+        min_tokens: The count at which there is nothing left to decide.
 
     Returns:
         bool (...). The end is a termination, never a truncation: the step is in the observation.
@@ -103,7 +103,9 @@ def is_terminal(
     return np.asarray((np.asarray(kept) <= min_tokens) | (np.asarray(step) >= max_steps))
 
 
-def needs_score(live: ArrayLike, ended: ArrayLike, score_steps: str) -> NDArray[np.bool_]:
+def needs_score(
+    live: npt.ArrayLike, ended: npt.ArrayLike, score_steps: str
+) -> npt.NDArray[np.bool_]:
     """Whose mask must be scored after a step: every one, or only the last of an episode.
 
     Args:
@@ -115,7 +117,7 @@ def needs_score(live: ArrayLike, ended: ArrayLike, score_steps: str) -> NDArray[
         bool (...).
 
     Raises:
-        ValueError: for an unknown ``score_steps``.
+        ValueError: For an unknown ``score_steps``.
     """
     if score_steps not in SCORE_STEPS:
         raise ValueError(f"score_steps must be one of {SCORE_STEPS}, got {score_steps!r}")
@@ -123,7 +125,7 @@ def needs_score(live: ArrayLike, ended: ArrayLike, score_steps: str) -> NDArray[
     return live if score_steps == "all" else live & ended
 
 
-def batch_mean_reward(rewards: ArrayLike, live: ArrayLike) -> NDArray[np.float32]:
+def batch_mean_reward(rewards: npt.ArrayLike, live: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Shared reward of one mini-batch: the mean over the episodes that took the step (TPRL eq. 4).
 
     Args:
@@ -134,7 +136,7 @@ def batch_mean_reward(rewards: ArrayLike, live: ArrayLike) -> NDArray[np.float32
         float32 (..., B): the mean over the live entries of the last axis where live, 0 elsewhere.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: If the shapes differ.
     """
     live = np.asarray(live, bool)
     values = np.asarray(rewards, np.float64)
@@ -146,14 +148,14 @@ def batch_mean_reward(rewards: ArrayLike, live: ArrayLike) -> NDArray[np.float32
 
 
 def episode_rewards(
-    scores: ArrayLike,
-    full: ArrayLike,
-    kept: ArrayLike,
-    live: ArrayLike,
+    scores: npt.ArrayLike,
+    full: npt.ArrayLike,
+    kept: npt.ArrayLike,
+    live: npt.ArrayLike,
     alpha: float = 1.0,
     beta: float = 0.1,
     score_steps: str = "all",
-) -> NDArray[np.float32]:
+) -> npt.NDArray[np.float32]:
     """Rewards of whole episodes, for a rollout that is scored after its last step (TPRL eq. 4-6).
 
     With ``score_steps="final"`` the task term is zero before the last step and telescopes there:
@@ -165,15 +167,15 @@ def episode_rewards(
         full: (B,), Score(m_0), the score with all tokens.
         kept: (T + 1, B), K_0 ... K_T.
         live: bool (T, B), steps that were taken; a prefix of each column.
-        alpha: weight of the task term.
-        beta: weight of the pruning term.
+        alpha: Weight of the task term.
+        beta: Weight of the pruning term.
         score_steps: "all" or "final".
 
     Returns:
         float32 (T, B), 0 where a step was not taken.
 
     Raises:
-        ValueError: on shapes that do not fit, an episode with a step after its end, or an unknown
+        ValueError: On shapes that do not fit, an episode with a step after its end, or an unknown
             ``score_steps``.
     """
     scores, full = np.asarray(scores, np.float64), np.asarray(full, np.float64)
@@ -200,10 +202,10 @@ def episode_rewards(
 
 
 def _check_episodes(
-    scores: NDArray[np.float64],
-    full: NDArray[np.float64],
-    kept: NDArray[np.generic],
-    live: NDArray[np.bool_],
+    scores: npt.NDArray[np.float64],
+    full: npt.NDArray[np.float64],
+    kept: npt.NDArray[np.generic],
+    live: npt.NDArray[np.bool_],
 ) -> None:
     """Refuse a rollout whose parts do not belong together."""
     if scores.ndim != 2 or scores.shape[0] < 1:
@@ -221,7 +223,9 @@ def _check_episodes(
         raise ValueError(f"live must be a prefix of each episode, but episode {column} continues")
 
 
-def step_budgets(num_tokens: ArrayLike, budget: ArrayLike, steps: int) -> NDArray[np.int64]:
+def step_budgets(
+    num_tokens: npt.ArrayLike, budget: npt.ArrayLike, steps: int
+) -> npt.NDArray[np.int64]:
     """Tokens to keep after each step so that equal ratios lead from N to the budget.
 
     k_t = round(N * (k / N)^(t / T)) for t = 1 ... T, so the last entry is the budget exactly.
@@ -229,13 +233,13 @@ def step_budgets(num_tokens: ArrayLike, budget: ArrayLike, steps: int) -> NDArra
     Args:
         num_tokens: int (...), tokens alive before the first step.
         budget: int (...), wanted count at the end, in [1, num_tokens].
-        steps: number of steps T, at least 1.
+        steps: Number of steps T, at least 1.
 
     Returns:
         int64 (..., steps), never growing and never below the budget.
 
     Raises:
-        ValueError: if ``steps`` < 1 or a budget lies outside [1, num_tokens].
+        ValueError: If ``steps`` < 1 or a budget lies outside [1, num_tokens].
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 from gymnasium import spaces
-from numpy.typing import ArrayLike, NDArray
 
 from tprl_env.checks import check_choice, check_integer
 from tprl_env.data.features.source import TokenSource
@@ -43,18 +43,18 @@ class EpisodeRules:
 
     Attributes:
         max_steps: T, steps per episode.
-        alpha: weight of the task term of the reward.
-        beta: weight of the pruning term of the reward.
+        alpha: Weight of the task term of the reward.
+        beta: Weight of the pruning term of the reward.
         score_steps: "all" scores the mask of every step, "final" the last one only (1/T of the
             work, the same undiscounted return).
-        reward_batch_size: this many consecutive episodes share the mean of their rewards.
-        min_tokens: an episode terminates once at most this many tokens are kept.
-        budget: wanted count, or (low, high) to draw it log-uniformly per sample; None without.
+        reward_batch_size: This many consecutive episodes share the mean of their rewards.
+        min_tokens: An episode terminates once at most this many tokens are kept.
+        budget: Wanted count, or (low, high) to draw it log-uniformly per sample; None without.
         score_kind: "exact" (0 or 1) or "likelihood" of the reference answer.
-        query: what is observed of the question: its "mean" vector or its "tokens".
+        query: What is observed of the question: its "mean" vector or its "tokens".
 
     Raises:
-        ValueError: for a value outside its range, naming the argument.
+        ValueError: For a value outside its range, naming the argument.
     """
 
     max_steps: int = 3
@@ -87,7 +87,7 @@ class EpisodeRules:
         """Refuse rules that do not fit the token source.
 
         Raises:
-            ValueError: if the source is empty, or a count is beyond its number of tokens.
+            ValueError: If the source is empty, or a count is beyond its number of tokens.
         """
         if len(source) < 1:
             raise ValueError(
@@ -133,11 +133,11 @@ def _check_budget(budget: object) -> int | tuple[int, int]:
     return low, high
 
 
-def coerce_action(action: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def coerce_action(action: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
     """Turn an action of 0 and 1 into booleans; bool, integer and float arrays are accepted.
 
     Raises:
-        ValueError: for another shape or type, or for values other than 0 and 1.
+        ValueError: For another shape or type, or for values other than 0 and 1.
     """
     array = np.asarray(action)
     if array.dtype.kind not in "biuf":

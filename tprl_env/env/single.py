@@ -7,7 +7,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+import numpy.typing as npt
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
@@ -28,7 +28,7 @@ RENDER_MODES = ("rgb_array", "ansi")
 _FIRST = np.zeros(1, np.int64)
 
 
-class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
+class TokenPruningEnv(gymnasium.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.int8]]):
     """Choose which visual tokens of an image a vision-language model (LVLM) may see.
 
     ## Description
@@ -169,7 +169,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         """Open the source; see the class for the arguments.
 
         Raises:
-            ValueError: if an argument is out of range or the arguments do not fit together.
+            ValueError: If an argument is out of range or the arguments do not fit together.
         """
         self.rules = EpisodeRules(
             max_steps=max_steps,
@@ -198,18 +198,18 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
         """Begin an episode.
 
         Args:
-            seed: seeds the generator that draws samples and budgets.
+            seed: Seeds the generator that draws samples and budgets.
             options: "sample": int, the sample number; "budget": int, the wanted count.
 
         Returns:
             Observation and information.
 
         Raises:
-            ValueError: for an unknown option or one out of range.
+            ValueError: For an unknown option or one out of range.
         """
         super().reset(seed=seed)
         given = check_options(options, self.rules)
@@ -221,8 +221,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         return self._observation(), self._info()
 
     def step(
-        self, action: ArrayLike
-    ) -> tuple[dict[str, NDArray[Any]], float, bool, bool, dict[str, Any]]:
+        self, action: npt.ArrayLike
+    ) -> tuple[dict[str, npt.NDArray[Any]], float, bool, bool, dict[str, Any]]:
         """Prune, score and reward (TPRL eq. 2-6).
 
         Args:
@@ -232,9 +232,9 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
             Observation, reward, terminated, truncated (always False), information.
 
         Raises:
-            ValueError: for an action that is not 0/1 of shape (N,).
-            ScoringError: if the scorer fails; the state is then as before the call.
-            gymnasium.error.ResetNeeded: before `reset` and after the end of an episode.
+            ValueError: For an action that is not 0/1 of shape (N,).
+            ScoringError: If the scorer fails; the state is then as before the call.
+            gymnasium.error.ResetNeeded: Before `reset` and after the end of an episode.
         """
         if not self._episodes.live[0]:
             raise gymnasium.error.ResetNeeded(
@@ -246,7 +246,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         reward, ended = self._episodes.advance(keep[None])
         return self._observation(), float(reward[0]), bool(ended[0]), False, self._info()
 
-    def action_masks(self) -> NDArray[np.bool_]:
+    def action_masks(self) -> npt.NDArray[np.bool_]:
         """Allowed values per bit for sb3-contrib: bool (2 N,), [may be 0, may be 1] per token.
 
         Dead tokens may only be 0.
@@ -261,8 +261,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         The running episode and its random numbers are not touched.
 
         Args:
-            episodes: episodes per rule; passes over the source in random order.
-            seed: seeds the episodes and the random rule.
+            episodes: Episodes per rule; passes over the source in random order.
+            seed: Seeds the episodes and the random rule.
 
         Returns:
             "keep_all", "random" (each token kept with probability 1/2 in each step) and, where the
@@ -270,8 +270,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
             the first step on).
 
         Raises:
-            ValueError: if an argument is out of range.
-            ScoringError: if the scorer fails.
+            ValueError: If an argument is out of range.
+            ScoringError: If the scorer fails.
         """
         return reference_returns(self.source, self.scorer, self.rules, episodes, seed)
 
@@ -279,7 +279,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
         """Draw the present state: uint8 (H, W, 3) or a string, by `render_mode`.
 
         Raises:
-            gymnasium.error.ResetNeeded: before the first `reset`.
+            gymnasium.error.ResetNeeded: Before the first `reset`.
         """
         if self.render_mode is None:
             gymnasium.logger.warn(
@@ -293,7 +293,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, NDArray[Any]], NDArray[np.int8]]):
 
         return episode_frame(self._episodes, 0, self.render_mode)
 
-    def _observation(self) -> dict[str, NDArray[Any]]:
+    def _observation(self) -> dict[str, npt.NDArray[Any]]:
         return {name: values[0] for name, values in self._episodes.observation().items()}
 
     def _info(self) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import numpy.typing as npt
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.typing import ArrayLike, NDArray
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.episodes import Episodes, ScorerLike, choose_episode, open_environment
@@ -29,10 +29,10 @@ from tprl_env.env.single import RENDER_MODES
 
 __all__ = ["TokenPruningVectorEnv"]
 
-Batch = dict[str, NDArray[Any]]
+Batch = dict[str, npt.NDArray[Any]]
 
 
-class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
+class TokenPruningVectorEnv(VectorEnv[Batch, npt.NDArray[Any], npt.NDArray[Any]]):
     """`TokenPruningEnv` for ``num_envs`` episodes at once, with one scorer request per step.
 
     Spaces, rewards and arguments are those of `tprl_env.env.TokenPruningEnv`; per-step results
@@ -41,27 +41,27 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
     rewards 0 and is never scored.
 
     Args:
-        num_envs: number of sub-environments B.
-        source: as in the single environment.
-        scorer: as in the single environment; it gets the live episodes of a step together.
+        num_envs: Number of sub-environments B.
+        source: As in the single environment.
+        scorer: As in the single environment; it gets the live episodes of a step together.
         max_steps: T_max.
-        alpha: weight of the task term.
-        beta: weight of the pruning term.
+        alpha: Weight of the task term.
+        beta: Weight of the pruning term.
         score_steps: "all" or "final".
-        reward_batch_size: this many consecutive sub-environments share the mean of their rewards,
+        reward_batch_size: This many consecutive sub-environments share the mean of their rewards,
             taken over those that made the step (the mini-batch mean of TPRL eq. 4). Must divide
             ``num_envs``.
-        min_tokens: an episode terminates once at most this many tokens are kept.
+        min_tokens: An episode terminates once at most this many tokens are kept.
         budget: None, a count or a range (low, high).
         score_kind: "exact" or "likelihood".
         query: "mean" or "tokens".
-        group_size: this many consecutive sub-environments get the same samples and budgets, episode
+        group_size: This many consecutive sub-environments get the same samples and budgets, episode
             by episode, as group-relative methods (GRPO) need. Must divide ``num_envs``. An early
             end does not break a group: the n-th episodes of its members always belong together.
         render_mode: "rgb_array" or "ansi".
 
     Raises:
-        ValueError: if an argument is out of range or the arguments do not fit together.
+        ValueError: If an argument is out of range or the arguments do not fit together.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012 - Gymnasium's own declaration
@@ -124,7 +124,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         """Begin an episode in every sub-environment.
 
         Args:
-            seed: seeds the one generator that draws all samples and budgets.
+            seed: Seeds the one generator that draws all samples and budgets.
             options: "sample" and "budget", each an int for all or one int per sub-environment,
                 equal inside a group.
 
@@ -132,7 +132,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             Batched observations and information.
 
         Raises:
-            ValueError: for an unknown option, one out of range, or of a wrong length.
+            ValueError: For an unknown option, one out of range, or of a wrong length.
         """
         if seed is not None:
             check_integer("seed", seed, 0)
@@ -150,8 +150,8 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         return self._episodes.observation(), self._infos()
 
     def step(
-        self, actions: ArrayLike
-    ) -> tuple[Batch, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
+        self, actions: npt.ArrayLike
+    ) -> tuple[Batch, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], dict[str, Any]]:
         """Step the live episodes with one scorer request and reset the ended ones.
 
         Args:
@@ -162,9 +162,9 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             (all False), information.
 
         Raises:
-            ValueError: for actions of another shape, type or value.
-            ScoringError: if the scorer fails; the state is then as before the call.
-            gymnasium.error.ResetNeeded: before the first `reset`.
+            ValueError: For actions of another shape, type or value.
+            ScoringError: If the scorer fails; the state is then as before the call.
+            gymnasium.error.ResetNeeded: Before the first `reset`.
         """
         self._check_started("step")
         keep = coerce_action(actions, (self.num_envs, self.source.max_tokens))
@@ -179,7 +179,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         truncated = np.zeros(self.num_envs, bool)
         return self._episodes.observation(), rewards, ended, truncated, self._infos()
 
-    def action_masks(self) -> NDArray[np.bool_]:
+    def action_masks(self) -> npt.NDArray[np.bool_]:
         """Allowed values per bit: bool (B, 2 N), [may be 0, may be 1] per token."""
         alive = self._episodes.alive
         return np.stack([np.ones_like(alive), alive], axis=-1).reshape(self.num_envs, -1)
@@ -190,8 +190,8 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         The running episodes and their random numbers are not touched.
 
         Args:
-            episodes: episodes per rule; passes over the source in random order.
-            seed: seeds the episodes and the random rule.
+            episodes: Episodes per rule; passes over the source in random order.
+            seed: Seeds the episodes and the random rule.
 
         Returns:
             "keep_all", "random" (each token kept with probability 1/2 in each step) and, where the
@@ -199,8 +199,8 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
             the first step on).
 
         Raises:
-            ValueError: if an argument is out of range.
-            ScoringError: if the scorer fails.
+            ValueError: If an argument is out of range.
+            ScoringError: If the scorer fails.
         """
         return reference_returns(self.source, self.scorer, self.rules, episodes, seed)
 
@@ -208,7 +208,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
         """Draw every sub-environment, as `TokenPruningEnv.render`.
 
         Raises:
-            gymnasium.error.ResetNeeded: before the first `reset`.
+            gymnasium.error.ResetNeeded: Before the first `reset`.
         """
         if self.render_mode is None:
             gymnasium.logger.warn(
@@ -229,7 +229,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, NDArray[Any], NDArray[Any]]):
                 f"no episode has begun, call reset() before {method}()"
             )
 
-    def _start(self, slots: NDArray[np.int64]) -> None:
+    def _start(self, slots: npt.NDArray[np.int64]) -> None:
         """Begin the next episode of these sub-environments; the first of a group draws for all."""
         self._numbers[slots] += 1
         chosen = []

@@ -26,13 +26,13 @@ from tprl_env.evaluation.contenders import (
     policy_entries,
     tune_penalty,
 )
+from tprl_env.evaluation.findings import differences, policy_name
 from tprl_env.evaluation.measure import (
     MethodResult,
     check_budgets,
     evaluate,
     write_per_question,
 )
-from tprl_env.evaluation.findings import differences, policy_name
 from tprl_env.evaluation.plots import plot_accuracy, plot_learning_curve
 from tprl_env.evaluation.report import write_report
 from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training

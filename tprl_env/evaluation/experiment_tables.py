@@ -31,7 +31,7 @@ def check_experiment(found: Mapping[str, Any], wanted: Mapping[str, Any], folder
     """Refuse to mix two experiments in one folder.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: Naming what differs.
     """
     if found == wanted:
         return
@@ -258,7 +258,7 @@ def write_tables(folder: Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: see `read_records`.
+        ValueError: See `read_records`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

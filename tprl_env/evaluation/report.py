@@ -159,10 +159,8 @@ def origin_section(results: Mapping[str, Any]) -> str:
     """The command, the settings and the versions that made the numbers."""
     made_by = results.get("made_by", {})
     command = made_by.get("command") or "a call from Python"
-    told = {
-        **{"settings": results[name] for name in ("settings",) if name in results},
-        **{"config": made_by[name] for name in ("config",) if name in made_by},
-    }
+    told = {"settings": results.get("settings"), "config": made_by.get("config")}
+    told = {name: value for name, value in told.items() if value}
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     shown = html.escape(json.dumps(told, indent=1, default=str))
     return (
@@ -219,8 +217,8 @@ def write_report(
         f"<h1>{title}</h1>",
         f"<p class=headline>{html.escape(headline(results))}</p>",
         _introduction(results),
-        "<h2>Accuracy</h2><p>Small: share of the accuracy with all tokens, and the 95 % interval in "
-        "brackets. Rows with a threshold keep a number of tokens that varies by question: their "
+        "<h2>Accuracy</h2><p>Small: share of the accuracy with all tokens, and the 95 % interval "
+        "in brackets. Rows with a threshold keep a number of tokens that varies by question: their "
         "mean is printed where it differs from the column's.</p>",
         results_table(results),
         *(_embed(file, caption) for file, caption in figures),

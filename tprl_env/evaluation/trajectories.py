@@ -133,6 +133,7 @@ def draw_examples(
             question=store.question(sample),
             answer=store.answers(sample)[0],
             columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
+            box=store.picture_box(sample),
         )
         path = out / f"trajectory-{number:02d}.png"
         save = partial(Image.fromarray(strip).save, format="PNG")

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tprl_env.checks import did_you_mean
+
 if TYPE_CHECKING:
     import torch
 
@@ -38,7 +40,7 @@ def load_lvlm(
         revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: Transformers is not installed.
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """
@@ -61,17 +63,25 @@ def find_lvlm(checkpoint: str | Path, revision: str | None = None) -> tuple[str,
         Folder or hub id, and the ``model_type`` of its family.
 
     Raises:
-        ImportError: transformers is not installed.
+        ImportError: Transformers is not installed.
         FileNotFoundError: No such folder or repository.
-        ValueError: The checkpoint's family is not supported, or it has pickle weights only.
+        ValueError: There is no such built-in LVLM, the checkpoint's family is not supported, or
+            it has pickle weights only.
     """
     source = str(checkpoint)
     with _naming_the_extra():
         from tprl_env.lvlm.loading.checkpoint import read_config
 
         if source.startswith(_BUILTIN):
+            from tprl_env.data.scenes import TASKS
             from tprl_env.lvlm.tiny import builtin_path
 
+            known = [f"{_BUILTIN}{task}" for task in TASKS]
+            if source not in known:
+                raise ValueError(
+                    f"there is no LVLM {source!r}; built in are {', '.join(known)}"
+                    f"{did_you_mean(source, known)}"
+                )
             source = str(builtin_path(source.removeprefix(_BUILTIN)))
         kind = read_config(source, revision).get("model_type")
     if kind not in FAMILIES:

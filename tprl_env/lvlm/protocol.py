@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.source import Box
+
 Positions = Literal["original", "contiguous"]
 """Rotary positions of kept tokens: their place in the full prompt, or closed up without gaps."""
 
@@ -30,12 +32,15 @@ class Visual:
             heads, renormalisation left out (they sum to one minus CLS's attention to itself);
             ``None`` for towers without a CLS token.
         grid: (rows, columns) with rows * columns = n.
+        box: (top, left, bottom, right), the part of the picture that the grid covers, in its
+            pixels; ``None`` for all of it.
     """
 
     tokens: Tensor
     tower: Tensor
     cls_attention: Tensor | None
     grid: tuple[int, int]
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class LVLM(Protocol):
     name: str
     device: torch.device
     dtype: torch.dtype
+    image_backend: str
+    max_positions: int
     token_width: int
     query_width: int
     image_token_id: int

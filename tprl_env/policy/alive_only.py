@@ -28,8 +28,8 @@ def forward_alive_only(policy: Forward, obs: Mapping[str, Tensor]) -> PolicyOutp
     """What ``policy(obs)`` gives, up to rounding, without computing dead tokens.
 
     Args:
-        policy: the policy, or another function of its observations.
-        obs: batched observation as `PruningPolicy.forward` takes it.
+        policy: The policy, or another function of its observations.
+        obs: Batched observation as `PruningPolicy.forward` takes it.
 
     Returns:
         Logits (B, N) with ``DEAD_LOGIT`` where dead, and values (B,).

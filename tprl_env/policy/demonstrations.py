@@ -88,7 +88,7 @@ class SaliencyDemonstrator:
         high: Largest budget; images with fewer tokens keep all of them.
 
     Raises:
-        ValueError: on shapes or budgets that cannot be, or NaN in the saliency.
+        ValueError: On shapes or budgets that cannot be, or NaN in the saliency.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def saliency_demonstrator(
         samples: Rows to use; None uses all.
 
     Raises:
-        ValueError: when the store lacks the channel or what the pruner needs.
+        ValueError: When the store lacks the channel or what the pruner needs.
     """
     chosen = np.arange(len(source)) if samples is None else np.asarray(samples, dtype=np.int64)
     table = np.full((len(chosen), source.max_tokens), -np.inf, np.float32)
@@ -201,7 +201,7 @@ def pruner_budgets(
         samples: Rows to use; None uses all.
 
     Raises:
-        ValueError: on budgets that cannot be, or a store that lacks what the pruner needs.
+        ValueError: On budgets that cannot be, or a store that lacks what the pruner needs.
     """
     if not 1 <= low <= high <= source.max_tokens:
         raise ValueError(
@@ -244,7 +244,7 @@ def nested_masks(
         last rate's count for all of them.
 
     Raises:
-        ValueError: on rates that do not fall or lie outside (0, 1], or an unknown ``nest``.
+        ValueError: On rates that do not fall or lie outside (0, 1], or an unknown ``nest``.
     """
     check_choice("nest", nest, get_args(Nest))
     falling = all(a > b for a, b in itertools.pairwise(rates))

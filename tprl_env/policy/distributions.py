@@ -26,6 +26,29 @@ _TRIES = 16  # tilted draws per row and round; acceptance is about 1 / sqrt(2 pi
 _ROUNDS = 6  # rounds of rejection before the sequential sampler takes over
 
 
+def check_logits(logits: Tensor, alive: Tensor) -> None:
+    """Refuse log-odds from which no mask can be drawn.
+
+    NaN would prune everything and infinities turn into NaN two operations later.
+
+    Args:
+        logits: Float (B, N); dead entries are ignored.
+        alive: Bool (B, N).
+
+    Raises:
+        ValueError: A living token's log-odds is NaN or infinite; the first such row is named.
+    """
+    wrong = ~logits.isfinite() & alive
+    if bool(wrong.any()):
+        row = int(wrong.any(1).to(torch.int8).argmax())
+        values = logits[row][wrong[row]]
+        raise ValueError(
+            f"logits must be finite, got {float(values[0])} for {len(values)} of "
+            f"{int(alive[row].sum())} tokens in row {row}; the policy's weights or its inputs are "
+            f"not finite (lower the learning rate, or take an earlier checkpoint)"
+        )
+
+
 class MaskedBernoulli:
     """a_i ~ Bernoulli(discount**power * sigmoid(logit_i)) over alive tokens (TPRL eq. 14, 15).
 
@@ -39,8 +62,8 @@ class MaskedBernoulli:
         discount: lambda_disc in (0, 1].
 
     Raises:
-        ValueError: on shapes that do not fit together, a discount outside (0, 1] or a negative
-            power.
+        ValueError: On shapes that do not fit together, a discount outside (0, 1], a negative
+            power, or logits that are not finite where alive.
     """
 
     def __init__(
@@ -97,7 +120,7 @@ class MaskedBernoulli:
         """KL(self || other) in nats, (B,).
 
         Raises:
-            ValueError: when the two have different alive masks.
+            ValueError: When the two have different alive masks.
         """
         _check_same_alive(self.alive, other.alive)
         keep, prune = self.log_keep.exp(), self.log_prune.exp()
@@ -120,10 +143,12 @@ class ConditionalBernoulli:
     Args:
         logits: float (B, N).
         alive: bool (B, N); 0/1 numbers are accepted.
-        count: int64 (B,), tokens to keep, may differ per row; clamped to the number of alive ones.
+        count: int64 (B,), tokens to keep, 0 to the number of alive ones; may differ per row.
+            Clamping is the caller's: an episode whose budget exceeds a small image keeps all of it.
 
     Raises:
-        ValueError: on shapes that do not fit together or a negative count.
+        ValueError: On shapes that do not fit together, a count below 0 or above the number of
+            alive tokens, or logits that are not finite where alive.
     """
 
     def __init__(self, logits: Tensor, alive: Tensor, count: Tensor) -> None:
@@ -142,8 +167,8 @@ class ConditionalBernoulli:
         """Draw masks exactly: rejection from tilted coins, then a sequential fallback.
 
         Args:
-            generator: source of randomness on the device of the logits.
-            draws: independent masks per row; the costly parts are then shared.
+            generator: Source of randomness on the device of the logits.
+            draws: Independent masks per row; the costly parts are then shared.
 
         Returns:
             bool (B, N), or (draws, B, N) when ``draws`` is given.
@@ -196,7 +221,7 @@ class ConditionalBernoulli:
         """KL(self || other) in nats, (B,).
 
         Raises:
-            ValueError: when the two have different alive masks or counts.
+            ValueError: When the two have different alive masks or counts.
         """
         _check_same_alive(self.alive, other.alive)
         if not torch.equal(self.count, other.count):
@@ -249,6 +274,7 @@ def _sequential_sample(
 
 def _living(logits: Tensor, alive: Tensor) -> Tensor:
     """Logits in float32 at least, 0 and without gradient where dead."""
+    check_logits(logits, alive)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return torch.where(alive, logits.to(dtype), 0.0)
 
@@ -274,7 +300,14 @@ def _checked_count(alive: Tensor, count: Tensor) -> Tensor:
         )
     if bool((count < 0).any()):
         raise ValueError(f"count must not be negative, got {int(count.min())}")
-    return torch.minimum(count.long(), alive.sum(1))
+    number = alive.sum(1)
+    if bool((count > number).any()):
+        row = int((count - number).argmax())
+        raise ValueError(
+            f"count must not exceed the alive tokens, got {int(count[row])} of "
+            f"{int(number[row])} in row {row}"
+        )
+    return count.long()
 
 
 def _checked_action(action: Tensor, alive: Tensor) -> Tensor:

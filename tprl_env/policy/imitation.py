@@ -82,7 +82,7 @@ def demonstration_loss(
             nothing or everything have 1.
 
     Raises:
-        ValueError: on an unknown rule, or when nothing is alive.
+        ValueError: On an unknown rule, or when nothing is alive.
     """
     check_choice("pos_weight", pos_weight, get_args(PosWeight))
     if not bool(alive.any()):
@@ -128,8 +128,8 @@ def pretrain(
         progress: Called with (step, loss) after every step.
 
     Raises:
-        ValueError: on sizes below 1 or an ``lr`` that is not positive.
-        FloatingPointError: when the loss is not finite.
+        ValueError: On sizes below 1 or an ``lr`` that is not positive.
+        FloatingPointError: When the loss is not finite.
     """
     if steps < 1 or batch_size < 1 or not lr > 0 or not max_grad_norm > 0:
         raise ValueError(
@@ -179,7 +179,7 @@ def imitation_agreement(
     with the demonstrator's: |both| / k, averaged over transitions that keep something.
 
     Raises:
-        ValueError: when no transition keeps anything.
+        ValueError: When no transition keeps anything.
     """
     shares: list[Tensor] = []
     for start in range(0, len(demonstrations), batch_size):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tprl_env.checks import check_choice
+from tprl_env.policy.distributions import check_logits
 from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
 from tprl_env.policy.weights import load_weights, read_config, save_weights
 
@@ -164,7 +165,7 @@ class PruningPolicy(nn.Module):
     is equivariant to the order of the tokens.
 
     Args:
-        config: the architecture.
+        config: The architecture.
     """
 
     def __init__(self, config: PolicyConfig) -> None:
@@ -209,22 +210,29 @@ class PruningPolicy(nn.Module):
         """Log-odds per token and value per row.
 
         Args:
-            obs: the environment's observation, batched: ``tokens`` (B, N, d), ``alive`` (B, N)
+            obs: The environment's observation, batched: ``tokens`` (B, N, d), ``alive`` (B, N)
                 0/1, ``query`` (B, d_q) or, for ``query="tokens"``, (B, Q, d_q) with
                 ``query_mask`` (B, Q) 0/1; ``budget`` (B, 1), the wanted count, and ``step``
                 (B, 1) where the configuration uses them. Other keys are ignored.
 
         Raises:
-            ValueError: on a missing key or a shape that does not fit.
+            ValueError: On a missing key or a shape that does not fit, or, without gradients, on
+                log-odds that are not finite.
         """
         alive, query, features, condition, extra = self._shared(obs)
-        logits = self.actor(features, extra).masked_fill(~alive, DEAD_LOGIT)
+        logits = self._masked(self.actor(features, extra), alive)
         return PolicyOutput(logits, self._value(features, alive, query, condition))
 
     def logits(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The log-odds alone, (B, N): a forward pass without the critic."""
         alive, _, features, _, extra = self._shared(obs)
-        return self.actor(features, extra).masked_fill(~alive, DEAD_LOGIT)
+        return self._masked(self.actor(features, extra), alive)
+
+    @staticmethod
+    def _masked(logits: Tensor, alive: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # a training loop stops at its loss and says where
+            check_logits(logits, alive)
+        return logits.masked_fill(~alive, DEAD_LOGIT)
 
     def _shared(
         self, obs: Mapping[str, Tensor]
@@ -327,8 +335,8 @@ class PruningPolicy(nn.Module):
         with ``step_input``, in one step without: that is how they have been evaluated.
 
         Raises:
-            FileNotFoundError: when the folder or one of its two files is missing.
-            ValueError: when the content does not fit.
+            FileNotFoundError: When the folder or one of its two files is missing.
+            ValueError: When the content does not fit.
         """
         fields = read_config(folder, kind="pruning-policy")
         try:

@@ -36,10 +36,10 @@ def observe(
     """First observation of samples: all tokens alive, step 0, no budget yet.
 
     Args:
-        source: the store.
-        samples: sample numbers (B,).
-        config: says whether the question comes as its mean or token by token.
-        device: where the tensors go.
+        source: The store.
+        samples: Sample numbers (B,).
+        config: Says whether the question comes as its mean or token by token.
+        device: Where the tensors go.
 
     Returns:
         ``tokens`` (B, N, d), ``alive`` bool (B, N), ``step`` (B, 1), ``query`` and, for
@@ -78,10 +78,10 @@ def with_progress(
     """The observation later in the episode.
 
     Args:
-        obs: from :func:`observe` or :func:`observe_inputs`.
+        obs: From :func:`observe` or :func:`observe_inputs`.
         alive: bool (B, N), tokens still in play.
-        step: steps taken so far, a number or (B,).
-        budget: count wanted at the end, a number or (B,); None leaves it out.
+        step: Steps taken so far, a number or (B,).
+        budget: Count wanted at the end, a number or (B,); None leaves it out.
     """
     rows = len(alive)
     changed = dict(obs, alive=alive, step=_column(step, rows, alive.device))

@@ -73,7 +73,7 @@ class PolicyPruner(Pruner):
         mode: See above.
         threshold: tau, strictly between 0 and 1; needed wherever a threshold decides.
         steps: Steps of the rollout.
-        redundancy_penalty: log-odds that a copy of a kept token loses, or ``"coverage"``, for
+        redundancy_penalty: Log-odds that a copy of a kept token loses, or ``"coverage"``, for
             the exact modes; similarity is the cosine of the codes, at least 0. The exact-budget
             distribution says how many of several equal tokens to keep, but their log-odds are
             equal: top-k alone keeps all copies of one object before the first of the next.
@@ -174,8 +174,8 @@ class PolicyPruner(Pruner):
         """Greedy top-k masks after each step, nested, with chosen counts.
 
         Args:
-            inputs: one image.
-            budgets: tokens left after each step, never growing; the last is what the policy is
+            inputs: One image.
+            budgets: Tokens left after each step, never growing; the last is what the policy is
                 told.
 
         Returns:
@@ -199,9 +199,9 @@ class PolicyPruner(Pruner):
         """A copy whose threshold keeps ``budget`` tokens on average.
 
         Args:
-            data: held-out store, or prune inputs.
-            budget: wanted mean count.
-            samples: rows of the store to use; None uses all.
+            data: Held-out store, or prune inputs.
+            budget: Wanted mean count.
+            samples: Rows of the store to use; None uses all.
 
         Returns:
             The same pruner in a thresholded mode (``"topk"`` becomes ``"threshold"``), with
@@ -209,7 +209,7 @@ class PolicyPruner(Pruner):
             where a mean that small or large is out of reach.
 
         Raises:
-            ValueError: when the mode is exact for this policy, or there is nothing to calibrate on.
+            ValueError: When the mode is exact for this policy, or there is nothing to calibrate on.
         """
         mode: Mode = "threshold" if self.mode == "topk" else self.mode
         pruner = dataclasses.replace(self, mode=mode)
@@ -321,7 +321,7 @@ def marginal_mask(
         alive: bool (B, N).
         count: int64 (B,), tokens to keep; at most the number alive.
         codes: (B, N, d), whose cosine (at least 0) is the similarity.
-        penalty: log-odds lost by a copy of a kept token, or ``"coverage"``.
+        penalty: Log-odds lost by a copy of a kept token, or ``"coverage"``.
 
     Returns:
         bool (B, N) with ``count`` kept per row, ties by lowest index.

@@ -26,10 +26,10 @@ def save_weights(
     """Write a module's configuration and weights.
 
     Args:
-        folder: created if needed.
-        kind: what the module is; loading checks it.
+        folder: Created if needed.
+        kind: What the module is; loading checks it.
         config: JSON-serialisable fields.
-        module: its state dict is stored.
+        module: Its state dict is stored.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,8 +45,8 @@ def read_config(folder: str | Path, *, kind: str) -> dict[str, Any]:
     """The configuration that :func:`save_weights` wrote.
 
     Raises:
-        FileNotFoundError: when the folder or its ``config.json`` is missing.
-        ValueError: when it is not JSON or describes another kind of module.
+        FileNotFoundError: When the folder or its ``config.json`` is missing.
+        ValueError: When it is not JSON or describes another kind of module.
     """
     path = _existing(folder, CONFIG_NAME)
     try:
@@ -65,14 +65,14 @@ def load_weights(
     """Load weights into ``module``: every key and shape must match.
 
     Args:
-        folder: what :func:`save_weights` wrote.
-        kind: as saved.
-        config: the fields of ``config.json``; must equal those in the weights' header.
-        module: receives the weights.
+        folder: What :func:`save_weights` wrote.
+        kind: As saved.
+        config: The fields of ``config.json``; must equal those in the weights' header.
+        module: Receives the weights.
 
     Raises:
-        FileNotFoundError: when the file is missing.
-        ValueError: when it is torn, of another configuration, or keys or shapes differ.
+        FileNotFoundError: When the file is missing.
+        ValueError: When it is torn, of another configuration, or keys or shapes differ.
     """
     path = _existing(folder, WEIGHTS_NAME)
     try:

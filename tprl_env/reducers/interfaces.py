@@ -29,13 +29,13 @@ class PruneInputs:
         tokens: float32 (n, D), visual tokens as the LLM gets them.
         tower: float32 (n, Dv), features of the vision tower before the projector.
         cls_attention: float32 (n,), attention of the tower's [CLS] token.
-        grid: rows and columns of the tokens.
+        grid: Rows and columns of the tokens.
         query: float32 (d_q,), mean of the question's token embeddings.
         query_tokens: float32 (Q, d_q), the question's token embeddings.
         codes: float32 (n, d), autoencoder output.
         relevance: float32 (n,), what the built-in scenes know about the question.
         question_attention: float32 (n,), the LVLM's own attention from the question.
-        sample: the sample's number in its store; seeds the random pruner.
+        sample: The sample's number in its store; seeds the random pruner.
     """
 
     tokens: Tensor | None = None
@@ -54,7 +54,7 @@ class PruneInputs:
         """Number of visual tokens n.
 
         Raises:
-            ValueError: when no per-token field and no grid is given.
+            ValueError: When no per-token field and no grid is given.
         """
         for name in _PER_TOKEN:
             value = getattr(self, name)
@@ -74,9 +74,9 @@ def prune_inputs(
     """Read one sample for a pruner.
 
     Args:
-        source: the store.
-        sample: its row.
-        needs: fields to read (a pruner's ``needs``); None reads everything the store holds.
+        source: The store.
+        sample: Its row.
+        needs: Fields to read (a pruner's ``needs``); None reads everything the store holds.
     """
 
     def wanted(name: str) -> bool:
@@ -125,14 +125,14 @@ class Pruner(ABC):
         """Keep-mask of one image.
 
         Args:
-            inputs: the image; not modified.
-            budget: tokens to keep, 1 to n.
+            inputs: The image; not modified.
+            budget: Tokens to keep, 1 to n.
 
         Returns:
             bool (n,), True = kept, in the original order.
 
         Raises:
-            ValueError: on a budget out of range or inputs that lack a field in ``needs``.
+            ValueError: On a budget out of range or inputs that lack a field in ``needs``.
         """
 
     def prune_batch(self, inputs: Sequence[PruneInputs], budget: int) -> list[Tensor]:

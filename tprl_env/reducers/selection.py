@@ -16,7 +16,8 @@ def top_k_mask(values: Tensor, alive: Tensor, count: Tensor) -> Tensor:
     Args:
         values: float (B, N); dead entries are ignored.
         alive: bool (B, N).
-        count: int64 (B,); clamped to the number of alive tokens.
+        count: int64 (B,); clamped to the number of alive tokens, because one budget serves images
+            of different sizes. Where a user asks for a budget, ``Pruner.check`` refuses more.
 
     Returns:
         bool (B, N) with ``min(count, alive.sum(1))`` True per row.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 
 from tprl_env.scoring.spec import ScorerSpec
 
@@ -32,14 +32,14 @@ class ScoreReply:
 
     Attributes:
         scores: float32 (b,), None if the scorer failed.
-        pid: process of the actor; changes with a restart.
-        work: seconds busy and counters of the forward passes, to be summed.
+        pid: Process of the actor; changes with a restart.
+        work: Seconds busy and counters of the forward passes, to be summed.
         error: ``"Type: message"`` of the scorer's exception, else empty.
-        guilty: sample numbers of the smallest part of the request that fails on its own.
-        trace: traceback of the exception.
+        guilty: Sample numbers of the smallest part of the request that fails on its own.
+        trace: Traceback of the exception.
     """
 
-    scores: NDArray[np.float32] | None
+    scores: npt.NDArray[np.float32] | None
     pid: int
     work: dict[str, float] = field(default_factory=dict)
     error: str = ""
@@ -49,8 +49,8 @@ class ScoreReply:
 
 @dataclass
 class _Request:
-    samples: NDArray[np.int64]
-    keep: NDArray[np.bool_]
+    samples: npt.NDArray[np.int64]
+    keep: npt.NDArray[np.bool_]
     alone: bool
     reply: asyncio.Future[ScoreReply]
 
@@ -59,7 +59,7 @@ class ScorerActor:
     """Ray actor class (made remote by `ScorerPool`): builds a scorer and answers requests.
 
     Args:
-        spec: what to build.
+        spec: What to build.
         max_tokens: N, needed to unpack the masks.
         threads: torch threads of the scorer.
     """
@@ -92,14 +92,14 @@ class ScorerActor:
         return self._failure
 
     async def score(
-        self, samples: NDArray[np.int64], packed: NDArray[np.uint8], alone: bool = False
+        self, samples: npt.NDArray[np.int64], packed: npt.NDArray[np.uint8], alone: bool = False
     ) -> ScoreReply:
         """Score masks.
 
         Args:
             samples: int64 (b,), sample numbers.
             packed: uint8 (b, ceil(N / 8)), `numpy.packbits` of the masks.
-            alone: never merge this request with others (after it was near a crash).
+            alone: Never merge this request with others (after it was near a crash).
 
         Returns:
             The scores, or what went wrong; an exception of the scorer never escapes as such, so
@@ -150,8 +150,8 @@ class ScorerActor:
         ]
 
     async def _run(
-        self, samples: NDArray[np.int64], keep: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.float32] | BaseException, dict[str, float]]:
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.float32] | BaseException, dict[str, float]]:
         """One call of the scorer in its thread; an exception is returned, not raised."""
         before, start = self._counters(), time.perf_counter()
         loop = asyncio.get_running_loop()
@@ -180,7 +180,7 @@ class ScorerActor:
         return {name: table[name] for name in _COUNTED} if set(_COUNTED) <= set(table) else {}
 
     async def _find_guilty(
-        self, samples: NDArray[np.int64], keep: NDArray[np.bool_]
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
     ) -> tuple[int, ...]:
         """Halve the request as long as one half fails on its own."""
         while len(samples) > 1:

@@ -48,7 +48,7 @@ class Plan:
         known: float32 (U,), scores of the distinct rows, NaN where not known yet.
         missing: int64 (M,), places of the computed rows among the distinct ones.
         inverse: int64 (B,), distinct row of each row.
-        counted: what the request adds to the counters once it is answered.
+        counted: What the request adds to the counters once it is answered.
     """
 
     samples: IntArray
@@ -73,9 +73,9 @@ class ScoreCache:
     that ask for the same new mask at the same moment both compute it (and get the same number).
 
     Args:
-        source: where sample numbers point; gives the scores with all tokens.
+        source: Where sample numbers point; gives the scores with all tokens.
         score_kind: ``"exact"`` or ``"likelihood"``.
-        size: masks remembered (about 150 bytes each at 144 tokens); 0 switches the memory off.
+        size: Masks remembered (about 150 bytes each at 144 tokens); 0 switches the memory off.
 
     Raises:
         ValueError: ``size`` is negative.
@@ -154,7 +154,7 @@ class ScoreCache:
         """Answer a request and remember what was computed for it.
 
         Args:
-            plan: from `plan`; every plan is finished once.
+            plan: From `plan`; every plan is finished once.
             scores: float32 (M,), checked scores of ``plan.samples`` and ``plan.keep``.
 
         Returns:

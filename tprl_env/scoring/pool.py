@@ -21,8 +21,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
-from numpy.typing import NDArray
 
 from tprl_env.data.features.store import open_source
 from tprl_env.env.scorer import ScoringError
@@ -45,18 +45,18 @@ class PendingScores:
     def __init__(self, pool: ScorerPool, plan: Plan) -> None:
         self._pool, self._plan = pool, plan
         self.request = Request(plan.samples, plan.keep, plan.packed)
-        self._scores: NDArray[np.float32] | None = None
+        self._scores: npt.NDArray[np.float32] | None = None
 
     @property
     def done(self) -> bool:
         """Whether `result` returns, or raises, at once."""
         return self.request.done
 
-    def result(self) -> NDArray[np.float32]:
+    def result(self) -> npt.NDArray[np.float32]:
         """Scores float32 (B,) in [0, 1].
 
         Raises:
-            ScoringError: if the scorer raised, answered nonsense, or its actors cannot be kept
+            ScoringError: If the scorer raised, answered nonsense, or its actors cannot be kept
                 alive; the message names samples and actor.
         """
         if self._scores is not None:  # a plan is finished, and counted, once
@@ -76,8 +76,8 @@ class ScorerPool:
     serves one thread.
 
     Args:
-        address: names of the actors, what they score, and the client's `Limits`.
-        handles: the actors' own handles if this object starts them; it then keeps them alive
+        address: Names of the actors, what they score, and the client's `Limits`.
+        handles: The actors' own handles if this object starts them; it then keeps them alive
             (a handle found by name does not) until `close`.
 
     Attributes:
@@ -115,17 +115,17 @@ class ScorerPool:
         """Start the actors and wait until every one has built its scorer.
 
         Args:
-            spec: what each actor builds.
-            num_actors: number of actors.
+            spec: What each actor builds.
+            num_actors: Number of actors.
             num_cpus: CPUs reserved by each; also its number of torch threads.
             num_gpus: GPUs reserved by each; a fraction shares one (Ray does not limit memory).
-            resources: custom resources reserved by each, such as ``{"scorer": 1}``.
-            start_timeout: seconds until the start is given up.
-            **limits: fields of `Limits`.
+            resources: Custom resources reserved by each, such as ``{"scorer": 1}``.
+            start_timeout: Seconds until the start is given up.
+            **limits: Fields of `Limits`.
 
         Raises:
-            ValueError: for counts out of range or an unknown limit.
-            ScoringError: if an actor cannot build its scorer, or the cluster cannot place the
+            ValueError: For counts out of range or an unknown limit.
+            ScoringError: If an actor cannot build its scorer, or the cluster cannot place the
                 actors in time.
         """
         if num_actors < 1:
@@ -176,7 +176,9 @@ class ScorerPool:
         """Number of actors."""
         return len(self._router.actors)
 
-    def __call__(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.float32]:
+    def __call__(
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.float32]:
         """Score and wait (the Scorer protocol).
 
         Args:
@@ -187,16 +189,16 @@ class ScorerPool:
             float32 (B,) in [0, 1].
 
         Raises:
-            ValueError: if the request is malformed.
-            ScoringError: see `PendingScores.result`.
+            ValueError: If the request is malformed.
+            ScoringError: See `PendingScores.result`.
         """
         return self.submit(samples, keep).result()
 
-    def submit(self, samples: NDArray[np.int64], keep: NDArray[np.bool_]) -> PendingScores:
+    def submit(self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]) -> PendingScores:
         """Send a request off and return at once; chunks beyond the caps wait in this process.
 
         Raises:
-            ValueError: if the request is malformed.
+            ValueError: If the request is malformed.
         """
         pending = PendingScores(self, self.cache.plan(samples, keep))
         self._router.submit(pending.request)
@@ -265,7 +267,7 @@ def _wait_until_ready(handles: list[Any], each: dict[str, Any], timeout: float) 
     """Wait for every actor's scorer.
 
     Raises:
-        ScoringError: if one cannot be built, or time runs out.
+        ScoringError: If one cannot be built, or time runs out.
     """
     refs = [handle.ready.remote() for handle in handles]
     ready, waiting = ray.wait(refs, num_returns=len(refs), timeout=timeout)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
-from numpy.typing import NDArray
 
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.scorer import ScorerStats, ScoringError, check_scores
@@ -33,10 +33,10 @@ class Limits:
     """Bounds of one client.
 
     Attributes:
-        max_outstanding: chunks per actor under way at once; the rest waits in the client.
-        max_crashes_per_row: actor processes that a single row may kill.
-        restart_timeout: seconds without any usable actor after which waiting ends.
-        cache_size: masks that the client remembers.
+        max_outstanding: Chunks per actor under way at once; the rest waits in the client.
+        max_crashes_per_row: Actor processes that a single row may kill.
+        restart_timeout: Seconds without any usable actor after which waiting ends.
+        cache_size: Masks that the client remembers.
     """
 
     max_outstanding: int = 4
@@ -63,7 +63,10 @@ class Request:
     """
 
     def __init__(
-        self, samples: NDArray[np.int64], keep: NDArray[np.bool_], packed: NDArray[np.uint8]
+        self,
+        samples: npt.NDArray[np.int64],
+        keep: npt.NDArray[np.bool_],
+        packed: npt.NDArray[np.uint8],
     ) -> None:
         self.samples, self.packed = samples, packed
         self.work = keep.sum(axis=1) + _PROMPT_WORK
@@ -82,13 +85,13 @@ class _Chunk:
     """Rows of one request that travel together to one actor."""
 
     request: Request
-    places: NDArray[np.int64]
+    places: npt.NDArray[np.int64]
     preferred: int
     alone: bool = False
     kills: int = 0
 
     @property
-    def samples(self) -> NDArray[np.int64]:
+    def samples(self) -> npt.NDArray[np.int64]:
         """Sample numbers of the rows."""
         return self.request.samples[self.places]
 
@@ -121,13 +124,13 @@ class Router:
     """Sends chunks to actors and takes the answers in; one client, one thread.
 
     Args:
-        actors: the pool's actors.
-        source: names the samples in errors.
-        batch_size: most rows of a chunk.
-        limits: bounds.
+        actors: The pool's actors.
+        source: Names the samples in errors.
+        batch_size: Most rows of a chunk.
+        limits: Bounds.
 
     Attributes:
-        stats: what the actors report of their passes, summed.
+        stats: What the actors report of their passes, summed.
     """
 
     def __init__(
@@ -188,7 +191,7 @@ class Router:
         """Take in answers, restart what died, send what waits.
 
         Args:
-            timeout: seconds to wait for the next event, 0 for none.
+            timeout: Seconds to wait for the next event, 0 for none.
         """
         self._dispatch()
         owners = {ref: actor for actor in self.actors for ref in actor.outstanding}
@@ -312,7 +315,7 @@ class Router:
         chunk: _Chunk,
         actor: ActorState,
         reason: str,
-        samples: NDArray[np.int64],
+        samples: npt.NDArray[np.int64],
         pid: int = 0,
         trace: str = "",
     ) -> None:

@@ -24,16 +24,16 @@ class ScorerSpec:
     """A scorer by name; small, picklable and JSON-able.
 
     Attributes:
-        source: store path or ``"toy:..."``, opened by `tprl_env.data.features.store.open_source`.
+        source: Store path or ``"toy:..."``, opened by `tprl_env.data.features.store.open_source`.
         score_kind: ``"exact"`` or ``"likelihood"``.
         kind: ``"lvlm"`` (a frozen LVLM scores), ``"toy"`` (the toy source's rule), or
             ``"import"`` (``factory`` builds the scorer).
-        lvlm: what `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
-        batch_size: rows of one forward pass; also the largest micro-batch of an actor.
+        lvlm: What `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
+        batch_size: Rows of one forward pass; also the largest micro-batch of an actor.
         device: torch device of the LVLM, None for the best one.
         dtype: torch dtype name of the LVLM, None for its default.
         factory: ``"module:function"``; the function gets this spec and returns a Scorer.
-        options: free JSON values for ``factory``.
+        options: Free JSON values for ``factory``.
     """
 
     source: str
@@ -60,7 +60,7 @@ class ScorerSpec:
         """Open the source, load the LVLM and return the raw scorer (no cache).
 
         Raises:
-            ValueError: if the source or the factory does not fit.
+            ValueError: If the source or the factory does not fit.
         """
         if self.kind == "import":
             module, _, name = self.factory.partition(":")
@@ -94,10 +94,10 @@ class PoolAddress:
     """How another process of the same Ray job reaches a running pool; JSON-able.
 
     Attributes:
-        names: actor names.
+        names: Actor names.
         namespace: Ray namespace of the names.
-        spec: the pool's `ScorerSpec` as a dict.
-        limits: keyword arguments of `ScorerPool` (caps and time limits).
+        spec: The pool's `ScorerSpec` as a dict.
+        limits: Keyword arguments of `ScorerPool` (caps and time limits).
     """
 
     names: tuple[str, ...]

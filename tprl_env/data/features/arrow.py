@@ -39,7 +39,7 @@ class ArrowRows:
             if found != count:
                 raise StoreError(
                     f"{path} holds {found} rows, its feature store recorded {count}; "
-                    f"encode the store again"
+                    f"encode the store again with --restart"
                 )
             self._batches.extend(batch for batch in batches if batch.num_rows)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
@@ -74,6 +74,11 @@ class ArrowRows:
         """Return one cell as a Python value."""
         block, local = self._locate(row)
         return self._batches[block].column(name)[local].as_py()
+
+    def optional(self, name: str, row: int) -> Any:
+        """Return one cell, or None where the row's file was written without that column."""
+        block, _ = self._locate(row)
+        return self.value(name, row) if name in self._batches[block].schema.names else None
 
     def view(self, name: str, row: int) -> npt.NDArray[Any]:
         """Return one list cell as a flat view into the mapped file; empty where it is null."""
@@ -130,7 +135,7 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
             return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
-            f"{path} is not a readable Arrow file ({error}); encode the store again"
+            f"{path} is not a readable Arrow file ({error}); encode the store again with --restart"
         ) from error
 
 

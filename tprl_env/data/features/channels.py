@@ -110,6 +110,22 @@ def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[s
     return channels
 
 
+def remove_channels(folder: Path) -> list[str]:
+    """Remove every channel of a store.
+
+    Returns:
+        What each was and how to write it again.
+    """
+    removed = []
+    for path in sorted(folder.glob("channel-*.json")):
+        name = path.stem.removeprefix("channel-")
+        path.unlink()
+        path.with_suffix(".arrow").unlink(missing_ok=True)
+        cure = CURES.get(name, "write it with FeatureStore.write_channel").format(store=folder)
+        removed.append(f"{name} of {folder}; {cure}")
+    return removed
+
+
 def write_channel(
     folder: Path,
     manifest: Manifest,

@@ -2,12 +2,16 @@
 
 A store is written in *units*. A unit is a run of samples with the images that appear in it for
 the first time: ``images-<k>.arrow`` and ``samples-<k>.arrow``. The journal (``encoding.json``)
-lists the finished units, so that an interrupted encoding continues behind the last of them.
+lists the finished units, so that an interrupted encoding continues behind the last of them, and
+so does one whose dataset has grown. What continues is decided by the content of the samples, not
+by the name of the dataset.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tprl_env.data.features.arrow import ArrowRows
+from tprl_env.data.features.channels import remove_channels
 from tprl_env.data.features.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -31,20 +36,38 @@ from tprl_env.data.features.manifest import (
 from tprl_env.data.sample import Sample
 from tprl_env.files import versions, write_json
 
+logger = logging.getLogger(__name__)
+
+START_OVER = "start over with --restart (resume=False in Python)"
+_OWN_FILES = re.compile(
+    r"\.?((images|samples)-\d+\.arrow|channel-[a-z0-9_]+\.(arrow|json|raw\.tmp)|manifest\.json|"
+    r"encoding\.json|skipped\.jsonl)(-\d+\.tmp)?"
+)
+
+Skipped = dict[str, str]
+"""A sample that was left out: its ``id`` and the ``reason``."""
+
+COMPUTING = {
+    "dtype": "with that one (--dtype {})",
+    "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
+}
+"""How an LVLM computed, beside what it is, and how to continue with the same."""
+
 
 @dataclass(frozen=True)
 class UnitEntry:
-    """A finished unit: its two files and the dataset hash behind its last sample."""
+    """A finished unit: its two files, the dataset hash behind its last sample, what it skipped."""
 
     images: FileEntry
     samples: FileEntry
     dataset: str
+    skipped: tuple[Skipped, ...] = ()
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> UnitEntry:
         """Read what ``dataclasses.asdict`` wrote."""
         images, samples = (FileEntry(**content[name]) for name in ("images", "samples"))
-        return cls(images, samples, content["dataset"])
+        return cls(images, samples, content["dataset"], tuple(content.get("skipped", ())))
 
 
 def unit_names(unit: int) -> tuple[str, str]:
@@ -58,7 +81,7 @@ class Journal:
 
     Attributes:
         folder: The store's folder.
-        dataset: Description of the samples.
+        dataset: Description of the samples; a name for readers, never compared.
         settings: What decides how samples fall into units and what is stored.
         lvlm: Identity of the LVLM; empty until known.
         units: The finished units in order.
@@ -77,13 +100,14 @@ class Journal:
         """Start or continue an encoding.
 
         Raises:
-            StoreError: The folder holds something else, another dataset or other settings, or
+            StoreError: The folder holds something else, was started with other settings, or
                 files of finished units are damaged.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / JOURNAL_NAME
         if not resume and path.is_file():
             _clear(folder)
+            return cls(folder, dataset, settings)
         if not path.is_file():
             leftovers = [p.name for p in folder.iterdir() if not p.name.endswith(".tmp")]
             if leftovers and not all(p.startswith(("images-", "samples-")) for p in leftovers):
@@ -95,42 +119,69 @@ class Journal:
         content = read_json(path)
         try:
             units = [UnitEntry.from_json(entry) for entry in content["units"]]
-            journal = cls(folder, content["dataset"], content["settings"], content["lvlm"], units)
+            journal = cls(folder, dataset, content["settings"], content["lvlm"], units)
         except (KeyError, TypeError) as error:
-            raise StoreError(
-                f"{path} is damaged (field {error}); start over with resume=False"
-            ) from error
-        for name, found, wanted in (
-            ("dataset", journal.dataset, dataset),
-            *((key, journal.settings.get(key), value) for key, value in settings.items()),
-        ):
+            raise StoreError(f"{path} is damaged (field {error}); {START_OVER}") from error
+        for name, wanted in settings.items():
+            found = journal.settings.get(name)
             if found != wanted:
                 raise StoreError(
                     f"{folder} was started with {name} {found!r}, not {wanted!r}; continue with "
-                    f"that, start over with resume=False, or choose another folder"
+                    f"that, {START_OVER}, or choose another folder"
                 )
         for number, unit in enumerate(units):
             for name, entry in zip(unit_names(number), (unit.images, unit.samples), strict=True):
-                cure = "start over with resume=False"
-                check_file(folder / name, entry, checksum=False, cure=cure)
+                check_file(folder / name, entry, checksum=False, cure=START_OVER)
         return journal
 
     def identify(self, lvlm: dict[str, Any]) -> None:
         """Set the LVLM's identity, or compare it with the one that started the encoding.
 
         Raises:
-            StoreError: Another LVLM started it.
+            StoreError: Another LVLM started it, or the same in another number type or with
+                another image backend, whose features must not stand in one store.
         """
-        if self.lvlm and self.lvlm != lvlm:
+        if not self.lvlm:
+            self.lvlm = lvlm
+            return
+        before = {k: v for k, v in self.lvlm.items() if k not in COMPUTING}
+        if before != {k: v for k, v in lvlm.items() if k not in COMPUTING}:
             raise StoreError(
                 f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
                 f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
-                f"continue with that one, start over with resume=False, or choose another folder"
+                f"continue with that one, {START_OVER}, or choose another folder"
             )
-        self.lvlm = lvlm
+        if not any(self.lvlm.get(name) for name in COMPUTING):
+            if (self.folder / MANIFEST_NAME).is_file():
+                return  # finished: nothing will be added to it
+            raise StoreError(
+                f"{self.folder} was started by a release that did not record the number type, so "
+                f"it cannot be continued without mixing two; {START_OVER}, or choose another folder"
+            )
+        for name, cure in COMPUTING.items():
+            found, given = self.lvlm.get(name, ""), lvlm.get(name, "")
+            if found != given:
+                raise StoreError(
+                    f"{self.folder} was started with {name} {found!r}, not {given!r}; continue "
+                    f"{cure.format(found)}, {START_OVER}, or choose another folder"
+                )
 
-    def check(self, unit: int, dataset_hash: str) -> None:
+    @property
+    def cuts(self) -> list[int]:
+        """Samples of each finished unit: the same data is cut there again, also with more of it.
+
+        Those that the LVLM could not be asked belong to a unit, though it has no rows of them.
+        """
+        return [unit.samples.rows + len(unit.skipped) for unit in self.units]
+
+    def check(self, unit: int, dataset_hash: str, first: str, last: str) -> None:
         """Compare the samples of a finished unit with those given now.
+
+        Args:
+            unit: Number of the unit.
+            dataset_hash: Hash of the given samples up to its end.
+            first: Id of its first sample, for the message.
+            last: Id of its last one.
 
         Raises:
             StoreError: They are other samples.
@@ -138,8 +189,8 @@ class Journal:
         if self.units[unit].dataset != dataset_hash:
             raise StoreError(
                 f"{self.folder} was started with other samples than the given ones (they differ "
-                f"in unit {unit}); continue with the same, start over with resume=False, or "
-                f"choose another folder"
+                f"in unit {unit}, from {first!r} to {last!r}); samples may be added at the end "
+                f"only: continue with the same, {START_OVER}, or choose another folder"
             )
 
     def commit(self, entry: UnitEntry) -> None:
@@ -159,18 +210,34 @@ class Journal:
         entries = [(unit.images, unit.samples)[which] for unit in self.units]
         return ArrowRows([self.folder / n for n in names], [e.rows for e in entries])
 
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What the finished units left out."""
+        return [one for unit in self.units for one in unit.skipped]
+
     def finish(self, units: int, skipped: int) -> None:
         """Write the manifest; the store is complete from here on.
+
+        A manifest of the same samples stays as it is, whatever the dataset is called by now.
+        Channels of fewer samples are removed, because they say nothing about the new ones.
+
+        Args:
+            units: Number of units there are.
+            skipped: Samples left out, here and while reading.
 
         Raises:
             StoreError: There are no samples, or fewer than were encoded before.
         """
         if not self.units:
             raise StoreError("there are no samples to encode; check the dataset and its filters")
+        if not any(unit.samples.rows for unit in self.units):
+            first = self.skipped[0]["reason"]
+            _clear(self.folder)
+            raise StoreError(f"every sample was left out, the first because: {first}")
         if units != len(self.units):
             raise StoreError(
-                f"{self.folder} holds more samples than the given ones; start over with "
-                f"resume=False or choose another folder"
+                f"{self.folder} holds more samples than the given ones; {START_OVER} or choose "
+                f"another folder"
             )
         images, samples = self.rows(0), self.rows(1)
         files: dict[str, FileEntry] = {}
@@ -193,20 +260,25 @@ class Journal:
             skipped=skipped,
             files=files,
             packages=versions(PACKAGES),
+            dtype=self.lvlm.get("dtype", ""),
+            image_backend=self.lvlm.get("image_backend", ""),
         )
-        path = self.folder / MANIFEST_NAME
-        if path.is_file() and Manifest.read(self.folder).fingerprint == manifest.fingerprint:
-            return
+        if (self.folder / MANIFEST_NAME).is_file():
+            before = Manifest.read(self.folder)
+            same = before.dataset_fingerprint == manifest.dataset_fingerprint
+            if same and before.files == manifest.files:
+                return
+            for cure in remove_channels(self.folder):
+                logger.warning("made for fewer samples and removed: %s", cure)
         manifest.write(self.folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an encoding wrote, the manifest first, and nothing else."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    patterns = ("images-*.arrow*", "samples-*.arrow*", "channel-*")
-    for path in [p for pattern in patterns for p in folder.glob(pattern)]:
+    """Remove what an encoding wrote, the manifest first and the journal last, nothing else."""
+    own = [path for path in folder.iterdir() if _OWN_FILES.fullmatch(path.name)]
+    order = {MANIFEST_NAME: 0, JOURNAL_NAME: 2}
+    for path in sorted(own, key=lambda path: order.get(path.name, 1)):
         path.unlink()
-    (folder / JOURNAL_NAME).unlink()
 
 
 class DatasetHash:

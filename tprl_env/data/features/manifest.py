@@ -19,6 +19,8 @@ FORMAT = "tprl-features"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "encoding.json"
+_LATER = ("dtype", "image_backend")
+"""Fields that the first stores lack; their fingerprints must not change."""
 PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
 
 
@@ -62,6 +64,8 @@ class Manifest:
         files: Name of each data file and what it must look like.
         packages: Versions of the packages that wrote the store.
         version: Format version.
+        dtype: Number type the LVLM computed in; empty in stores that did not record it.
+        image_backend: What prepared the pictures, "pil" or "torchvision"; empty likewise.
     """
 
     lvlm: str
@@ -80,11 +84,14 @@ class Manifest:
     files: dict[str, FileEntry]
     packages: dict[str, str]
     version: int = VERSION
+    dtype: str = ""
+    image_backend: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content; package versions do not enter."""
+        """Hash of the content; package versions do not enter, nor fields not recorded."""
         content = {k: v for k, v in asdict(self).items() if k != "packages"}
+        content = {k: v for k, v in content.items() if v != "" or k not in _LATER}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def named(self, prefix: str) -> list[str]:
@@ -128,19 +135,21 @@ class Manifest:
         if content.get("version") != VERSION:
             raise StoreError(
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
-                f"package reads version {VERSION}; encode it again"
+                f"package reads version {VERSION}; encode it again with --restart"
             )
         wanted = {field.name for field in fields(cls)}
-        if set(content) != wanted:
+        wrong = (wanted - set(content) - set(_LATER)) | (set(content) - wanted)
+        if wrong:
             raise StoreError(
-                f"{path} is damaged: fields {sorted(wanted ^ set(content))} are missing or "
-                f"unknown; encode the store again"
+                f"{path} is damaged: fields {sorted(wrong)} are missing or unknown; encode the "
+                f"store again with --restart"
             )
         try:
             content["files"] = {k: FileEntry(**v) for k, v in content["files"].items()}
         except (TypeError, AttributeError) as error:
             raise StoreError(
-                f"{path} is damaged: its table of files is malformed; encode the store again"
+                f"{path} is damaged: its table of files is malformed; encode the store again with "
+                f"--restart"
             ) from error
         return cls(**content)
 
@@ -155,10 +164,12 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StoreError(
-            f"{path} is damaged or unreadable ({error}); encode the store again"
+            f"{path} is damaged or unreadable ({error}); encode the store again with --restart"
         ) from error
     if not isinstance(content, dict):
-        raise StoreError(f"{path} is damaged: expected a JSON object; encode the store again")
+        raise StoreError(
+            f"{path} is damaged: expected a JSON object; encode the store again with --restart"
+        )
     return content
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from tprl_env.data.features.arrow import list_column
 from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.source import Box
 from tprl_env.data.sample import Sample
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class ImageRow:
         tower: ``(n, Dv)`` or None; stored as float16.
         cls_attention: ``(n,)`` or None; stored as float32.
         grid: Rows and columns of the token grid.
+        box: Part of the picture that the grid covers; None for all of it.
     """
 
     image_id: str
@@ -40,6 +42,7 @@ class ImageRow:
     tower: npt.NDArray[Any] | None
     cls_attention: npt.NDArray[Any] | None
     grid: tuple[int, int]
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
             "tokens": list_column(tokens, np.float16),
             "tower": list_column(towers, np.float16),
             "cls_attention": list_column(attention, np.float32),
+            # absent from the first stores
+            "box": pa.array([row.box for row in rows], pa.list_(pa.float32())),
             "picture": pa.array([_png(row.picture) for row in rows], pa.large_binary()),
         }
     )

@@ -15,6 +15,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+Box = tuple[float, float, float, float]
+"""Part of a picture: (top, left, bottom, right) in its pixels, beyond its edges where padded."""
+
 
 class TokenSource(Protocol):
     """What can be known about encoded samples without the LVLM.
@@ -108,6 +111,10 @@ class TokenSource(Protocol):
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture, ``(H, W, 3)``."""
         ...
+
+    def picture_box(self, sample: int) -> Box | None:
+        """Return the part of the picture that the token grid covers; None for all of it."""
+        return None
 
     def question(self, sample: int) -> str:
         """Return the question's text."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,7 +29,7 @@ from tprl_env.data.features.channels import (
     write_channel,
 )
 from tprl_env.data.features.manifest import Manifest, StoreError, check_file
-from tprl_env.data.features.source import TokenSource
+from tprl_env.data.features.source import Box, TokenSource
 from tprl_env.data.features.toy import ToyStore
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
@@ -88,7 +87,9 @@ class FeatureStore:
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
         if self._image_numbers.min() < 0 or self._image_numbers.max() >= self.num_images:
-            raise StoreError(f"{path} names images that it does not hold; encode it again")
+            raise StoreError(
+                f"{path} names images that it does not hold; encode it again with --restart"
+            )
         self._channels = load_channels(path, manifest, checksum=verify == "checksums")
         self.fingerprint = self._fingerprint()
 
@@ -122,7 +123,7 @@ class FeatureStore:
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        checksum, cure = verify == "checksums", "encode the store again"
+        checksum, cure = verify == "checksums", "encode the store again with --restart"
         for name, entry in manifest.files.items():
             check_file(folder / name, entry, checksum=checksum, cure=cure)
         store = cls(folder, manifest, verify)
@@ -242,10 +243,25 @@ class FeatureStore:
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture as it was encoded, ``(H, W, 3)``."""
-        from PIL import Image
+        from tprl_env.data.pictures import read_picture  # Pillow, which rollouts do not need
 
-        data = self._images.value("picture", self.image_number(sample))
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        return read_picture(self._images.value("picture", self.image_number(sample)))
+
+    def picture_box(self, sample: int) -> Box | None:
+        """Return the part of the picture that the token grid covers; None for all of it.
+
+        Raises:
+            StoreError: It is no box.
+        """
+        box = self._images.optional("box", self.image_number(sample))
+        if box is None:
+            return None
+        if len(box) != 4 or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+            raise StoreError(
+                f"{self.path} holds the picture box {box} for sample {self.id(sample)!r}; encode "
+                f"the store again with --restart"
+            )
+        return (*box,)
 
     def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
         """Return the prompt's token ids with one image placeholder, ``(P,)``."""

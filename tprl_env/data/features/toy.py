@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.source import Box
+
 CATEGORIES = ("red", "green", "blue", "yellow")
 _COLOURS = np.array([[214, 69, 65], [76, 175, 80], [66, 133, 244], [250, 204, 46]], np.uint8)
 _CELL = 12  # pixels per token and side in the picture
@@ -165,6 +167,10 @@ class ToyStore:
         count = int(self._counts[sample])
         cells = _COLOURS[self._categories[sample, :count]].reshape(*_near_square(count), 3)
         return cells.repeat(_CELL, axis=0).repeat(_CELL, axis=1)
+
+    def picture_box(self, sample: int) -> Box | None:
+        """Return None: the tokens cover the whole picture."""
+        return None
 
     def question(self, sample: int) -> str:
         """Return the question's text."""

@@ -21,14 +21,23 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
-from tprl_env.data.features.journal import Journal, UnitEntry, unit_names
+from tprl_env.data.features.journal import Journal, Skipped, UnitEntry, unit_names
 from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
 from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
 from tprl_env.data.sample import Sample
+from tprl_env.lvlm.encoding.bad_samples import (
+    Texts,
+    check_context,
+    finish,
+    leaving_out,
+    tokenise,
+    warn_of_low_scores,
+)
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
+    check_unit,
     count_samples,
     describe_dataset,
     plan_units,
@@ -46,7 +55,13 @@ TokensOf = Callable[[int], npt.NDArray[np.float16]]
 
 
 def write_unit(
-    lvlm: LVLM, unit: Unit, folder: Path, batch_size: int, tower: bool, earlier: TokensOf
+    lvlm: LVLM,
+    unit: Unit,
+    folder: Path,
+    batch_size: int,
+    tower: bool,
+    earlier: TokensOf,
+    skip_bad: bool = False,
 ) -> UnitEntry:
     """Encode one unit and write its two files.
 
@@ -57,12 +72,19 @@ def write_unit(
         batch_size: Images, and questions, per call of the LVLM.
         tower: Store the vision-tower features too.
         earlier: Gives the tokens of images from earlier units.
+        skip_bad: Leave out samples that the LVLM cannot be asked; the entry lists them.
 
     Raises:
         StoreError: A value is not finite or has the wrong shape; the sample is named.
+        BadSampleError: The LVLM cannot be asked a sample and ``skip_bad`` is off.
         OSError: The disk is full.
     """
     image_file, sample_file = (folder / name for name in unit_names(unit.number))
+    skipped: list[Skipped] = []
+    texts: dict[int, Texts] = {}
+    for i, sample in enumerate(unit.samples):  # before any image is encoded
+        with leaving_out(skipped, skip_bad):
+            texts[i] = tokenise(lvlm, sample)
     first = _encode_images(lvlm, unit.new[:batch_size], tower)
     schema = image_batch(first).schema
 
@@ -83,17 +105,23 @@ def write_unit(
 
     rows: list[SampleRow] = []
     counts: list[int] = []
-    for start in range(0, len(unit.samples), batch_size):
-        stop = start + batch_size
-        tokens = [tokens_of(image) for image in unit.images[start:stop]]
-        rows += _encode_samples(lvlm, unit.samples[start:stop], unit.images[start:stop], tokens)
-        counts += [len(t) for t in tokens]
+    asked = list(texts)
+    for part in (asked[at : at + batch_size] for at in range(0, len(asked), batch_size)):
+        tokens: dict[int, npt.NDArray[np.float16]] = {}
+        for i in part:
+            visual = tokens_of(unit.images[i])
+            with leaving_out(skipped, skip_bad):
+                check_context(lvlm, unit.samples[i], texts[i], len(visual))
+                tokens[i] = visual
+        rows += _encode_samples(lvlm, unit, tokens, texts)
+        counts += [len(t) for t in tokens.values()]
     batch = sample_batch(rows, counts)
     sample_rows = write_arrow(sample_file, batch.schema, [batch])
     return UnitEntry(
         describe_file(image_file, image_rows),
         describe_file(sample_file, sample_rows),
         unit.dataset,
+        tuple(skipped),
     )
 
 
@@ -112,36 +140,36 @@ def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[Ima
         features = to_numpy(visual.tower) if tower and visual.tower is not None else None
         attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
         grid = (int(visual.grid[0]), int(visual.grid[1]))
-        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid))
+        box = getattr(visual, "box", None)  # LVLMs that see whole pictures need not know of it
+        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid, box))
     return rows
 
 
 def _encode_samples(
     lvlm: LVLM,
-    samples: Sequence[Sample],
-    images: Sequence[int],
-    tokens: Sequence[npt.NDArray[np.float16]],
+    unit: Unit,
+    tokens: Mapping[int, npt.NDArray[np.float16]],
+    texts: Mapping[int, Texts],
 ) -> list[SampleRow]:
-    prompts = [lvlm.prompt(sample.question) for sample in samples]
-    answers = [
-        [lvlm.answer_ids(prompt, answer) for answer in sample.answers]
-        for prompt, sample in zip(prompts, samples, strict=True)
-    ]
-    scores = lvlm.score(prompts, answers, tokens, None)
+    """Score those samples of a unit that ``tokens`` names by their place."""
+    if not tokens:
+        return []
+    prompts, answers = zip(*(texts[i] for i in tokens), strict=True)
+    scores = lvlm.score(prompts, answers, list(tokens.values()), None)
     exact, likelihood = to_numpy(scores.exact), to_numpy(scores.likelihood)
     return [
         SampleRow(
-            sample=sample,
-            image=images[i],
-            prompt_ids=prompts[i].ids,
-            image_at=prompts[i].image_at,
-            question_span=prompts[i].question_span,
-            answer_ids=answers[i],
-            query_tokens=to_numpy(lvlm.question_embeddings(prompts[i])),
-            exact=float(exact[i]),
-            likelihood=float(likelihood[i]),
+            sample=unit.samples[i],
+            image=unit.images[i],
+            prompt_ids=prompts[row].ids,
+            image_at=prompts[row].image_at,
+            question_span=prompts[row].question_span,
+            answer_ids=answers[row],
+            query_tokens=to_numpy(lvlm.question_embeddings(prompts[row])),
+            exact=float(exact[row]),
+            likelihood=float(likelihood[row]),
         )
-        for i, sample in enumerate(samples)
+        for row, i in enumerate(tokens)
     ]
 
 
@@ -153,13 +181,18 @@ def to_numpy(values: Any) -> npt.NDArray[Any]:
 
 
 def lvlm_identity(lvlm: LVLM) -> dict[str, Any]:
-    """Return what decides whether two LVLMs give the same features."""
+    """Return what decides whether two LVLMs give the same features.
+
+    A GPU counts by the number type that it takes by default.
+    """
     return {
         "name": lvlm.name,
         "fingerprint": lvlm.fingerprint,
         "model_type": str(getattr(lvlm, "model_type", "")),
         "token_width": lvlm.token_width,
         "query_width": lvlm.query_width,
+        "dtype": str(lvlm.dtype).removeprefix("torch."),
+        "image_backend": lvlm.image_backend,
     }
 
 
@@ -226,14 +259,16 @@ def encode_dataset(
 
     Args:
         lvlm: The model.
-        samples: Read once, in order; the same ones in the same order continue a run.
-        out: Folder of the store: new, empty, or holding an encoding of the same samples.
+        samples: Read once, in order; the same ones in the same order continue a run, and more
+            of them behind those extend it.
+        out: Folder of the store: new, empty, or holding an encoding of these samples or
+            of the first of them.
         batch_size: Images, and questions, per call of the LVLM.
         tower: Store the vision-tower features too (some pruners need them).
         shard_images: Images per file; at most one file is lost when the process is killed.
         resume: Continue what is in ``out``; ``False`` removes it and starts over.
-        skip_bad: Leave out samples whose reading raises ``BadSampleError`` or whose grader is
-            not computed, and count them.
+        skip_bad: Leave out samples that cannot be read, whose grader is not computed, or that the
+            LVLM cannot be asked; they are counted, and listed in the store's ``skipped.jsonl``.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
 
@@ -241,11 +276,11 @@ def encode_dataset(
         The finished store; at once if ``out`` holds these samples already.
 
     Raises:
-        StoreError: ``out`` holds something else (another LVLM, dataset, settings), a value is
+        StoreError: ``out`` holds something else (another LVLM, samples, settings), a value is
             not finite, there are no samples, or the disk is full. What was committed stays
             resumable, a new folder without anything committed goes.
-        BadSampleError: A sample cannot be read, or asks for a grader that is not computed, and
-            ``skip_bad`` is off.
+        BadSampleError: A sample cannot be read or asked, or wants a grader that is not computed,
+            and ``skip_bad`` is off.
         ValueError: A size is below one.
     """
     check_sizes(batch_size, shard_images)
@@ -259,18 +294,19 @@ def encode_dataset(
         journal.identify(lvlm_identity(lvlm))
         units = 0
         with tqdm(total=total, unit=" samples", desc="encode", disable=not progress) as bar:
-            for unit in plan_units(reader, shard_images):
+            for unit in plan_units(reader, shard_images, journal.cuts):
                 if unit.number < len(journal.units):
-                    journal.check(unit.number, unit.dataset)
+                    check_unit(journal, unit)
                 else:
                     earlier = _earlier_tokens(journal, lvlm.token_width)
-                    journal.commit(write_unit(lvlm, unit, folder, batch_size, tower, earlier))
+                    work = (lvlm, unit, folder, batch_size, tower, earlier, skip_bad)
+                    journal.commit(write_unit(*work))
                 units += 1
                 bar.update(len(unit.samples))
-        journal.finish(units, reader.skipped)
-    if reader.skipped:
-        logger.warning("%d samples were left out of %s", reader.skipped, folder)
-    return FeatureStore.open(folder, lvlm_fingerprint=lvlm.fingerprint)
+        finish(journal, units, reader)
+    store = FeatureStore.open(folder, lvlm_fingerprint=lvlm.fingerprint)
+    warn_of_low_scores(store, lvlm)
+    return store
 
 
 def _earlier_tokens(journal: Journal, width: int) -> TokensOf:

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from tprl_env.data.features.journal import Journal, UnitEntry
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
+from tprl_env.lvlm.encoding.bad_samples import finish, warn_of_low_scores
 from tprl_env.lvlm.encoding.encode import (
     check_sizes,
     full_disk_as_store_error,
@@ -37,6 +39,7 @@ from tprl_env.lvlm.encoding.encode import (
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
     Unit,
+    check_unit,
     count_samples,
     describe_dataset,
     plan_units,
@@ -54,7 +57,9 @@ LoadLVLM = Callable[[], "LVLM"]
 class UnitWorker:
     """Ray Data actor: one LVLM, one unit at a time."""
 
-    def __init__(self, load: str | LoadLVLM, folder: str, batch_size: int, tower: bool) -> None:
+    def __init__(
+        self, load: str | LoadLVLM, folder: str, batch_size: int, tower: bool, skip_bad: bool
+    ) -> None:
         if isinstance(load, str):
             from tprl_env.lvlm import load_lvlm
 
@@ -65,6 +70,7 @@ class UnitWorker:
         self._folder = Path(folder)
         self._batch_size = batch_size
         self._tower = tower
+        self._skip_bad = skip_bad
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
         """Write the units of a batch; returns their entries as JSON."""
@@ -74,7 +80,10 @@ class UnitWorker:
             unit: Unit = pickle.loads(data)
             try:
                 entry = self._write(unit)
-            except StoreError as error:  # the sentence, without Ray's traceback around it
+            except BadSampleError as error:  # the sentence, without Ray's traceback around it
+                results.append({"unit": unit.number, "bad": str(error), "sample": error.sample})
+                continue
+            except StoreError as error:
                 results.append({"unit": unit.number, "refused": str(error)})
                 continue
             results.append({"unit": unit.number, "entry": asdict(entry), "lvlm": self._identity})
@@ -83,7 +92,9 @@ class UnitWorker:
     def _write(self, unit: Unit) -> UnitEntry:
         again = partial(self._again, unit)
         with full_disk_as_store_error(self._folder):
-            return write_unit(self._lvlm, unit, self._folder, self._batch_size, self._tower, again)
+            return write_unit(
+                self._lvlm, unit, self._folder, self._batch_size, self._tower, again, self._skip_bad
+            )
 
     def _again(self, unit: Unit, image: int) -> npt.NDArray[np.float16]:
         """Encode an image of an earlier unit again: that unit may not be written yet."""
@@ -122,7 +133,7 @@ def encode_dataset_ray(
         tower: Store the vision-tower features too.
         shard_images: Images per unit of work and per file.
         resume: Continue what is in ``out``; ``False`` removes it and starts over.
-        skip_bad: Leave out bad samples as ``encode_dataset`` does, and count them.
+        skip_bad: Leave out bad samples as ``encode_dataset`` does, count and list them.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
         wave_bytes: Pictures handed to Ray at a time; workers load the LVLM once per wave.
@@ -143,26 +154,26 @@ def encode_dataset_ray(
     reader = SkippingReader(samples, skip_bad)
     total = count_samples(samples)
     dataset = describe_dataset(description, samples)
-    worker = (lvlm, str(folder), batch_size, tower)
+    worker = (lvlm, str(folder), batch_size, tower, skip_bad)
     resources = {"num_gpus": num_gpus, "num_cpus": num_cpus, "concurrency": concurrency}
     units = 0
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
     with nothing_left_behind(folder), bar, full_disk_as_store_error(folder), _one_sentence():
         journal = Journal.start(folder, dataset, settings, resume=resume)
-        for wave in _waves(plan_units(reader, shard_images), wave_bytes):
+        for wave in _waves(plan_units(reader, shard_images, journal.cuts), wave_bytes):
             units += len(wave)
             for unit in wave:
                 if unit.number < len(journal.units):
-                    journal.check(unit.number, unit.dataset)
+                    check_unit(journal, unit)
             todo = [unit for unit in wave if unit.number >= len(journal.units)]
             bar.update(sum(len(u.samples) for u in wave) - sum(len(u.samples) for u in todo))
             sizes = {unit.number: len(unit.samples) for unit in todo}
             for number in _run_wave(todo, worker, resources, journal):
                 bar.update(sizes[number])
-        journal.finish(units, reader.skipped)
-    if reader.skipped:
-        logger.warning("%d samples were left out of %s", reader.skipped, folder)
-    return FeatureStore.open(folder)
+        finish(journal, units, reader)
+    store = FeatureStore.open(folder)
+    warn_of_low_scores(store, None)
+    return store
 
 
 @contextmanager
@@ -170,7 +181,7 @@ def _one_sentence() -> Iterator[None]:
     """Turn a worker's failure into one sentence; Ray's text is the worker's whole traceback.
 
     Raises:
-        StoreError: a worker failed.
+        StoreError: A worker failed.
     """
     from ray.exceptions import RayError
 
@@ -229,6 +240,8 @@ def _run_wave(
     waiting: dict[int, UnitEntry] = {}
     for row in done.iter_rows():
         result = json.loads(row["result"])
+        if "bad" in result:
+            raise BadSampleError(result["bad"], sample=result["sample"])
         if "refused" in result:
             raise StoreError(result["refused"])
         journal.identify(result["lvlm"])

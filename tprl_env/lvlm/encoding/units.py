@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.data.features.journal import DatasetHash, picture_digest
+from tprl_env.data.features.journal import DatasetHash, Journal, Skipped, picture_digest
 from tprl_env.data.features.manifest import StoreError
-from tprl_env.data.jsonl import BadSampleError
+from tprl_env.data.jsonl import BadSampleError, NoSamplesError, log_left_out
 from tprl_env.data.sample import Sample
-
-logger = logging.getLogger(__name__)
 
 COMPUTED_GRADER = "exact"  # teacher-forced exact match, the only score that encoding computes
 _SAMPLES_PER_IMAGE = 16  # a unit holds at most this many samples per image it may hold
@@ -44,12 +41,15 @@ class Unit:
     dataset: str = ""
 
 
-def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
+def plan_units(
+    samples: Iterable[Sample], shard_images: int, cuts: Sequence[int] = ()
+) -> Iterator[Unit]:
     """Cut samples into units; the same samples are always cut in the same way.
 
     Args:
         samples: In the order of the store.
         shard_images: Largest number of new images in a unit.
+        cuts: Samples in each unit that is written already.
 
     Raises:
         StoreError: An id occurs twice, or one image id has two different pictures.
@@ -65,9 +65,12 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
             raise StoreError(f"the sample id {sample.id!r} occurs twice; make ids unique")
         ids.add(sample.id)
         new = sample.image_id not in numbers
-        if (new and len(unit.new) == shard_images) or (
-            len(unit.samples) == _SAMPLES_PER_IMAGE * shard_images
-        ):
+        if unit.number < len(cuts):
+            full = len(unit.samples) == cuts[unit.number]
+        else:
+            full = new and len(unit.new) == shard_images
+            full = full or len(unit.samples) == _SAMPLES_PER_IMAGE * shard_images
+        if full:
             unit.dataset = running.digest()
             yield unit
             unit = Unit(unit.number + 1, len(numbers))
@@ -93,6 +96,15 @@ def plan_units(samples: Iterable[Sample], shard_images: int) -> Iterator[Unit]:
         yield unit
 
 
+def check_unit(journal: Journal, unit: Unit) -> None:
+    """Compare a unit with the one that an earlier run wrote.
+
+    Raises:
+        StoreError: It holds other samples.
+    """
+    journal.check(unit.number, unit.dataset, unit.samples[0].id, unit.samples[-1].id)
+
+
 class SkippingReader:
     """Samples of an iterable; the bad ones raise ``BadSampleError``, or are left out if wanted.
 
@@ -100,18 +112,21 @@ class SkippingReader:
     that is not computed: they must not be scored by another one without a word.
 
     Attributes:
-        skipped: Number of samples left out, those that the iterable itself skipped included.
+        skipped: Samples left out, those that the iterable itself skipped included.
     """
 
     def __init__(self, samples: Iterable[Sample], skip_bad: bool) -> None:
         self._source = samples
         self._skip_bad = skip_bad
-        self._own = 0
+        self._own: list[Skipped] = []
 
     @property
-    def skipped(self) -> int:
-        """Number of samples left out so far."""
-        return self._own + len(getattr(self._source, "skipped", ()))
+    def skipped(self) -> list[Skipped]:
+        """Samples left out so far, those that the iterable itself skipped included."""
+        reasons = getattr(self._source, "skipped", ())
+        ids = getattr(self._source, "skipped_ids", [""] * len(reasons))
+        own = zip(ids, reasons, strict=True)
+        return [*({"id": name, "reason": reason} for name, reason in own), *self._own]
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the samples.
@@ -119,33 +134,44 @@ class SkippingReader:
         Raises:
             BadSampleError: A sample is bad and ``skip_bad`` is off, or the iterable is a
                 generator, which would end silently at the first bad sample.
+            NoSamplesError: All of them were left out.
         """
         iterator = iter(self._source)
+        read, before = 0, ""
         while True:
             try:
                 sample = next(iterator)
             except StopIteration:
-                return
+                break
             except BadSampleError as error:
-                if not self._skip_bad or inspect.isgenerator(iterator):
+                # the same complaint again is an iterator that does not go on
+                if not self._skip_bad or inspect.isgenerator(iterator) or str(error) == before:
                     raise
-                self._leave_out(error)
+                before = str(error)
+                self._leave_out(error.sample, before)
                 continue
             if sample.grader == COMPUTED_GRADER:
+                read += 1
                 yield sample
                 continue
             refused = BadSampleError(
                 f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
                 f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
-                f'"{COMPUTED_GRADER}", or pass skip_bad=True (--skip-bad)'
+                f'"{COMPUTED_GRADER}", or pass --skip-bad',
+                sample=sample.id,
             )
             if not self._skip_bad:
                 raise refused
-            self._leave_out(refused)
+            self._leave_out(sample.id, str(refused))
+        if self._own and not read:
+            raise NoSamplesError(
+                f"no sample is left: every sample was left out, the first because: "
+                f"{self._own[0]['reason']}"
+            )
 
-    def _leave_out(self, error: BadSampleError) -> None:
-        self._own += 1
-        logger.warning("left out: %s", error)
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._own.append({"id": name, "reason": reason})
+        log_left_out(len(self._own), reason)
 
 
 def describe_dataset(description: str | Mapping[str, Any] | None, samples: object) -> str:

@@ -22,6 +22,9 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 """Language models with this layer: pre-norm attention with rotary halves, then pre-norm MLP."""
 
 
+_LOGIT_ELEMENTS = 1 << 26
+
+
 class _GivenKeys:
     """Replaces a cache: gives the last layer the keys and values of all places."""
 
@@ -72,6 +75,34 @@ def _rows(values: Tensor, places: Tensor) -> Tensor:
     """Gather (R, A, width) from (R or 1, L, width)."""
     values = values.expand(places.shape[0], -1, -1)
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether each wanted token is the arg-max at its place, and its log-probability.
+
+    Any end token stands for all of them, as in :func:`greedy`: their probabilities are added.
+
+    Args:
+        states: (M, D) final states.
+        head: (V, D) float32 output embedding.
+        wanted: (M,) ids.
+        ends: (E,) ids of the end tokens.
+
+    Returns:
+        bool (M,) and float32 (M,).
+    """
+    hits, log_p = [], []
+    step = max(1, _LOGIT_ELEMENTS // len(head))
+    for state, target in zip(states.split(step), wanted.split(step), strict=True):
+        logits = state.float() @ head.T
+        best, total = logits.argmax(-1), logits.logsumexp(-1)
+        ending = torch.isin(target, ends)
+        hits.append((best == target) | (torch.isin(best, ends) & ending))
+        alone = logits.gather(1, target[:, None])[:, 0] - total
+        if len(ends) > 1:
+            alone = torch.where(ending, logits[:, ends].logsumexp(-1) - total, alone)
+        log_p.append(alone)
+    return torch.cat(hits), torch.cat(log_p)
 
 
 def greedy(

@@ -101,6 +101,28 @@ def layout(
     return Layout(ids, places, lengths, kept, np.concatenate(visual_at), left)
 
 
+def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] = ()) -> None:
+    """Refuse sequences that reach beyond the places the language model was made for.
+
+    Args:
+        plan: The layout.
+        limit: Places of the language model, ``max_position_embeddings``.
+        new: Tokens that are to be written behind; the last one is never read.
+        owner: Row of the request for each sequence, where they differ.
+
+    Raises:
+        ValueError: A sequence is too long; the message has both numbers.
+    """
+    needed = plan.positions.max(1) + new
+    row = int(needed.argmax())
+    if needed[row] > limit:
+        raise ValueError(
+            f"row {owner[row] if len(owner) else row}: prompt, visual tokens and answer need "
+            f"{needed[row]} places, the language model has {limit} (max_position_embeddings); "
+            f"ask a shorter question, or allow a shorter answer"
+        )
+
+
 def check_rows(
     prompts: Sequence[Prompt], tokens: Sequence[Any], keep: Any, answers: Any = None
 ) -> None:

@@ -14,21 +14,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, QuestionProbe, probing
-from tprl_env.lvlm.execution.decoder import greedy, run_layers, states_at
-from tprl_env.lvlm.execution.sequence import Layout, check_rows, embed, layout, on_device
+from tprl_env.lvlm.execution.decoder import greedy, judge, run_layers, states_at
+from tprl_env.lvlm.execution.sequence import (
+    Layout,
+    check_context,
+    check_rows,
+    embed,
+    layout,
+    on_device,
+)
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
 from tprl_env.lvlm.loading.prompts import Prompter
-from tprl_env.lvlm.loading.supported import check_parts, end_ids, pick_device, pick_dtype
+from tprl_env.lvlm.loading.supported import (
+    check_kinds,
+    check_parts,
+    check_vocabulary,
+    end_ids,
+    pick_device,
+    pick_dtype,
+    read_llava_config,
+)
 from tprl_env.lvlm.loading.vision import VisionEncoder
+from tprl_env.lvlm.loading.weights import load_model
 from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
 
 _ATTENTION_ELEMENTS = 1 << 26
-_LOGIT_ELEMENTS = 1 << 26
 
 
 class LlavaLVLM:
@@ -38,6 +52,8 @@ class LlavaLVLM:
         name: Folder name or hub id.
         device: Where it runs.
         dtype: Weights and activations; logits are always computed in float32.
+        image_backend: What prepares pictures: "pil", or "torchvision" where it is installed.
+        max_positions: Places of the language model's context, visual tokens included.
         token_width: D, which is also ``query_width``.
         tower_width: Dv of the features before the projector.
         cls_attention_layer: Tower layer whose CLS attention ``encode_images`` reports. It is
@@ -71,6 +87,8 @@ class LlavaLVLM:
         self._prompter = Prompter(processor, self.image_token_id, self._eos_ids[0])
         self._vision = VisionEncoder(model, processor.image_processor)
         self.cls_attention_layer = self._vision.cls_attention_layer
+        self.image_backend = self._vision.backend
+        self.max_positions = int(config.text_config.max_position_embeddings)
         self.token_width = self.query_width = int(config.text_config.hidden_size)
         self.tower_width = self._vision.width
 
@@ -94,10 +112,12 @@ class LlavaLVLM:
 
         Raises:
             FileNotFoundError: No such folder or repository.
-            ValueError: Not a LLaVA, parts that cannot be run, pickle weights, or no such dtype.
+            ValueError: Not a LLaVA, parts that cannot be run, pickle weights, weights that are
+                missing, left over or of another shape, or no such dtype.
         """
         checkpoint = str(checkpoint)
-        kind = read_config(checkpoint, revision).get("model_type")
+        plain = read_config(checkpoint, revision)
+        kind = plain.get("model_type")
         if kind != "llava":
             raise ValueError(
                 f"{checkpoint!r} has model_type {kind!r}, but LlavaLVLM loads 'llava'; "
@@ -107,17 +127,19 @@ class LlavaLVLM:
         local = check_folder(checkpoint) if is_local(checkpoint) else None
         source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        check_parts(LlavaConfig.from_pretrained(source, **options), checkpoint)
-        try:
-            model = LlavaForConditionalGeneration.from_pretrained(
-                source, dtype=pick_dtype(dtype, device), use_safetensors=True, **options
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights of {checkpoint!r} are damaged ({error}); save or fetch them again"
-            ) from error
-        model.to(device)  # type: ignore[arg-type]
+        check_kinds(plain, checkpoint)
+        config = read_llava_config(LlavaConfig, source, checkpoint, **options)
+        check_parts(config, checkpoint)
         processor = LlavaProcessor.from_pretrained(source, **options)
+        check_vocabulary(config, processor.tokenizer, checkpoint)
+        model = load_model(
+            LlavaForConditionalGeneration,
+            source,
+            checkpoint=checkpoint,
+            dtype=pick_dtype(dtype, device),
+            **options,
+        )
+        model.to(device)
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint
         return cls(model, processor, name, local or f"{checkpoint}@{commit or revision}")
@@ -177,8 +199,10 @@ class LlavaLVLM:
         """Teacher-force every distinct answer in ONE padded forward pass.
 
         Greedy decoding gives an answer exactly when each of its tokens, the end token included,
-        is the arg-max at its place, so no decoding is needed. Callers with many rows of mixed
-        length should bucket them (:class:`~tprl_env.scoring.lvlm_scorer.LVLMScorer` does).
+        is the arg-max at its place, so no decoding is needed. At the end place any of the
+        checkpoint's end tokens counts, and their probabilities are added. Callers with many rows
+        of mixed length should bucket them
+        (:class:`~tprl_env.scoring.lvlm_scorer.LVLMScorer` does).
 
         Args:
             prompts: B prompts.
@@ -188,12 +212,13 @@ class LlavaLVLM:
             positions: Rotary positions of what is left.
 
         Raises:
-            ValueError: Lengths differ, a row has no answer, or a mask does not fit.
+            ValueError: Lengths differ, a row has no answer, a mask does not fit, or a sequence
+                does not fit into the context.
         """
         check_rows(prompts, tokens, keep, answers=answers)
         if not prompts:
             return LVLMScores(np.zeros(0, np.float32), np.zeros(0, np.float32))
-        distinct = [list(dict.fromkeys(tuple(a) for a in row)) for row in answers]
+        distinct = [list(dict.fromkeys(self._one_end(a) for a in row)) for row in answers]
         owner = [b for b, row in enumerate(distinct) for _ in row]
         targets = [answer for row in distinct for answer in row]
         visual = on_device(tokens, self.device, self.dtype, self.token_width)
@@ -204,6 +229,7 @@ class LlavaLVLM:
             [keep[b] for b in owner] if keep is not None else None,
             positions,
         )
+        check_context(plan, self.max_positions, owner=owner)
         wrong, log_likelihood = self._teacher_force(plan, [visual[b] for b in owner], targets)
         exact = np.zeros(len(prompts), np.float32)
         np.maximum.at(exact, owner, (wrong == 0).astype(np.float32))
@@ -211,6 +237,11 @@ class LlavaLVLM:
         np.add.at(likelihood, owner, np.exp(log_likelihood))
         clipped = np.minimum(likelihood, 1.0).astype(np.float32)
         return LVLMScores(exact, clipped, len(targets), plan.padded_tokens)
+
+    def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
+        """The answer with the first of its possible end tokens: any of them means the same."""
+        ends = answer[-1] in self._eos_ids
+        return (*answer[:-1], self._eos_ids[0]) if ends else tuple(answer)
 
     def _teacher_force(
         self, plan: Layout, visual: Sequence[Tensor], targets: Sequence[tuple[int, ...]]
@@ -228,16 +259,10 @@ class LlavaLVLM:
         )[torch.from_numpy(answered).to(self.device)]
         wanted = torch.tensor([i for target in targets for i in target], device=self.device)
         ends = torch.tensor(self._eos_ids, device=self.device)
-        hits, log_p = [], []
-        step = max(1, _LOGIT_ELEMENTS // len(self._head))
-        for state, target in zip(states.split(step), wanted.split(step), strict=True):
-            logits = state.float() @ self._head.T
-            best = logits.argmax(-1)
-            hits.append((best == target) | (torch.isin(best, ends) & torch.isin(target, ends)))
-            log_p.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1))
+        hits, log_p = judge(states, self._head, wanted, ends)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        wrong = np.add.reduceat((~torch.cat(hits)).cpu().numpy().astype(np.int64), starts)
-        return wrong, np.add.reduceat(torch.cat(log_p).cpu().numpy().astype(np.float64), starts)
+        wrong = np.add.reduceat((~hits).cpu().numpy().astype(np.int64), starts)
+        return wrong, np.add.reduceat(log_p.cpu().numpy().astype(np.float64), starts)
 
     def generate(
         self,
@@ -250,7 +275,8 @@ class LlavaLVLM:
         """Answer greedily from the kept tokens; new tokens continue the prompt's positions.
 
         Raises:
-            ValueError: Lengths differ or a mask does not fit.
+            ValueError: Lengths differ, a mask does not fit, or prompt and ``max_new_tokens`` do
+                not fit into the context.
         """
         written = self.generate_ids(prompts, tokens, keep, max_new_tokens, positions)
         return [self._prompter.decode(ids) for ids in written]
@@ -271,6 +297,7 @@ class LlavaLVLM:
         visual = on_device(tokens, self.device, self.dtype, self.token_width)
         counts = [len(t) for t in visual]
         plan = layout(prompts, [()] * len(prompts), counts, keep, positions, left=True)
+        check_context(plan, self.max_positions, max_new_tokens)
         return greedy(
             self._text,
             self._head,
@@ -323,6 +350,7 @@ class LlavaLVLM:
     ) -> list[npt.NDArray[np.float32]]:
         counts = np.array([len(t) for t in visual])
         plan = layout(prompts, [()] * len(prompts), counts.tolist(), None, "original")
+        check_context(plan, self.max_positions)
         spans = np.array([p.question_span for p in prompts]) + (counts - 1)[:, None]
         rows = spans[:, :1] + np.arange((spans[:, 1] - spans[:, 0]).max())
         valid = rows < spans[:, 1:]

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FINGERPRINTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_LOADED = (
+    *("config.json", "generation_config.json"),
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""Files that decide how a checkpoint computes, beside its weights."""
+
+_OWN_RECORD = "training.json"
+"""Written beside this package's own LVLMs; counted there, as in the first stores' fingerprints."""
+
 _CHUNK = 1 << 22
 
 
@@ -29,7 +41,7 @@ def check_folder(checkpoint: str) -> Path:
 
     Raises:
         FileNotFoundError: No such folder, or no ``config.json`` in it.
-        ValueError: It holds no safetensors weights.
+        ValueError: It holds no safetensors weights under a name that the library loads.
     """
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
@@ -42,7 +54,7 @@ def check_folder(checkpoint: str) -> Path:
             f"LVLM folder {checkpoint!r} has no config.json; it must be what "
             "save_pretrained() writes"
         )
-    if not any(folder.glob("*.safetensors")):
+    if not (folder / _WEIGHTS).is_file() and not (folder / _INDEX).is_file():
         pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
         found = f"only pickle files ({', '.join(pickles[:3])})" if pickles else "no weights"
         raise ValueError(
@@ -89,14 +101,37 @@ def read_config(checkpoint: str, revision: str | None = None) -> dict[str, Any]:
 def folder_fingerprint(folder: Path) -> str:
     """sha256 over names and contents of all files that decide what the model computes.
 
-    These are the weights, the configuration, and the files of tokenizer and image processor.
+    These are the weights that the library loads (``model.safetensors``, else those that the index
+    names), the configuration, and the files of tokenizer and image processor. Other files in the
+    folder change nothing.
     """
     total = hashlib.sha256()
-    files = sorted({path for pattern in _FINGERPRINTED for path in folder.glob(pattern)})
-    for path in files:
+    for path in sorted(folder / name for name in _loaded_files(folder)):
         part = hashlib.sha256()
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 part.update(chunk)
         total.update(f"{path.name}\0{part.hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _loaded_files(folder: Path) -> set[str]:
+    """Names of the files of a checkpoint that count."""
+    names = {name for name in _LOADED if (folder / name).is_file()}
+    if (folder / _WEIGHTS).is_file():
+        names.add(_WEIGHTS)
+    else:
+        shards = _read_object(folder / _INDEX).get("weight_map", {})
+        names |= {_INDEX, *shards.values()}
+    if (folder / _OWN_RECORD).is_file() and "recipe" in _read_object(folder / _OWN_RECORD):
+        names.add(_OWN_RECORD)
+    return names
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file holds something else, which then is not ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
+
+from jinja2 import TemplateError
 
 from tprl_env.lvlm.protocol import Prompt
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 """LLaVA-1.5's conversation without its system text, for checkpoints that carry no template."""
+
+MAX_CHARACTERS = 20_000
+"""Longest question or answer: more text fits no context, and a megabyte of it takes minutes."""
+
+_TEMPLATE_STEPS = 3_000_000
+"""Lines of Python that reading and rendering a template may take; LLaVA-1.5's takes 100 000."""
 
 _SENTINEL = "QUESTIONxGOESxHERE"
 
@@ -16,7 +26,8 @@ class Prompter:
     """Turns questions and answers into token ids.
 
     The template is the processor's own chat template when there is one, else
-    :data:`LLAVA_TEMPLATE`. The ids start with exactly one BOS token when the tokenizer has one.
+    :data:`LLAVA_TEMPLATE`. The ids are those of the checkpoint's own processor: a BOS token stands
+    where its tokenizer or its template puts one, and nowhere else.
     """
 
     def __init__(self, processor: Any, image_token_id: int, eos_id: int) -> None:
@@ -35,14 +46,26 @@ class Prompter:
                 "the checkpoint's tokenizer reports no character offsets, which are needed to find "
                 "the question in the prompt; save it with a tokenizer.json (a fast tokenizer)"
             )
+        words = self._tokenizer
+        added = words.added_tokens_decoder.items()
+        special = {*words.all_special_ids, *(i for i, token in added if token.special)}
+        self._special_ids = special - {words.unk_token_id}
         self._head, self._tail = self._frame(processor)
+        bos = self._tokenizer.bos_token
+        # the library's processors put special tokens unless the template begins with one
+        self._begins = bos is not None and self._head.startswith(bos)
 
     def _frame(self, processor: Any) -> tuple[str, str]:
         """Template text before and behind the question."""
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": _SENTINEL}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            messages = [{"role": "user", "content": content}]
+            text = _bounded(
+                lambda: str(
+                    processor.apply_chat_template(
+                        messages, add_generation_prompt=True, tokenize=False
+                    )
+                )
             )
         else:
             text = LLAVA_TEMPLATE.format(question=_SENTINEL).replace("<image>", self._image_token)
@@ -58,24 +81,23 @@ class Prompter:
         """Tokenise ``question`` inside the template.
 
         Raises:
-            ValueError: The question is empty or contains the image placeholder.
+            ValueError: The question is empty, too long, holds the image placeholder or another
+                special token, or no word that the vocabulary knows.
         """
         question = question.strip()
         if not question:
             raise ValueError("the question is empty; every sample needs one")
+        _check_length("question", question)
         if self._image_token in question:
             raise ValueError(
                 f"question {question!r} contains the image placeholder {self._image_token!r}; "
                 f"remove it, the template adds it"
             )
         text = self._head + question + self._tail
-        encoded = self._tokenizer(text, return_offsets_mapping=True, add_special_tokens=True)
+        encoded = self._tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=not self._begins
+        )
         pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
-        bos = self._tokenizer.bos_token_id
-        if bos is not None:
-            while pairs and pairs[0][0] == bos:
-                pairs.pop(0)
-            pairs.insert(0, (bos, (0, 0)))
         ids = tuple(int(token) for token, _ in pairs)
         start, stop = len(self._head), len(self._head) + len(question)
         inside = [
@@ -88,8 +110,29 @@ class Prompter:
                 f"prompt {text!r} tokenises to {ids.count(self._image_token_id)} image "
                 f"placeholders and {len(inside)} question tokens; expected one and at least one"
             )
+        asked = [ids[i] for i in inside]
+        self._check_words(question, asked)
         span = (inside[0], inside[-1] + 1)
         return Prompt(ids, ids.index(self._image_token_id), span, text)
+
+    def _check_words(self, question: str, ids: list[int]) -> None:
+        """Refuse a question that would steer the model, or that it cannot read.
+
+        Raises:
+            ValueError: It holds a special token, which would end or restart the prompt, or
+                unknown words only.
+        """
+        special = [i for i in ids if i in self._special_ids]
+        if special:
+            raise ValueError(
+                f"question {question[:80]!r} contains the special token "
+                f"{self._tokenizer.convert_ids_to_tokens(special[0])!r}; remove or reword it"
+            )
+        if all(i == self._tokenizer.unk_token_id for i in ids):
+            raise ValueError(
+                f"question {question[:80]!r} has no word that this LVLM's vocabulary knows; "
+                f"take an LVLM for this language"
+            )
 
     def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
         """Token ids with which the model would write ``answer``, end token appended.
@@ -98,10 +141,11 @@ class Prompter:
         where the boundary merges, the answer is tokenised alone.
 
         Raises:
-            ValueError: The answer is empty, the prompt has no text, or the tokenizer cannot
-                express the answer (unknown words).
+            ValueError: The answer is empty or too long, the prompt has no text, or the tokenizer
+                cannot express the answer (unknown words).
         """
         answer = answer.strip()
+        _check_length("answer", answer)
         if not answer or not prompt.text:
             raise ValueError(
                 f"answer {answer!r} behind prompt text {prompt.text!r} cannot be tokenised; "
@@ -128,3 +172,41 @@ class Prompter:
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, special tokens and outer white space removed."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _check_length(name: str, text: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"the {name} has {len(text)} characters ({text[:40]!r}...), more than "
+            f"{MAX_CHARACTERS}; shorten it"
+        )
+
+
+def _bounded(render: Callable[[], str]) -> str:
+    """Render a template, which comes with a checkpoint and may loop for days.
+
+    Raises:
+        ValueError: It takes too many steps, or cannot be rendered.
+    """
+    left = _TEMPLATE_STEPS
+
+    def step(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError(
+                "the checkpoint's chat template loops too long; take the template of its family"
+            )
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        return render()
+    except TemplateError as error:
+        raise ValueError(
+            f"the checkpoint's chat template cannot be rendered ({error}); take the template of "
+            f"its family"
+        ) from error
+    finally:
+        sys.settrace(before)

@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from tprl_env.lvlm.execution.decoder import TEXT_MODELS
 
 CLS_TOWERS = ("clip_vision_model",)
 """Vision towers whose first place is a CLS token."""
+
+TOWERS = (*CLS_TOWERS, "siglip_vision_model")
+"""Vision towers that give one token per patch, in raster order."""
+
+WORKS = "LlavaLVLM runs CLIP and SigLIP towers with Llama, Mistral and Qwen2 language models"
+
+
+def check_kinds(config: Mapping[str, Any], name: str) -> None:
+    """Refuse other towers and language models by the plain content of config.json.
+
+    The library fails on them with a traceback, or long after the first gigabyte.
+
+    Raises:
+        ValueError: A part is of another kind, or its description is not an object.
+    """
+    for field, default, known in (
+        ("vision_config", CLS_TOWERS[0], TOWERS),
+        ("text_config", TEXT_MODELS[0], TEXT_MODELS),
+    ):
+        part = config.get(field) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(
+                f"{name!r}: {field} of config.json must be an object, got {part!r}; fetch it again"
+            )
+        kind = part.get("model_type", default)
+        if kind not in known:
+            role = "vision tower" if field == "vision_config" else "language model"
+            raise ValueError(
+                f"{name!r} has a {kind!r} {role} ({field}.model_type of config.json); {WORKS}, "
+                f"take such a checkpoint"
+            )
+
+
+def read_llava_config(config_class: Any, source: str, name: str, **options: Any) -> Any:
+    """The library's reading of config.json.
+
+    Raises:
+        ValueError: A field cannot be read, in the library's words.
+    """
+    try:
+        return config_class.from_pretrained(source, **options)
+    except (KeyError, TypeError, AttributeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name!r}: config.json does not describe a LLaVA ({reason}); fetch it again"
+        ) from error
 
 
 def check_parts(config: Any, name: str) -> None:
@@ -24,8 +72,9 @@ def check_parts(config: Any, name: str) -> None:
     layers = set(getattr(text, "layer_types", None) or ["full_attention"])
     if text.model_type not in TEXT_MODELS or window or layers != {"full_attention"}:
         raise ValueError(
-            f"{name!r} has a {text.model_type!r} language model (sliding window {window}); "
-            f"LlavaLVLM runs {', '.join(TEXT_MODELS)} with full attention in every layer"
+            f"{name!r} has a {text.model_type!r} language model (sliding window {window}); {WORKS} "
+            f"with full attention in every layer. Take such a checkpoint, or, where prompts stay "
+            f"shorter than the window, set text_config.sliding_window to null in config.json"
         )
     if tower.model_type in CLS_TOWERS and config.vision_feature_select_strategy != "default":
         raise ValueError(
@@ -35,15 +84,37 @@ def check_parts(config: Any, name: str) -> None:
         )
 
 
+def check_vocabulary(config: Any, tokenizer: Any, name: str) -> None:
+    """Refuse ids that the embedding does not have.
+
+    Raises:
+        ValueError: The image placeholder or a word of the tokenizer lies beyond the vocabulary.
+    """
+    size, image = int(config.text_config.vocab_size), int(config.image_token_id)
+    if not 0 <= image < min(size, len(tokenizer)):
+        raise ValueError(
+            f"{name!r}: image_token_id {image} (image_token_index in config.json) is beyond the "
+            f"vocabulary of {size} embeddings and {len(tokenizer)} words; set it to the id of the "
+            f"image placeholder"
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ValueError(
+            f"{name!r}: the tokenizer has ids up to {largest}, but text_config.vocab_size of "
+            f"config.json is {size}; save tokenizer and model of one checkpoint"
+        )
+
+
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """All end tokens, the tokenizer's own first.
+    """All end tokens, the tokenizer's own first; ids that the head cannot write are left out.
 
     Raises:
         ValueError: There is none.
     """
     listed = model.generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None))
+    size = int(model.config.text_config.vocab_size)
+    ids = tuple(dict.fromkeys(int(i) for i in found if i is not None and 0 <= i < size))
     if not ids:
         raise ValueError("the checkpoint names no end token; set eos_token in its tokenizer")
     return ids

@@ -6,6 +6,7 @@ Shapes: n visual tokens of one image, D token width, Dv tower width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, ClsProbe, probing
+from tprl_env.lvlm.loading.crop import seen_box
 from tprl_env.lvlm.loading.supported import CLS_TOWERS
 from tprl_env.lvlm.protocol import Visual
 
@@ -27,6 +29,7 @@ class VisionEncoder:
     """The part of a LLaVA in front of the language model.
 
     Attributes:
+        backend: "pil" or "torchvision", which differ by a grey level here and there.
         width: Dv; the widths of all selected tower layers together.
         cls_attention_layer: Tower layer whose CLS attention is reported: the field of that name
             in the checkpoint's config.json, else :data:`DEFAULT_CLS_LAYER`.
@@ -43,6 +46,7 @@ class VisionEncoder:
         self._tower.set_attn_implementation(IMPLEMENTATION)
         self._projector = model.model.multi_modal_projector
         self._image_processor = image_processor
+        self.backend = str(getattr(image_processor, "backend", "pil"))
         layers = config.vision_feature_layer
         self._feature_layers = [layers] if isinstance(layers, int) else list(layers)
         self._drop_cls = config.vision_feature_select_strategy == "default"
@@ -66,9 +70,16 @@ class VisionEncoder:
         found: list[Visual] = []
         weight = next(self._projector.parameters())
         for start in range(0, len(images), _IMAGES_PER_PASS):
-            pictures = [Image.fromarray(i) for i in images[start : start + _IMAGES_PER_PASS]]
+            some = images[start : start + _IMAGES_PER_PASS]
+            pictures = [Image.fromarray(image) for image in some]
             pixels = self._image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-            found += self._encode(pixels.to(weight.device, weight.dtype))
+            visuals = self._encode(pixels.to(weight.device, weight.dtype))
+            output = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+            for image, visual in zip(some, visuals, strict=True):
+                covered = (visual.grid[0] * self._patch, visual.grid[1] * self._patch)
+                shape = (image.shape[0], image.shape[1])
+                box = seen_box(self._image_processor, shape, output, covered)
+                found.append(replace(visual, box=box))
         return found
 
     def _encode(self, pixels: Tensor) -> list[Visual]:

@@ -46,11 +46,11 @@ class AlgorithmEntry:
     """What RLlib needs to know of an algorithm.
 
     Attributes:
-        algorithm: what `PPOConfig.build_algo` makes.
-        learner: computes the loss.
-        settings: the part of `TrainConfig` that chooses it.
-        critic: compute and train values.
-        reference: keep the initial policy in the learner's module.
+        algorithm: What `PPOConfig.build_algo` makes.
+        learner: Computes the loss.
+        settings: The part of `TrainConfig` that chooses it.
+        critic: Compute and train values.
+        reference: Keep the initial policy in the learner's module.
     """
 
     algorithm: type[PPO]
@@ -74,12 +74,12 @@ def algorithm_config(
     """RLlib configuration of a run.
 
     Args:
-        config: the run.
-        pool: running scorer actors; None lets each runner score in its own process.
-        init_policy: folder of a saved policy that learner and runners start from.
+        config: The run.
+        pool: Running scorer actors; None lets each runner score in its own process.
+        init_policy: Folder of a saved policy that learner and runners start from.
 
     Raises:
-        ValueError: if the config does not fit its source.
+        ValueError: If the config does not fit its source.
     """
     config.rules.check_source(shared_source(config.source))
     tune.register_env(ENV_NAME, make_vector_env)

@@ -62,9 +62,9 @@ def grpo_loss(
     ``ratio="token"``, and divided by the tokens of a row as the surrogate is.
 
     Args:
-        batch: as `surrogate_loss` takes it, with ``reference_logp``, (R,), or (R, N) per token.
-        distribution: the current one.
-        settings: coefficients.
+        batch: As `surrogate_loss` takes it, with ``reference_logp``, (R,), or (R, N) per token.
+        distribution: The current one.
+        settings: Coefficients.
         entropy_coefficient: c2.
         max_steps: T.
     """

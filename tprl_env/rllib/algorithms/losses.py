@@ -49,7 +49,7 @@ def row_mean(batch: Mapping[str, Any], rows: Tensor) -> Tensor:
     """Mean over the rows that count, each times its weight.
 
     Args:
-        batch: may hold ``loss_mask``, bool (R,), and `ROW_WEIGHT`.
+        batch: May hold ``loss_mask``, bool (R,), and `ROW_WEIGHT`.
         rows: (R,).
     """
     weight = batch.get(ROW_WEIGHT)
@@ -85,10 +85,10 @@ def surrogate_loss(
     """Clipped surrogate, entropy bonus and penalties (TPRL eq. 21, 23; docs/method.md).
 
     Args:
-        batch: actions, old log-probabilities and advantages, all (R, ...); with ``ratio="token"``
+        batch: Actions, old log-probabilities and advantages, all (R, ...); with ``ratio="token"``
             also the old distribution inputs; rows where ``loss_mask`` is False do not count.
-        distribution: the current one.
-        settings: coefficients.
+        distribution: The current one.
+        settings: Coefficients.
         entropy_coefficient: c2.
         max_steps: T, over which the expected count falls to ``count_target``.
     """

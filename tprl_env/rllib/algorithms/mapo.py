@@ -60,15 +60,15 @@ def mapo_loss(
     Where ratios are 1 its gradient is -mean(weight x advantage x grad log pi).
 
     Args:
-        batch: as `surrogate_loss` takes it; the column ``row_weight`` (R,), of mean 1 over a batch,
+        batch: As `surrogate_loss` takes it; the column ``row_weight`` (R,), of mean 1 over a batch,
             is needed.
-        distribution: the current one.
-        settings: coefficients.
+        distribution: The current one.
+        settings: Coefficients.
         entropy_coefficient: c2.
         max_steps: T.
 
     Raises:
-        ValueError: without weights.
+        ValueError: Without weights.
     """
     if ROW_WEIGHT not in batch:
         raise ValueError("mapo_loss needs row_weight in the batch; mix() makes it")
@@ -94,7 +94,7 @@ def new_memory(config: TrainConfig) -> EpisodeMemory:
     """An empty memory that knows whose episodes it will hold.
 
     Raises:
-        ValueError: if the run's algorithm has no memory.
+        ValueError: If the run's algorithm has no memory.
     """
     settings, rules = mapo_settings(config), config.rules
     identity = {
@@ -110,7 +110,7 @@ def mapo_settings(config: TrainConfig) -> MapoSettings:
     """The settings of a run with MAPO.
 
     Raises:
-        ValueError: if the run uses another algorithm.
+        ValueError: If the run uses another algorithm.
     """
     if not isinstance(config.algorithm, MapoSettings):
         raise ValueError(f"MAPO needs algorithm='mapo', got {config.algorithm.name!r}")
@@ -190,7 +190,7 @@ class MAPO(PPO):
         """Take over a checkpoint.
 
         Raises:
-            ValueError: if its memory belongs to other samples or another reward.
+            ValueError: If its memory belongs to other samples or another reward.
         """
         if MEMORY in state:
             self.memory.set_state(state[MEMORY])

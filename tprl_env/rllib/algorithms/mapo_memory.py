@@ -31,10 +31,10 @@ class EpisodeMemory:
     When the total is exceeded, the least recently recalled keys are evicted.
 
     Args:
-        identity: what the returns depend on: samples and reward. State of a memory with another
+        identity: What the returns depend on: samples and reward. State of a memory with another
             identity is refused.
-        size: episodes per key.
-        limit: episodes in total.
+        size: Episodes per key.
+        limit: Episodes in total.
     """
 
     def __init__(self, identity: Mapping[str, Any], size: int, limit: int) -> None:
@@ -58,9 +58,9 @@ class EpisodeMemory:
         """Remember an episode if it is among the best of its key.
 
         Args:
-            key: sample and budget.
-            masks: packed masks after each step.
-            value: return.
+            key: Sample and budget.
+            masks: Packed masks after each step.
+            value: Return.
 
         Returns:
             Whether it is remembered now and was not before.
@@ -94,9 +94,10 @@ class EpisodeMemory:
         """Take over another memory's content; smaller bounds keep the best and the newest.
 
         Raises:
-            ValueError: if it belongs to other samples or another reward.
+            ValueError: If it belongs to other samples or another reward.
         """
-        theirs = dict(state["identity"])
+        # checkpoints from before the rename call the score's kind a metric
+        theirs = {"score_kind" if n == "metric" else n: v for n, v in state["identity"].items()}
         if theirs != self._identity:
             table = ", ".join(
                 f"{name} {theirs.get(name)}, now {self._identity.get(name)}"

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from numpy.typing import NDArray
 from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 from torch import Tensor
@@ -35,8 +35,14 @@ from torch import Tensor
 from tprl_env.policy.observations import to_tensors
 from tprl_env.rllib.algorithms.losses import ROW_WEIGHT
 from tprl_env.rllib.algorithms.mapo_memory import EpisodeMemory, Key
-from tprl_env.rllib.rollout.episodes import EPISODE, GROUP, RETURN, EpisodeColumns, join_columns
-from tprl_env.rllib.rollout.observations import numbered_observation
+from tprl_env.rllib.rollout.episodes import (
+    EPISODE,
+    GROUP,
+    RETURN,
+    EpisodeColumns,
+    join_columns,
+    numbered_observation,
+)
 
 __all__ = ["Judge", "MixtureReport", "Weights", "mix", "mixture_weights"]
 
@@ -52,11 +58,11 @@ class MixtureReport:
     """What a batch was mixed from; means over its groups.
 
     Attributes:
-        groups: share of groups with a memory.
-        weight: mean w of these, None without any.
-        log_probability: mean log pi(B) of these, None without any.
-        rejected: share of draws that were remembered already.
-        remembered: episodes that are new in the memory.
+        groups: Share of groups with a memory.
+        weight: Mean w of these, None without any.
+        log_probability: Mean log pi(B) of these, None without any.
+        rejected: Share of draws that were remembered already.
+        remembered: Episodes that are new in the memory.
     """
 
     groups: float
@@ -78,25 +84,25 @@ class Weights:
         baseline: (G,), mean return of the mixture.
     """
 
-    memory: NDArray[np.float64]
-    log_probability: NDArray[np.float64]
-    inside: NDArray[np.float64]
-    outside: NDArray[np.float64]
-    baseline: NDArray[np.float64]
+    memory: npt.NDArray[np.float64]
+    log_probability: npt.NDArray[np.float64]
+    inside: npt.NDArray[np.float64]
+    outside: npt.NDArray[np.float64]
+    baseline: npt.NDArray[np.float64]
 
 
 def mixture_weights(
     groups: int,
-    inside: tuple[NDArray[np.int64], NDArray[Any], NDArray[Any]],
-    draws: tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[Any]],
+    inside: tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]],
+    draws: tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[Any]],
     least: float,
 ) -> Weights:
     """Weights and baselines, see the module's text.
 
     Args:
         groups: G.
-        inside: group, log-probability and return of each remembered episode, (M,).
-        draws: group, whether remembered, and return of each draw, (B,).
+        inside: Group, log-probability and return of each remembered episode, (M,).
+        draws: Group, whether remembered, and return of each draw, (B,).
         least: w_min.
     """
     place, logp, value = inside
@@ -131,11 +137,11 @@ def mix(
     before the batch, otherwise being good would decide whether a draw counts as drawn.
 
     Args:
-        batches: whole groups as the runners return them.
-        memory: is added to.
-        judge: the policy that made the draws.
+        batches: Whole groups as the runners return them.
+        memory: Is added to.
+        judge: The policy that made the draws.
         least: w_min.
-        normalize: divide the advantages by their deviation over the batch.
+        normalize: Divide the advantages by their deviation over the batch.
 
     Returns:
         Stores with advantages and row weights of mean 1, and a report.
@@ -193,7 +199,7 @@ class _Part:
         place = np.repeat(np.arange(groups), [len(several) for several in found])
         value = np.array([each.value for several in found for each in several])
         inside: dict[str, Any] = {}
-        logp: NDArray[Any] = np.zeros(0)
+        logp: npt.NDArray[Any] = np.zeros(0)
         if len(place):
             packed = [each.masks for several in found for each in several]
             inside, owner = _rows(packed, obs, first[place])
@@ -239,13 +245,13 @@ def _packed(columns: dict[str, Any], number: int) -> list[bytes]:
 
 
 def _rows(
-    packed: list[bytes], obs: dict[str, NDArray[Any]], like: NDArray[np.int64]
-) -> tuple[dict[str, Any], NDArray[np.int64]]:
+    packed: list[bytes], obs: dict[str, npt.NDArray[Any]], like: npt.NDArray[np.int64]
+) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Remembered episodes as rows of a batch.
 
     Args:
-        packed: masks of the M episodes.
-        obs: observation of the draws.
+        packed: Masks of the M episodes.
+        obs: Observation of the draws.
         like: (M,), a first row of each episode's group.
 
     Returns:
@@ -267,7 +273,7 @@ def _rows(
     return {Columns.OBS: result, Columns.ACTIONS: masks.astype(np.int8)}, owner
 
 
-def _few(columns: dict[str, Any], rows: NDArray[np.int64]) -> dict[str, Any]:
+def _few(columns: dict[str, Any], rows: npt.NDArray[np.int64]) -> dict[str, Any]:
     return {
         name: _few(part, rows) if isinstance(part, dict) else part[rows]
         for name, part in columns.items()

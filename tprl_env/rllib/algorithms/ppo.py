@@ -52,12 +52,12 @@ def ppo_loss(
     """Clipped surrogate, value, entropy and penalties (TPRL eq. 19-24; docs/method.md).
 
     Args:
-        batch: actions, old log-probabilities, advantages, value targets, all (R, ...); with
+        batch: Actions, old log-probabilities, advantages, value targets, all (R, ...); with
             ``ratio="token"`` also the old distribution inputs; rows where ``loss_mask`` is False
             do not count.
-        distribution: the current one.
+        distribution: The current one.
         values: (R,), current.
-        settings: coefficients.
+        settings: Coefficients.
         entropy_coefficient: c2.
         max_steps: T.
     """

@@ -32,22 +32,22 @@ class AlgorithmSettings:
     """The clipped surrogate and its optimiser, which all algorithms share.
 
     Attributes:
-        name: the algorithm: "ppo" (with a critic), "grpo" (group-relative advantages, KL penalty
+        name: The algorithm: "ppo" (with a critic), "grpo" (group-relative advantages, KL penalty
             towards the initial policy) or "mapo" (a memory of the best episodes). Another name
             given to ``replace`` or on the command line keeps the settings that both have.
         lr: Adam learning rate.
-        epochs: passes over a batch.
-        minibatch_size: rows per gradient step, 0 for the whole batch.
-        clip: epsilon of the clipped ratio.
+        epochs: Passes over a batch.
+        minibatch_size: Rows per gradient step, 0 for the whole batch.
+        clip: Epsilon of the clipped ratio.
         ratio: "joint" ratio of whole masks (TPRL) or one per "token".
-        per_token: divide policy loss and entropy bonus by the tokens kept (distribution "exact")
+        per_token: Divide policy loss and entropy bonus by the tokens kept (distribution "exact")
             or alive ("bernoulli") of the row.
-        entropy: coefficient of the exact entropy.
-        logit_l2: coefficient of the mean square of the alive tokens' logits.
-        count_loss: coefficient of mean(log(sum p / count_target))^2, for Bernoulli actions.
-        count_target: tokens expected to be kept after the last step.
-        gamma: discount of the rewards per step.
-        grad_clip: largest norm of the gradient.
+        entropy: Coefficient of the exact entropy.
+        logit_l2: Coefficient of the mean square of the alive tokens' logits.
+        count_loss: Coefficient of mean(log(sum p / count_target))^2, for Bernoulli actions.
+        count_target: Tokens expected to be kept after the last step.
+        gamma: Discount of the rewards per step.
+        grad_clip: Largest norm of the gradient.
     """
 
     name: str = ""
@@ -79,9 +79,9 @@ class PpoSettings(AlgorithmSettings):
 
     Attributes:
         gae_lambda: lambda of generalised advantage estimation (PPO).
-        value_coefficient: weight of the critic's squared error (PPO).
-        value_clip: largest squared error of the critic per row (PPO).
-        normalize_advantages: scale advantages to deviation 1 per iteration, with PPO also to mean 0
+        value_coefficient: Weight of the critic's squared error (PPO).
+        value_clip: Largest squared error of the critic per row (PPO).
+        normalize_advantages: Scale advantages to deviation 1 per iteration, with PPO also to mean 0
             (PPO, MAPO; GRPO normalises in its groups instead).
     """
 
@@ -104,7 +104,7 @@ class GrpoSettings(AlgorithmSettings):
     """GRPO: no critic, advantages from the group, a KL penalty towards the initial policy.
 
     Attributes:
-        kl_coefficient: of the k3 estimate of KL(policy || initial policy) (GRPO).
+        kl_coefficient: Of the k3 estimate of KL(policy || initial policy) (GRPO).
     """
 
     name: Literal["grpo"] = "grpo"
@@ -122,9 +122,9 @@ class MapoSettings(AlgorithmSettings):
 
     Attributes:
         memory_weight: w_min, least weight of a sample's remembered episodes (MAPO).
-        memory_size: episodes remembered per sample and budget (MAPO).
-        memory_limit: episodes remembered in total (MAPO).
-        normalize_advantages: scale advantages to deviation 1 per iteration, with PPO also to mean 0
+        memory_size: Episodes remembered per sample and budget (MAPO).
+        memory_limit: Episodes remembered in total (MAPO).
+        normalize_advantages: Scale advantages to deviation 1 per iteration, with PPO also to mean 0
             (PPO, MAPO; GRPO normalises in its groups instead).
     """
 
@@ -159,7 +159,7 @@ def with_algorithm(settings: AlgorithmSettings, name: object) -> AnyAlgorithm:
     """Settings of another algorithm; those that both have keep their values.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: For an unknown name.
     """
     check_choice("algorithm", name, SETTINGS)
     other = SETTINGS[str(name)]

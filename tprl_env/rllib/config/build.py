@@ -36,7 +36,7 @@ def policy_config(config: TrainConfig, source: TokenSource) -> PolicyConfig:
     """The policy of a run on this source, trained in the run's steps.
 
     Raises:
-        ValueError: if no policy can be built for the source's widths.
+        ValueError: If no policy can be built for the source's widths.
     """
     from tprl_env.policy.network import PolicyConfig  # torch: a config alone never needs it
 
@@ -50,7 +50,7 @@ def scorer_spec(config: TrainConfig) -> ScorerSpec:
     """What each scorer actor of a run builds.
 
     Raises:
-        ValueError: if source or LVLM are missing.
+        ValueError: If source or LVLM are missing.
     """
     if not config.source:
         raise ValueError("source is empty; pass --source STORE, a folder made by `tprl encode`")

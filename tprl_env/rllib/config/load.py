@@ -18,12 +18,12 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """The config of a file, with settings replaced.
 
     Args:
-        name: a preset of ``rllib_configs/`` (``"recommended"``), or a path to a Python file with
+        name: A preset of ``rllib_configs/`` (``"recommended"``), or a path to a Python file with
             ``CONFIG = TrainConfig(...)``. The file is executed: use files you trust.
-        overrides: by name, such as ``{"policy.width": 64}``; strings are read as the fields' types.
+        overrides: By name, such as ``{"policy.width": 64}``; strings are read as the fields' types.
 
     Raises:
-        ValueError: for an unknown preset or setting, or a file without CONFIG.
+        ValueError: For an unknown preset or setting, or a file without CONFIG.
     """
     module = load_definitions(name, "preset", "config")
     config = getattr(module, "CONFIG", None)
@@ -36,13 +36,13 @@ def load_definitions(name: str | Path, known_as: str, kind: str, folder: str = "
     """Execute a Python file that defines a config or an experiment.
 
     Args:
-        name: a path that ends in ``.py``, or the name of a file in ``rllib_configs/``.
-        known_as: what a name is called in messages.
-        kind: what a path is called in messages.
-        folder: where in ``rllib_configs/`` names are looked up.
+        name: A path that ends in ``.py``, or the name of a file in ``rllib_configs/``.
+        known_as: What a name is called in messages.
+        kind: What a path is called in messages.
+        folder: Where in ``rllib_configs/`` names are looked up.
 
     Raises:
-        ValueError: there is no such file, naming the nearest.
+        ValueError: There is no such file, naming the nearest.
     """
     path = Path(name)
     if path.suffix == ".py":

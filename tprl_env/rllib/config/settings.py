@@ -37,22 +37,22 @@ class PolicySettings:
         distribution: "bernoulli" (TPRL eq. 14, 15) or "exact" (conditional Bernoulli, which keeps
             exactly the wanted count).
         discount: lambda_disc of TPRL eq. 14, for "bernoulli".
-        width: width of the network, None for the codes' own.
-        layers: attention blocks.
-        heads: attention heads; they must divide the width.
-        hidden: width inside the residual MLPs, None for four times the width.
+        width: Width of the network, None for the codes' own.
+        layers: Attention blocks.
+        heads: Attention heads; they must divide the width.
+        hidden: Width inside the residual MLPs, None for four times the width.
         architecture: "attention" between tokens, or "mlp" on each token alone.
-        question_heads: bilinear heads with rules.query "tokens".
+        question_heads: Bilinear heads with rules.query "tokens".
         fusion: "concat", or "gated" to give the policy head the product of token and mean query.
-        budget_input: show the wanted count to actor and critic.
-        step_input: show the step to actor and critic.
+        budget_input: Show the wanted count to actor and critic.
+        step_input: Show the step to actor and critic.
         token_norm: LayerNorm on the codes.
-        query_norm: normalisation of the query: "none", "rms" or "layer".
-        query_scale: factor on the query after its normalisation.
-        positions: learn an embedding per token index.
-        value_query: let the critic see the query.
-        value_input_detach: stop the critic's gradient before the shared features.
-        initial_keep: keep-probability of an untrained policy.
+        query_norm: Normalisation of the query: "none", "rms" or "layer".
+        query_scale: Factor on the query after its normalisation.
+        positions: Learn an embedding per token index.
+        value_query: Let the critic see the query.
+        value_input_detach: Stop the critic's gradient before the shared features.
+        initial_keep: Keep-probability of an untrained policy.
     """
 
     distribution: Literal["exact", "bernoulli"] = "exact"
@@ -96,13 +96,13 @@ class ImitationSettings:
     """Imitation of a demonstrator before reinforcement (TPRL eq. 7, 8).
 
     Attributes:
-        demonstrator: what is imitated: "none"; a heuristic, "vispruner" or "divprune", at budgets
+        demonstrator: What is imitated: "none"; a heuristic, "vispruner" or "divprune", at budgets
             as drawn, or nested at keep-rates .75 and .5 where there is no budget (TPRL eq. 7, 8);
             or the name of a per-sample channel such as "question_attention".
-        steps: gradient steps.
-        batch_size: transitions per step.
+        steps: Gradient steps.
+        batch_size: Transitions per step.
         lr: Adam learning rate.
-        class_weights: weight of kept tokens in the cross-entropy: "none" is 1, "balanced" the
+        class_weights: Weight of kept tokens in the cross-entropy: "none" is 1, "balanced" the
             ratio of dropped to kept tokens, "sqrt" its square root.
     """
 
@@ -124,16 +124,16 @@ class RolloutSettings:
     """The episodes of one iteration.
 
     Attributes:
-        samples: distinct samples per iteration.
-        draws: episodes per sample (a group).
-        rounds: parts an iteration's rollout is cut into; one part is scored while the next is
+        samples: Distinct samples per iteration.
+        draws: Episodes per sample (a group).
+        rounds: Parts an iteration's rollout is cut into; one part is scored while the next is
             rolled out.
-        group_baseline: subtract the group's mean advantage per step (PPO).
-        count_regression_baseline: subtract from the advantage what log K explains inside groups
+        group_baseline: Subtract the group's mean advantage per step (PPO).
+        count_regression_baseline: Subtract from the advantage what log K explains inside groups
             (for Bernoulli actions, where one more token always helps).
-        fixed_budgets: a sample has one budget in the whole run, drawn from its number. MAPO's
+        fixed_budgets: A sample has one budget in the whole run, drawn from its number. MAPO's
             memory holds masks of one count, so it only helps where a count comes again.
-        shared_budget: draw one budget per round instead of one per sample.
+        shared_budget: Draw one budget per round instead of one per sample.
         runner: "fast" rolls out whole episodes without gymnasium, "default" is RLlib's runner on
             the vector environment.
     """
@@ -175,16 +175,16 @@ class ResourceSettings:
     """Processes of a run and what each of them gets.
 
     Attributes:
-        num_env_runners: remote env runners; 0 rolls out in the driver.
-        num_learners: remote learners; 0 learns in the driver.
+        num_env_runners: Remote env runners; 0 rolls out in the driver.
+        num_learners: Remote learners; 0 learns in the driver.
         gpus_per_learner: GPUs of each learner.
-        num_scorers: scorer actors; 0 scores in each env runner's own process.
+        num_scorers: Scorer actors; 0 scores in each env runner's own process.
         scorer_cpus: CPUs, and torch threads, of each scorer.
         scorer_gpus: GPUs of each scorer.
-        scorer_resources: custom resources of each scorer, name to amount.
-        torch_threads: threads of the driver.
-        start_timeout: seconds for the scorers to load and for the cluster to make room.
-        sample_timeout: seconds for one iteration's rollouts on remote env runners.
+        scorer_resources: Custom resources of each scorer, name to amount.
+        torch_threads: Threads of the driver.
+        start_timeout: Seconds for the scorers to load and for the cluster to make room.
+        sample_timeout: Seconds for one iteration's rollouts on remote env runners.
     """
 
     num_env_runners: int = 0
@@ -216,12 +216,12 @@ class ScoringSettings:
             scoring.factory builds).
         factory: "module:function" that builds a scorer from a `ScorerSpec`, for "import".
         options: JSON values for scoring.factory.
-        batch_size: rows of one forward pass.
+        batch_size: Rows of one forward pass.
         device: torch device of the LVLM, None for the best there is.
         dtype: torch dtype of the LVLM, None for its default.
-        max_outstanding: requests under way per client and scorer.
-        max_crashes_per_row: scorer processes that one row may crash before the run fails.
-        cache_size: masks whose scores are remembered per client.
+        max_outstanding: Requests under way per client and scorer.
+        max_crashes_per_row: Scorer processes that one row may crash before the run fails.
+        cache_size: Masks whose scores are remembered per client.
     """
 
     scorer: Literal["lvlm", "toy", "import"] = "lvlm"
@@ -246,12 +246,12 @@ class Limits:
     """When a run stops, saves and reports; a run needs at least one of the first three.
 
     Attributes:
-        iterations: stop after this many iterations, None for no limit.
-        max_scores: stop after this many requested scores, None for no limit.
-        max_seconds: stop after this many seconds of training, None for no limit.
-        checkpoint_every: iterations between checkpoints.
-        checkpoint_seconds: least seconds between checkpoints.
-        report_every: iterations between progress lines.
+        iterations: Stop after this many iterations, None for no limit.
+        max_scores: Stop after this many requested scores, None for no limit.
+        max_seconds: Stop after this many seconds of training, None for no limit.
+        checkpoint_every: Iterations between checkpoints.
+        checkpoint_seconds: Least seconds between checkpoints.
+        report_every: Iterations between progress lines.
     """
 
     iterations: int | None = None

@@ -51,19 +51,19 @@ class TrainConfig:
     """Settings of one training run; the defaults are those of the ``ppo`` preset.
 
     Attributes:
-        source: the samples: a store folder or "toy:...".
-        lvlm: the LVLM that scores, for scoring.scorer "lvlm": a folder, a hub id, "builtin:crowded"
+        source: The samples: a store folder or "toy:...".
+        lvlm: The LVLM that scores, for scoring.scorer "lvlm": a folder, a hub id, "builtin:crowded"
             or "builtin:sparse".
-        seed: of policy, draws and demonstrations.
-        rules: the MDP. A literal names every rule, because `EpisodeRules` by itself has the
+        seed: Of policy, draws and demonstrations.
+        rules: The MDP. A literal names every rule, because `EpisodeRules` by itself has the
             defaults of the paper.
-        policy: network and distribution.
-        imitation: what is imitated before reinforcement.
-        rollout: the episodes of an iteration.
+        policy: Network and distribution.
+        imitation: What is imitated before reinforcement.
+        rollout: The episodes of an iteration.
         algorithm: PPO, GRPO or MAPO: `PpoSettings`, `GrpoSettings` or `MapoSettings`.
-        scoring: the scorer.
-        resources: processes and what each gets.
-        limits: when to stop, save and report.
+        scoring: The scorer.
+        resources: Processes and what each gets.
+        limits: When to stop, save and report.
     """
 
     source: str = ""
@@ -91,11 +91,11 @@ class TrainConfig:
         """A copy with other values; strings are read as the fields' types.
 
         Args:
-            **changes: by name, such as ``**{"policy.width": 64}``, or whole parts. ``algorithm``
+            **changes: By name, such as ``**{"policy.width": 64}``, or whole parts. ``algorithm``
                 may be a name; the settings that both algorithms have keep their values.
 
         Raises:
-            ValueError: for an unknown name, naming the nearest, or a value that does not fit.
+            ValueError: For an unknown name, naming the nearest, or a value that does not fit.
         """
         if "algorithm.name" in changes:
             changes["algorithm"] = changes.pop("algorithm.name")

@@ -38,7 +38,7 @@ def read_fields(settings: Any) -> None:
     """Read every field of a frozen dataclass as its type; call it first in ``__post_init__``.
 
     Raises:
-        ValueError: if a value cannot be read, naming the field.
+        ValueError: If a value cannot be read, naming the field.
     """
     hints = type_hints(settings)
     for field in dataclasses.fields(settings):
@@ -50,7 +50,7 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     """Read a value as a type: a number, a string, a pair, a table, a `Literal` or a dataclass.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: If it cannot be read.
     """
     if typing.get_origin(hint) is typing.Literal:
         check_choice(name, value, typing.get_args(hint))
@@ -76,7 +76,7 @@ def check_at_least(settings: object, least: float, *names: str) -> None:
     """Refuse a number below ``least``.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: Naming the field.
     """
     for name in names:
         if getattr(settings, name) < least:
@@ -87,7 +87,7 @@ def check_positive(settings: object, *names: str) -> None:
     """Refuse a number that is not above 0.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: Naming the field.
     """
     for name in names:
         if not getattr(settings, name) > 0:
@@ -98,7 +98,7 @@ def check_fraction(settings: object, *names: str) -> None:
     """Refuse a number outside (0, 1].
 
     Raises:
-        ValueError: naming the field.
+        ValueError: Naming the field.
     """
     for name in names:
         if not 0.0 < getattr(settings, name) <= 1.0:

@@ -120,7 +120,7 @@ class Experiment:
         """Refuse what could not be compared.
 
         Raises:
-            ValueError: naming the field.
+            ValueError: Naming the field.
         """
         for name in (self.name, *self.arms, *self.tasks):
             if not _NAME.fullmatch(name):
@@ -269,11 +269,11 @@ def load_experiment(name: str | Path) -> Experiment | Search:
     """The experiment or search of a file.
 
     Args:
-        name: one of ``rllib_configs/experiments/``, or a path to a Python file that defines
+        name: One of ``rllib_configs/experiments/``, or a path to a Python file that defines
             ``EXPERIMENT`` or ``SEARCH``. The file is executed: use files you trust.
 
     Raises:
-        ValueError: for an unknown name, naming the nearest, or a file that defines neither.
+        ValueError: For an unknown name, naming the nearest, or a file that defines neither.
     """
     module = load_definitions(name, "experiment", "experiment", "experiments")
     found = getattr(module, "EXPERIMENT", None) or getattr(module, "SEARCH", None)

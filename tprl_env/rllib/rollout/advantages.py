@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import numpy.typing as npt
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from tprl_env.env import rewards as rewards_
@@ -35,11 +35,11 @@ class Estimate:
 
     Attributes:
         rewards: float32 (T, B), 0 where no step was taken.
-        columns: for the learner, name -> (T, B).
+        columns: For the learner, name -> (T, B).
     """
 
     rewards: Floats
-    columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    columns: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @property
     def advantages(self) -> Floats:
@@ -91,13 +91,13 @@ def advantages(
     """Turn scores (T, B) of a rollout into what PPO learns from.
 
     Args:
-        rollout: the episodes.
+        rollout: The episodes.
         scores: (T, B), NaN where not scored.
-        rules: the MDP.
-        gamma: discount.
+        rules: The MDP.
+        gamma: Discount.
         gae_lambda: lambda of generalised advantage estimation.
-        group_baseline: subtract the mean advantage of the group at the same step.
-        count_regression_baseline: subtract what the log of the final count explains inside groups.
+        group_baseline: Subtract the mean advantage of the group at the same step.
+        count_regression_baseline: Subtract what the log of the final count explains inside groups.
     """
     live, rewards = rollout.taken(), _rewards(rollout, scores, rules)
     values = np.stack(rollout.values)
@@ -125,11 +125,11 @@ def group_advantages(
     all equal teaches nothing: its advantages are 0.
 
     Args:
-        rollout: the episodes.
+        rollout: The episodes.
         scores: (T, B), NaN where not scored.
-        rules: the MDP.
-        gamma: discount of the returns.
-        count_regression_baseline: free the returns of what log K explains inside groups first.
+        rules: The MDP.
+        gamma: Discount of the returns.
+        count_regression_baseline: Free the returns of what log K explains inside groups first.
     """
     live, rewards = rollout.taken(), _rewards(rollout, scores, rules)
     everything = np.ones((1, len(rollout.group)), bool)
@@ -182,7 +182,7 @@ def _returns(rewards: Floats, gamma: float) -> Floats:
 
 
 def generalised_advantages(
-    rewards: Floats, values: Floats, live: NDArray[np.bool_], gamma: float, gae_lambda: float
+    rewards: Floats, values: Floats, live: npt.NDArray[np.bool_], gamma: float, gae_lambda: float
 ) -> Floats:
     """GAE (Schulman et al. 2016, eq. 16) of episodes that all end: no bootstrap value.
 
@@ -190,7 +190,7 @@ def generalised_advantages(
         rewards: (T, B).
         values: (T, B).
         live: bool (T, B), a prefix of each column.
-        gamma: discount.
+        gamma: Discount.
         gae_lambda: lambda.
 
     Returns:
@@ -209,8 +209,8 @@ def generalised_advantages(
 
 
 def _minus_group_mean(
-    values: Floats, group: NDArray[np.int64], live: NDArray[np.bool_]
-) -> NDArray[Any]:
+    values: Floats, group: npt.NDArray[np.int64], live: npt.NDArray[np.bool_]
+) -> npt.NDArray[Any]:
     """Subtract from each step the mean over the group's episodes that took it."""
     result = np.zeros_like(values)
     for step, taken in enumerate(live):
@@ -220,7 +220,7 @@ def _minus_group_mean(
     return result
 
 
-def _minus_count(values: Floats, rollout: Rollout, live: NDArray[np.bool_]) -> NDArray[Any]:
+def _minus_count(values: Floats, rollout: Rollout, live: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
     """Residual of a regression on the group-centred log of the final count.
 
     Ours, see docs/method.md, "Bernoulli". Without it a Bernoulli policy learns to keep more tokens

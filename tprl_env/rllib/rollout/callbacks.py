@@ -8,7 +8,7 @@ from typing import Any
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from tprl_env.env.scorer import ScoringError
-from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
+from tprl_env.rllib.rollout.scorers import ScorerReport
 from tprl_env.scoring.pool import ScorerPool
 
 __all__ = ["EnvironmentMetrics", "StopOnScoringFailure"]
@@ -30,7 +30,7 @@ class StopOnScoringFailure(RLlibCallback):
         """Check once per iteration; without remote runners errors arrive by themselves.
 
         Raises:
-            ScoringError: with the message of the first failure.
+            ScoringError: With the message of the first failure.
         """
         address = algorithm.config.env_config.get("pool")
         if not address or algorithm.config.num_env_runners == 0:

@@ -23,13 +23,13 @@ class ColumnsToBatch(ConnectorV2):
     """Joins the rollouts of all runners; use it without RLlib's default learner connectors.
 
     Args:
-        input_observation_space: unused, RLlib's signature.
-        input_action_space: unused, RLlib's signature.
-        normalize: bring advantages to mean 0 and deviation 1.
-        reference: add the log-probabilities of the start policy, once for all epochs.
-        per_token: of each token instead of the whole mask.
-        shuffle: permute the rows. RLlib never shuffles the first epoch, so minibatches need it.
-        seed: of the permutation.
+        input_observation_space: Unused, RLlib's signature.
+        input_action_space: Unused, RLlib's signature.
+        normalize: Bring advantages to mean 0 and deviation 1.
+        reference: Add the log-probabilities of the start policy, once for all epochs.
+        per_token: Of each token instead of the whole mask.
+        shuffle: Permute the rows. RLlib never shuffles the first epoch, so minibatches need it.
+        seed: Of the permutation.
     """
 
     def __init__(

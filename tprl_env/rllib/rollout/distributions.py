@@ -71,7 +71,7 @@ class _MaskActions(Distribution):
         """Masks cannot be sampled differentiably.
 
         Raises:
-            TypeError: always.
+            TypeError: Always.
         """
         raise TypeError("keep-masks are discrete; use sample() and log-probabilities")
 

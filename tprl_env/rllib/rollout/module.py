@@ -65,7 +65,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
             learner's state, so that a resumed run keeps the start policy of its first start.
 
     Raises:
-        ValueError: if ``load`` holds a policy of another shape.
+        ValueError: If ``load`` holds a policy of another shape.
     """
 
     def setup(self) -> None:
@@ -97,12 +97,33 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """What runners do not need."""
         return ["reference"]
 
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Take weights, on a resume as from the learner; RLlib's own ignores what is missing.
+
+        Raises:
+            ValueError: Weights are missing, unknown or of another shape; a learner's start policy
+                is left out where it is not needed.
+        """
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        unknown = sorted(
+            name for name in state.keys() - own.keys() if not name.startswith("reference.")
+        )
+        shapes = sorted(n for n in own.keys() & state.keys() if np.shape(state[n]) != own[n].shape)
+        if missing or unknown or shapes:
+            raise ValueError(
+                f"these weights belong to another policy: {len(missing)} missing {missing[:3]}, "
+                f"{len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape "
+                f"{shapes[:3]}; resume the run with the settings it was started with"
+            )
+        super().set_state(state)
+
     def act(self, obs: Mapping[str, Tensor], *, explore: bool = True) -> Acted:
         """Decide one step for all rows, without gradients.
 
         Args:
-            obs: batched observation, plain or of sample numbers.
-            explore: draw masks with the module's own generator; False takes the likeliest.
+            obs: Batched observation, plain or of sample numbers.
+            explore: Draw masks with the module's own generator; False takes the likeliest.
         """
         with torch.no_grad():
             inputs, values = self._inputs(obs)
@@ -155,7 +176,7 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """Values (R,); ``embeddings`` are those of a forward pass on the same batch.
 
         Raises:
-            ValueError: in a module without a critic.
+            ValueError: In a module without a critic.
         """
         if not self._has_critic:
             raise ValueError("this module was built without a critic and has no values")
@@ -231,7 +252,7 @@ def load_policy(folder: str, config: PolicyConfig) -> PruningPolicy:
     """A saved policy that must have this shape.
 
     Raises:
-        ValueError: if it has another one, naming the fields that differ.
+        ValueError: If it has another one, naming the fields that differ.
     """
     policy = PruningPolicy.from_pretrained(folder)
     ours, theirs = asdict(config), asdict(policy.config)

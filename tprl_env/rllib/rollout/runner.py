@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gymnasium.utils.seeding import np_random
-from numpy.typing import NDArray
 from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
@@ -37,11 +37,15 @@ from tprl_env.data.features import shared_source
 from tprl_env.env.episodes import Episodes, choose_episode
 from tprl_env.rllib.config import TrainConfig
 from tprl_env.rllib.rollout.advantages import estimate
-from tprl_env.rllib.rollout.episodes import EpisodeColumns, Rollout, learner_columns
+from tprl_env.rllib.rollout.episodes import (
+    EpisodeColumns,
+    NumberedSpaces,
+    Rollout,
+    learner_columns,
+    numbered_observation,
+)
 from tprl_env.rllib.rollout.module import Acted, TokenPruningModule
-from tprl_env.rllib.rollout.observations import NumberedSpaces, numbered_observation
-from tprl_env.rllib.rollout.scorer_metrics import ScorerReport
-from tprl_env.rllib.rollout.scorers import open_scorer
+from tprl_env.rllib.rollout.scorers import ScorerReport, open_scorer
 
 __all__ = ["TokenPruningRunner"]
 
@@ -92,14 +96,14 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Roll out and score this runner's share of an iteration.
 
         Args:
-            num_timesteps: at least this many steps instead.
-            num_episodes: at least this many episodes instead.
-            explore: draw masks; False takes the likeliest.
-            random_actions: refused.
-            force_reset: without meaning, every call starts new episodes.
+            num_timesteps: At least this many steps instead.
+            num_episodes: At least this many episodes instead.
+            explore: Draw masks; False takes the likeliest.
+            random_actions: Refused.
+            force_reset: Without meaning, every call starts new episodes.
 
         Raises:
-            ScoringError: if a mask cannot be scored; it never becomes a reward.
+            ScoringError: If a mask cannot be scored; it never becomes a reward.
         """
         if random_actions:
             raise ValueError("TokenPruningRunner cannot take random actions; use runner='default'")
@@ -185,7 +189,11 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         return rollout, asked
 
     def _step(
-        self, rollout: Rollout, rows: NDArray[np.int64], obs: dict[str, NDArray[Any]], acted: Acted
+        self,
+        rollout: Rollout,
+        rows: npt.NDArray[np.int64],
+        obs: dict[str, npt.NDArray[Any]],
+        acted: Acted,
     ) -> None:
         """Step the live episodes, ``rows``, and note what learner and scorer need of the step."""
         actions = acted.actions.cpu().numpy()
@@ -216,7 +224,9 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         keep = np.concatenate([rollout.masks[t][r] for t, r in zip(steps, rows, strict=True)])
         return self.scorer.submit(samples, keep)
 
-    def _observe(self, rollout: Rollout, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    def _observe(
+        self, rollout: Rollout, rows: npt.NDArray[np.int64]
+    ) -> dict[str, npt.NDArray[Any]]:
         """Sample numbers and masks; draws of one sample share their state before the first step."""
         alive, step = self._episodes.alive, len(rollout.live)
         states = rollout.group[rows] if step == 0 else step * len(alive) + rows
@@ -291,14 +301,14 @@ class TokenPruningRunner(SingleAgentEnvRunner):
         """Raise if construction has not finished.
 
         Raises:
-            RuntimeError: if there is no module or no source.
+            RuntimeError: If there is no module or no source.
         """
         if self.module is None or self.env is None:
             raise RuntimeError("TokenPruningRunner has no module or no source; look at its log")
 
 
 def _critic_report(
-    rollout: Rollout, columns: Mapping[str, NDArray[Any]], live: NDArray[np.bool_]
+    rollout: Rollout, columns: Mapping[str, npt.NDArray[Any]], live: npt.NDArray[np.bool_]
 ) -> dict[str, float]:
     """How much of the value targets' variance the critic explained, if there is one."""
     if Postprocessing.VALUE_TARGETS not in columns:

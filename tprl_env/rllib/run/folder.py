@@ -57,13 +57,13 @@ class Progress:
     """Progress of a run; saved with each checkpoint.
 
     Attributes:
-        iteration: finished iterations.
-        env_steps: steps of all episodes.
-        episodes: episodes.
-        scores: requested scores.
-        computed: scores that the LVLM computed (the others were equal, remembered or trivial).
-        seconds: training time over all starts.
-        imitation_seconds: of the imitation that made the policy the run started from.
+        iteration: Finished iterations.
+        env_steps: Steps of all episodes.
+        episodes: Episodes.
+        scores: Requested scores.
+        computed: Scores that the LVLM computed (the others were equal, remembered or trivial).
+        seconds: Training time over all starts.
+        imitation_seconds: Of the imitation that made the policy the run started from.
     """
 
     iteration: int = 0
@@ -91,7 +91,7 @@ class RunFolder:
     """Reads and writes a run's files.
 
     Args:
-        path: the folder; made if it does not exist.
+        path: The folder; made if it does not exist.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,12 +107,12 @@ class RunFolder:
         """Claim the folder for a run, or check that the run in it can be resumed.
 
         Args:
-            config: the run.
+            config: The run.
             resume: False wants an empty folder, True a run; ``"auto"`` takes either, so that the
                 same command resumes the run.
 
         Raises:
-            ValueError: if the folder holds a run already and ``resume`` is off, holds none and
+            ValueError: If the folder holds a run already and ``resume`` is off, holds none and
                 ``resume`` is on, or holds a run with another policy.
         """
         saved = self.path / "config.json"
@@ -164,10 +164,10 @@ class RunFolder:
         """Write a checkpoint beside its final place, rename it, drop the oldest.
 
         Args:
-            progress: of the run.
-            policy: the policy.
-            save: writes the algorithm's own state into the folder it is given.
-            record: how the policy was trained, for ``training.json`` beside it.
+            progress: Of the run.
+            policy: The policy.
+            save: Writes the algorithm's own state into the folder it is given.
+            record: How the policy was trained, for ``training.json`` beside it.
         """
         self._checkpoints.mkdir(exist_ok=True)
         final = self._checkpoints / f"{_PREFIX}{progress.iteration:06d}"
@@ -189,11 +189,11 @@ class RunFolder:
         """Give the algorithm its own state back.
 
         Args:
-            path: one of `checkpoints`.
-            load: reads the algorithm's state from the folder it is given.
+            path: One of `checkpoints`.
+            load: Reads the algorithm's state from the folder it is given.
 
         Raises:
-            ValueError: the state names modules or classes that are not there any more.
+            ValueError: The state names modules or classes that are not there any more.
         """
         try:
             load(str((path / "rllib").resolve()))
@@ -216,7 +216,7 @@ class RunFolder:
         """A function that appends one iteration's metrics to the files.
 
         Args:
-            after: iterations to keep; later lines come from work that a crash has undone.
+            after: Iterations to keep; later lines come from work that a crash has undone.
         """
         from tensorboardX import SummaryWriter
 

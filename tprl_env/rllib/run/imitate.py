@@ -35,13 +35,13 @@ def imitate(
     """Train a fresh policy on demonstrations and save it, with its time and agreement.
 
     Args:
-        config: names the demonstrator and its settings.
-        source: the samples.
-        folder: gets the policy, which `algorithm_config` takes as ``init_policy``.
-        progress: called with (step, loss).
+        config: Names the demonstrator and its settings.
+        source: The samples.
+        folder: Gets the policy, which `algorithm_config` takes as ``init_policy``.
+        progress: Called with (step, loss).
 
     Raises:
-        ValueError: if the source lacks what the demonstrator needs.
+        ValueError: If the source lacks what the demonstrator needs.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

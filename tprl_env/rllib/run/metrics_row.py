@@ -20,37 +20,37 @@ class IterationRow:
     """Metrics of one iteration; totals count over all starts of the run.
 
     Attributes:
-        iteration: number of the iteration, from 1.
-        seconds: training time in total.
-        iteration_seconds: of this iteration.
-        sample_seconds: rolling out and scoring per iteration, smoothed by RLlib.
-        learn_seconds: gradient steps per iteration, smoothed by RLlib.
-        env_steps: in total.
-        episodes: in total.
-        scores: requested in total.
-        computed: computed by the LVLM in total.
-        mean_return: undiscounted return per episode.
-        score: of the final masks.
-        full_score: of the same samples with all tokens.
-        kept: tokens in the final masks.
-        keep_ratio: of the tokens that exist.
-        explained_variance: by the critic before the update.
-        policy_loss: last minibatch.
-        value_loss: last minibatch.
-        entropy: last minibatch, as weighted in the loss.
-        kl: estimate of KL(old || new), last minibatch.
-        clipped: share of clipped ratios, last minibatch.
-        reference_kl: estimate of KL(policy || start policy) of whole masks, last minibatch (GRPO).
-        memory_weight: mean w of the groups with a memory (MAPO).
-        memory_groups: share of groups with a memory (MAPO).
-        memory_episodes: episodes remembered (MAPO).
-        scores_per_second: requested in this iteration over its seconds.
-        busy_share: busy seconds of the scorers over their number times the iteration's seconds.
-        batch_fill: mean rows of a pass over the batch size.
-        duplicates: scores of this iteration copied inside a request.
-        cache_hits: scores of this iteration remembered.
-        retries: requests of this iteration sent again.
-        runners: healthy remote runners.
+        iteration: Number of the iteration, from 1.
+        seconds: Training time in total.
+        iteration_seconds: Of this iteration.
+        sample_seconds: Rolling out and scoring per iteration, smoothed by RLlib.
+        learn_seconds: Gradient steps per iteration, smoothed by RLlib.
+        env_steps: In total.
+        episodes: In total.
+        scores: Requested in total.
+        computed: Computed by the LVLM in total.
+        mean_return: Undiscounted return per episode.
+        score: Of the final masks.
+        full_score: Of the same samples with all tokens.
+        kept: Tokens in the final masks.
+        keep_ratio: Of the tokens that exist.
+        explained_variance: By the critic before the update.
+        policy_loss: Last minibatch.
+        value_loss: Last minibatch.
+        entropy: Last minibatch, as weighted in the loss.
+        kl: Estimate of KL(old || new), last minibatch.
+        clipped: Share of clipped ratios, last minibatch.
+        reference_kl: Estimate of KL(policy || start policy) of whole masks, last minibatch (GRPO).
+        memory_weight: Mean w of the groups with a memory (MAPO).
+        memory_groups: Share of groups with a memory (MAPO).
+        memory_episodes: Episodes remembered (MAPO).
+        scores_per_second: Requested in this iteration over its seconds.
+        busy_share: Busy seconds of the scorers over their number times the iteration's seconds.
+        batch_fill: Mean rows of a pass over the batch size.
+        duplicates: Scores of this iteration copied inside a request.
+        cache_hits: Scores of this iteration remembered.
+        retries: Requests of this iteration sent again.
+        runners: Healthy remote runners.
     """
 
     iteration: int
@@ -165,7 +165,7 @@ class ProgressLines:
     then one in ``every`` has, and the last one always.
 
     Args:
-        every: iterations between lines; 0 prints nothing at all.
+        every: Iterations between lines; 0 prints nothing at all.
     """
 
     _COLUMNS = (

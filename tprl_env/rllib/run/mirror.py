@@ -41,7 +41,7 @@ def open_run_folder(place: str | Path | RunFolder) -> RunFolder:
     """The folder of a run, on this machine or mirrored to a URI.
 
     Args:
-        place: a path, a URI such as ``s3://bucket/run``, or a folder that is open already.
+        place: A path, a URI such as ``s3://bucket/run``, or a folder that is open already.
     """
     if isinstance(place, RunFolder):
         return place
@@ -52,7 +52,7 @@ class MirroredRunFolder(RunFolder):
     """A run folder in a temporary place, removed with the process, and its copy in the storage.
 
     Args:
-        storage: where the run lives.
+        storage: Where the run lives.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -86,7 +86,7 @@ class MirroredRunFolder(RunFolder):
         """Claim the run, here and in the storage.
 
         Raises:
-            ValueError: as `RunFolder.begin`.
+            ValueError: As `RunFolder.begin`.
         """
         super().begin(config, resume=resume)
         self.storage.write(_OWNER, json.dumps({"start": self._owner}).encode())
@@ -103,7 +103,7 @@ class MirroredRunFolder(RunFolder):
         """Write a checkpoint here and upload it; the oldest ones go.
 
         Raises:
-            RunTakenOverError: another start owns the run now.
+            RunTakenOverError: Another start owns the run now.
         """
         final = super().save_checkpoint(progress, policy, save, record)
         self._check_owner()

@@ -31,7 +31,7 @@ def actor_bundles(config: Any) -> dict[str, list[dict[str, float]]]:
     """Resources of each remote actor that RLlib will start for an AlgorithmConfig, by kind.
 
     Raises:
-        ValueError: an actor would ask for no resource at all, so that nothing limits their number.
+        ValueError: An actor would ask for no resource at all, so that nothing limits their number.
     """
     runner = {
         "CPU": config.num_cpus_per_env_runner,
@@ -63,10 +63,10 @@ def check_room(config: Any, timeout: float) -> None:
 
     Args:
         config: AlgorithmConfig.
-        timeout: seconds; with an autoscaler, the time that new nodes may take.
+        timeout: Seconds; with an autoscaler, the time that new nodes may take.
 
     Raises:
-        PlacementError: on a timeout; compares requested with available resources.
+        PlacementError: On a timeout; compares requested with available resources.
     """
     kinds = actor_bundles(config)
     bundles = [bundle for kind in kinds.values() for bundle in kind]

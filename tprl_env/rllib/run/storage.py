@@ -43,9 +43,9 @@ class Storage:
     shown in dashboards and logs.
 
     Args:
-        filesystem: the file system.
-        root: the folder in it.
-        name: how messages call it.
+        filesystem: The file system.
+        root: The folder in it.
+        name: How messages call it.
     """
 
     def __init__(self, filesystem: fs.FileSystem, root: str, name: str = "") -> None:
@@ -57,7 +57,7 @@ class Storage:
         """Open the folder that a URI names; it need not exist yet.
 
         Raises:
-            ValueError: for a scheme that pyarrow does not know, or a URI with a password in it.
+            ValueError: For a scheme that pyarrow does not know, or a URI with a password in it.
         """
         cls.check(uri)
         try:
@@ -74,7 +74,7 @@ class Storage:
         """Refuse a URI that holds credentials; touches no network.
 
         Raises:
-            ValueError: it does.
+            ValueError: It does.
         """
         if urlsplit(uri).password is not None:
             raise ValueError(
@@ -148,8 +148,8 @@ class Storage:
         """Upload a local folder; it counts once everything has arrived.
 
         Args:
-            path: local folder.
-            name: its name here; what lies there is replaced.
+            path: Local folder.
+            name: Its name here; what lies there is replaced.
         """
         self.drop_folder(name)
         files = {}
@@ -164,11 +164,11 @@ class Storage:
         """Download a whole folder and compare its contents with the mark.
 
         Args:
-            name: the folder here.
-            path: local folder; it appears in one piece, and must not exist.
+            name: The folder here.
+            path: Local folder; it appears in one piece, and must not exist.
 
         Raises:
-            StorageError: it is not whole, or a file's content is another than was uploaded.
+            StorageError: It is not whole, or a file's content is another than was uploaded.
         """
         mark = self._whole(name)
         if mark is None:

@@ -71,14 +71,14 @@ def training_command(
     """The job's command: ``tprl train`` that starts the run, or resumes it.
 
     Args:
-        config: preset, or path of a config file below ``working_dir``.
-        overrides: fields of the config.
+        config: Preset, or path of a config file below ``working_dir``.
+        overrides: Fields of the config.
         storage: URI, or absolute path on a disk that every node sees.
-        working_dir: what is uploaded, None for nothing.
-        python: interpreter on the cluster.
+        working_dir: What is uploaded, None for nothing.
+        python: Interpreter on the cluster.
 
     Raises:
-        ValueError: the mistakes that would otherwise show minutes later, on the cluster.
+        ValueError: The mistakes that would otherwise show minutes later, on the cluster.
     """
     from tprl_env.rllib.config import load_config
     from tprl_env.rllib.run.storage import Storage, is_uri
@@ -109,11 +109,11 @@ def runtime_env(working_dir: Path | None, variables: Mapping[str, str]) -> dict[
     """Ray's description of a job's surroundings, which everybody with the dashboard can read.
 
     Args:
-        working_dir: folder to upload, None for nothing.
-        variables: environment variables of the job and its actors.
+        working_dir: Folder to upload, None for nothing.
+        variables: Environment variables of the job and its actors.
 
     Raises:
-        ValueError: for a secret in the variables, or a folder that is no project.
+        ValueError: For a secret in the variables, or a folder that is no project.
     """
     for name in variables:
         if _SECRET.search(name) and not _HARMLESS.search(name):
@@ -145,18 +145,18 @@ def send(
     """Submit a job.
 
     Args:
-        command: what the job runs.
-        environment: from `runtime_env`.
-        address: of the dashboard; default RAY_API_SERVER_ADDRESS, else this machine's port 8265.
+        command: What the job runs.
+        environment: From `runtime_env`.
+        address: Of the dashboard; default RAY_API_SERVER_ADDRESS, else this machine's port 8265.
         driver_cpus: CPUs reserved for the command; with 0 it runs on the head.
 
     Returns:
         Ray's client and the job's id.
 
     Raises:
-        PermissionError: no token, a wrong one, or a cluster that lets everybody in.
-        OSError: the cluster cannot be reached or refuses the job.
-        ValueError: the request holds the token.
+        PermissionError: No token, a wrong one, or a cluster that lets everybody in.
+        OSError: The cluster cannot be reached or refuses the job.
+        ValueError: The request holds the token.
     """
     token = use_token()
     if token in json.dumps([command, dict(environment)]):
@@ -208,8 +208,8 @@ def _check_guarded(address: str) -> None:
     """Refuse a cluster that runs without authentication.
 
     Raises:
-        PermissionError: it does.
-        ConnectionError: no answer, or not from Ray.
+        PermissionError: It does.
+        ConnectionError: No answer, or not from Ray.
     """
     import requests
 
@@ -235,7 +235,7 @@ def follow(client: Any, job: str) -> int:
         0 if it succeeded, else its own exit code, or 1; 130 after Ctrl-C, which leaves it running.
 
     Raises:
-        ConnectionError: the cluster has not answered for five minutes.
+        ConnectionError: The cluster has not answered for five minutes.
     """
     try:
         asyncio.run(_print_logs(client, job))
@@ -286,7 +286,7 @@ def script_command(words: Sequence[str]) -> str:
     """The words after ``--`` as one shell command.
 
     Raises:
-        ValueError: there are none.
+        ValueError: There are none.
     """
     if not words:
         raise ValueError("nothing to run after --; write -- python script.py")

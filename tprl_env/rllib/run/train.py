@@ -54,14 +54,14 @@ class TrainResult:
     """What a call of `train` has reached.
 
     Attributes:
-        out: the run's folder on this machine.
-        where: the run's place as it was given, a path or a URI.
-        policy_path: exported policy (safetensors + config.json + training.json).
-        record: how the policy was trained, the content of its ``training.json``.
-        progress: iterations, steps and scores over all starts.
-        metrics: row of the last iteration.
+        out: The run's folder on this machine.
+        where: The run's place as it was given, a path or a URI.
+        policy_path: Exported policy (safetensors + config.json + training.json).
+        record: How the policy was trained, the content of its ``training.json``.
+        progress: Iterations, steps and scores over all starts.
+        metrics: Row of the last iteration.
         stopped_by: ``"iterations"``, ``"max_scores"`` or ``"max_seconds"``.
-        imitation: report of the imitation, None if there was none in this call.
+        imitation: Report of the imitation, None if there was none in this call.
     """
 
     out: Path
@@ -90,23 +90,23 @@ def train(
     """Train a policy.
 
     Args:
-        config: the run.
-        out: folder or URI for everything that is written, see `tprl_env.rllib.run.folder`.
-        resume: from the newest complete checkpoint in ``out``; ``"auto"`` starts a run if there
+        config: The run.
+        out: Folder or URI for everything that is written, see `tprl_env.rllib.run.folder`.
+        resume: From the newest complete checkpoint in ``out``; ``"auto"`` starts a run if there
             is none.
-        init_policy: policy folder to start from instead of imitation or random weights.
-        preset: name of the config, for ``training.json`` beside the exported policy.
-        progress: print a line every ``limits.report_every`` iterations.
-        iterations: overrides ``limits.iterations``.
-        max_scores: overrides ``limits.max_scores``; counts requested scores over all starts.
-        max_seconds: overrides ``limits.max_seconds``; counts training time over all starts.
-        on_iteration: called after each iteration with the row of metrics and the policy.
+        init_policy: Policy folder to start from instead of imitation or random weights.
+        preset: Name of the config, for ``training.json`` beside the exported policy.
+        progress: Print a line every ``limits.report_every`` iterations.
+        iterations: Overrides ``limits.iterations``.
+        max_scores: Overrides ``limits.max_scores``; counts requested scores over all starts.
+        max_seconds: Overrides ``limits.max_seconds``; counts training time over all starts.
+        on_iteration: Called after each iteration with the row of metrics and the policy.
 
     Raises:
-        ValueError: for a run without an end, a folder or a policy that does not fit.
-        ScoringError: if the scorers cannot be started, or a mask cannot be scored.
-        PlacementError: if the cluster lacks resources for the env runners or learners.
-        RuntimeError: if the remote runners deliver nothing.
+        ValueError: For a run without an end, a folder or a policy that does not fit.
+        ScoringError: If the scorers cannot be started, or a mask cannot be scored.
+        PlacementError: If the cluster lacks resources for the env runners or learners.
+        RuntimeError: If the remote runners deliver nothing.
     """
     given = {"iterations": iterations, "max_scores": max_scores, "max_seconds": max_seconds}
     limits = {f"limits.{name}": limit for name, limit in given.items() if limit is not None}
@@ -159,8 +159,8 @@ def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
     """Refuse a source, LVLM or policy that does not fit, before anything is written or started.
 
     Raises:
-        ValueError: naming what does not fit.
-        FileNotFoundError: for a missing LVLM.
+        ValueError: Naming what does not fit.
+        FileNotFoundError: For a missing LVLM.
     """
     scorer_spec(config)
     source = shared_source(config.source)
@@ -189,9 +189,9 @@ def _check_lvlm(config: TrainConfig, source: TokenSource) -> None:
     """Refuse an LVLM that cannot be loaded, or another one than the store was encoded with.
 
     Raises:
-        StoreError: the store is another LVLM's.
-        ValueError: the checkpoint is of no known family.
-        FileNotFoundError: there is no such checkpoint.
+        StoreError: The store is another LVLM's.
+        ValueError: The checkpoint is of no known family.
+        FileNotFoundError: There is no such checkpoint.
     """
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import find_lvlm
