@@ -49,22 +49,29 @@ def best_heuristic(rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] |
 
 def headline(results: Mapping[str, Any]) -> str:
     """The outcome in one sentence."""
-    budget = headline_budget(results)
+    budget, tokens = headline_budget(results), results["visual_tokens"]
     rows = at_budget(results, budget)
     best, name = best_heuristic(rows), policy_name(results)
-    all_tokens = f"{100 * results['full']['accuracy']:.1f} %"
-    start = f"At {budget} of {results['visual_tokens']} tokens "
-    end = f" % of the questions that all tokens answer {all_tokens} of"
-    if name is None:
-        if best is None:
-            return f"All {results['visual_tokens']} tokens answer {all_tokens} of the questions."
-        return f"{start}the best heuristic ({best['name']}) answers {_percent(best)}{end}."
-    against = "" if best is None else f"; the best heuristic ({best['name']}) {_percent(best)} %"
-    return f"{start}the policy answers {_percent(rows[name])}{end}{against}."
+    full = f"{100 * results['full']['accuracy']:.1f} %"
+    told = f"With {budget} of {tokens} visual tokens "
+    others = [f"with all tokens {full}"]
+    if name is not None:
+        told += f"the policy answers {_percent(rows[name])} of the questions right"
+        if IMITATION in rows:
+            others.append(f"imitation alone {_percent(rows[IMITATION])}")
+        if best is not None:
+            others.append(f"the best heuristic, {best['name']}, {_percent(best)}")
+    elif best is not None:
+        told += (
+            f"the best heuristic, {best['name']}, answers {_percent(best)} of the questions right"
+        )
+    else:
+        return f"All {tokens} visual tokens answer {full} of the questions right."
+    return f"{told} ({'; '.join(others)})."
 
 
 def _percent(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['accuracy']:.1f}"
+    return f"{100 * row['accuracy']:.1f} %"
 
 
 def differences(methods: Sequence[MethodResult]) -> list[dict[str, Any]]:

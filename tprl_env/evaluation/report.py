@@ -19,7 +19,7 @@ from tprl_env.evaluation.findings import (
     headline,
     headline_budget,
 )
-from tprl_env.evaluation.plots import by_method
+from tprl_env.evaluation.plots import by_method, method_colors
 from tprl_env.files import write_text
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ h1{font-size:1.5em;line-height:1.25}h2{font-size:1.2em;margin-top:2em}
 .headline{font-size:1.25em;font-weight:600;border-left:5px solid #c8102e;padding-left:.7em}
 .wide{overflow-x:auto}table{border-collapse:collapse;margin:.6em 0;font-size:.92em}
 td,th{padding:.25em .6em;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}td.words,th.words{text-align:left}
+td:first-child,th:first-child{text-align:left;min-width:9em}
 tr.policy td{font-weight:600;background:#fdf0f1}
 .ci{color:#666;font-size:.85em;font-weight:400;white-space:nowrap}
 img{max-width:100%}figure{margin:1.5em 0}figcaption{color:#555}
-.wide img{max-width:none;width:1040px}
-@media(min-width:1100px){.wide img{width:100%;max-width:1080px}}
+.strip img{max-width:none;width:1040px}.plot img{max-width:none;width:100%;min-width:680px}
+@media(min-width:1100px){.strip img{width:100%;max-width:1080px}}
+@media(min-width:1100px){.plot img{width:auto;max-width:100%}}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
 code,pre{background:#f4f4f4;padding:0 .3em;overflow-wrap:anywhere;white-space:pre-wrap}
 dt{font-weight:600}dd{margin:0 0 .5em 0}
 """
@@ -53,6 +55,12 @@ GLOSSARY = {
 }
 
 
+def _named(results: Mapping[str, Any], name: str) -> str:
+    """A method's name after a dot of the colour that it has in the plots."""
+    color = method_colors(row["name"] for row in results["methods"])[name]
+    return f'<span class=dot style="background:{color}"></span>{html.escape(name)}'
+
+
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
     """A table of cells that are HTML already; each row comes with its class."""
     lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
@@ -64,7 +72,7 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
 
 def _accuracy_cell(row: Mapping[str, Any], full: float) -> str:
     """Accuracy, its share of the full accuracy, its interval, and tokens where they differ."""
-    share = f" <span class=ci>{row['accuracy'] / full:.0%}</span>" if full else ""
+    share = f" <span class=ci>{100 * row['accuracy'] / full:.0f} %</span>" if full else ""
     low, high = row["ci95"]
     cell = f"{row['accuracy']:.3f}{share}<br><span class=ci>[{low:.3f}, {high:.3f}]</span>"
     if abs(row["mean_tokens"] - row["budget"]) >= 0.005:
@@ -81,7 +89,7 @@ def results_table(results: Mapping[str, Any]) -> str:
         cells = {row["budget"]: row for row in group}
         knowledge = html.escape(group[0]["knowledge"])
         columns = [_accuracy_cell(cells[b], full) if b in cells else "" for b in budgets]
-        rows.append((knowledge, [html.escape(name), knowledge, *columns]))
+        rows.append((knowledge, [_named(results, name), knowledge, *columns]))
     return _table(["method", "knowledge", *(f"{budget} tokens" for budget in budgets)], rows)
 
 
@@ -94,14 +102,14 @@ def differences_table(results: Mapping[str, Any]) -> str:
     for row in found:
         low, high = row["ci95"]
         told = "" if low <= 0 <= high else "higher" if low > 0 else "lower"
-        cell = f"{row['difference']:+.3f} <span class=ci>[{low:+.3f}, {high:+.3f}]</span>"
+        cell = f"{row['difference']:+.4f} <span class=ci>[{low:+.4f}, {high:+.4f}]</span>"
         name = f"{html.escape(row['method'])} - {html.escape(row['to'])}"
         rows.append(("pair", [name, str(row["budget"]), cell, told or "not told apart"]))
     return (
-        "<h2>Differences, paired by question</h2><p>Between the policy and the best heuristic of "
-        "each budget, and the imitation it started from, on the same questions. An interval that "
-        "does not hold 0 tells the two apart on these questions; it says nothing of other training "
-        f"seeds.</p>{_table(['pair', 'tokens', 'difference', ''], rows)}"
+        "<h2>Differences, paired by question</h2><p>Between the policy and the heuristic that is "
+        "best on these questions at each budget, and the imitation it started from. An interval "
+        "(95 %) that does not hold 0 tells the two apart on these questions; it says nothing of "
+        f"other training seeds.</p>{_table(['pair', 'tokens', 'difference', ''], rows)}"
     )
 
 
@@ -110,7 +118,7 @@ def types_table(results: Mapping[str, Any]) -> str:
     full = results["full"]["by_type"]
     budget = headline_budget(results)
     rows = [
-        (row["knowledge"], [html.escape(name), *(_share(row["by_type"], one) for one in full)])
+        (row["knowledge"], [_named(results, name), *(_share(row["by_type"], one) for one in full)])
         for name, row in at_budget(results, budget).items()
         if row.get("by_type")
     ]
@@ -136,9 +144,12 @@ def cost_section(results: Mapping[str, Any]) -> str:
     rows = []
     for name, group in by_method(results).items():
         seconds = sum(row.get("seconds", 0.0) for row in group)
-        cells = [html.escape(name), f"{seconds:.1f}", f"{len(group) * questions:,}"]
+        cells = [_named(results, name), f"{seconds:.1f}", f"{len(group) * questions:,}"]
         rows.append((group[0]["knowledge"], cells))
-    parts.append("<p>Evaluation, all budgets together, pruning and scoring:</p>")
+    text = "<p>Evaluation, all budgets together, pruning and scoring"
+    if FULL_PASS in by_method(results):
+        text += "; the attention of the full pass was computed when the store was encoded"
+    parts.append(f"{text}:</p>")
     parts.append(_table(["method", "seconds", "LVLM scores"], rows))
     if results.get("stages"):
         stages = ", ".join(f"{name} {value:.0f} s" for name, value in results["stages"].items())
@@ -171,11 +182,11 @@ def origin_section(results: Mapping[str, Any]) -> str:
     )
 
 
-def _embed(path: Path, caption: str, *, wide: bool = False) -> str:
+def _embed(path: Path, caption: str, kind: str) -> str:
+    """A picture that scrolls on a narrow screen rather than shrink its text."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     picture = f'<img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
-    if wide:  # scrolls on a narrow screen rather than shrink its text
-        picture = f"<div class=wide>{picture}</div>"
+    picture = f'<div class="wide {kind}">{picture}</div>'
     return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -189,8 +200,9 @@ def _introduction(results: Mapping[str, Any]) -> str:
     row = at_budget(results, headline_budget(results)).get(FULL_PASS)
     if row is not None:
         text += (
-            f" Not counted as a heuristic in it: {html.escape(FULL_PASS)}, {row['accuracy']:.1%}, "
-            "which first runs the whole language model over all tokens."
+            f" Not counted as a heuristic in it: {html.escape(FULL_PASS)}, "
+            f"{100 * row['accuracy']:.1f} %, which first runs the whole language model over all "
+            "tokens."
         )
     return f"<p>{text}</p>"
 
@@ -215,17 +227,17 @@ def write_report(
     glossary = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in GLOSSARY.items())
     body = [
         f"<h1>{title}</h1>",
-        f"<p class=headline>{html.escape(headline(results))}</p>",
+        f"<p class=headline>{html.escape(headline(results)).replace(' %', '&nbsp;%')}</p>",
         _introduction(results),
         "<h2>Accuracy</h2><p>Small: share of the accuracy with all tokens, and the 95 % interval "
         "in brackets. Rows with a threshold keep a number of tokens that varies by question: their "
         "mean is printed where it differs from the column's.</p>",
         results_table(results),
-        *(_embed(file, caption) for file, caption in figures),
+        *(_embed(file, caption, "plot") for file, caption in figures),
         differences_table(results),
         types_table(results),
         *([f"<h2>Trajectories</h2><p>{told}</p>"] if drawn else []),
-        *(_embed(file, caption, wide=True) for file, caption in drawn),
+        *(_embed(file, caption, "strip") for file, caption in drawn),
         cost_section(results),
         f"<h2>Glossary</h2><dl>{glossary}</dl>",
         origin_section(results),

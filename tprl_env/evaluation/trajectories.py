@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 5  # panels in one row; text is then readable on a page of 1200 pixels
 RIGHT = 0.5  # a score from here on counts as a right answer
+LOOK = 4  # candidates looked at for every example that is drawn
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def choose_with_failures(
     samples: npt.NDArray[np.int64],
     scores: npt.NDArray[np.float32],
     count: int,
+    strip_end: Callable[[int], float] | None = None,
 ) -> npt.NDArray[np.int64]:
     """Samples as `choose_examples` picks them, with at least the share of failures there is.
 
@@ -77,6 +79,8 @@ def choose_with_failures(
         samples: Sample numbers, ``(S,)``.
         scores: What the policy scored on them, ``(S,)``; below one half is a failure.
         count: How many to choose, at most.
+        strip_end: Score of a sample after the last step that is drawn, which may differ from the
+            one in ``scores``; samples on which the two agree come first.
 
     Returns:
         The failures first.
@@ -84,8 +88,20 @@ def choose_with_failures(
     wrong = np.asarray(scores) < RIGHT
     failures = min(math.ceil(count * float(wrong.mean())), int(wrong.sum())) if len(wrong) else 0
     failures = max(failures, count - int((~wrong).sum()))  # too few right ones to fill the rest
-    first = choose_examples(store, samples[wrong], failures)
-    return np.concatenate([first, choose_examples(store, samples[~wrong], count - len(first))])
+
+    def pick(number: int, among: npt.NDArray[np.int64], ends_right: bool) -> list[int]:
+        order = [int(one) for one in choose_examples(store, among, LOOK * number)]
+        agreed: list[int] = []
+        for one in order:
+            if strip_end is None or len(agreed) == number:
+                break
+            if (strip_end(one) >= RIGHT) == ends_right:
+                agreed.append(one)
+        return [*agreed, *(one for one in order if one not in agreed)][:number]
+
+    first = pick(failures, samples[wrong], False)
+    rest = pick(count - len(first), samples[~wrong], True)
+    return np.array([*first, *rest], dtype=np.int64)
 
 
 def draw_examples(
@@ -115,48 +131,68 @@ def draw_examples(
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("trajectory-*.png"):  # of another run
         old.unlink()
-    chosen = choose_with_failures(store, samples, scores, count)
+
+    def strip_end(sample: int) -> float:
+        mask = _step_masks(store, pruner, sample, budgets)[-1:]
+        return float(scorer(np.array([sample], dtype=np.int64), mask)[0])
+
+    chosen = choose_with_failures(store, samples, scores, count, strip_end)
     drawn: list[tuple[Path, str]] = []
+    ended_wrong = 0
     for number, sample in enumerate(map(int, chosen)):
         masks = _step_masks(store, pruner, sample, budgets)
         found = scorer(np.full(len(masks), sample, dtype=np.int64), masks)
         answers = [None] * len(masks) if lvlm is None else _answers(store, lvlm, sample, masks)
-        size = int(np.prod(store.grid(sample)))
-        steps = [
-            TrajectoryStep(alive=mask[:size], score=float(score), answer=answer)
-            for mask, score, answer in zip(masks, found, answers, strict=True)
-        ]
-        strip = draw_trajectory(
-            store.picture(sample),
-            store.grid(sample),
-            steps,
-            question=store.question(sample),
-            answer=store.answers(sample)[0],
-            columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
-            box=store.picture_box(sample),
-        )
         path = out / f"trajectory-{number:02d}.png"
-        save = partial(Image.fromarray(strip).save, format="PNG")
-        write_atomically(path, save)
+        _draw_strip(store, sample, masks, found, answers, path)
         drawn.append((path, _caption(store, sample, float(found[0]), float(found[-1]), budgets)))
+        ended_wrong += float(found[-1]) < RIGHT
     wrong = int((np.asarray(scores) < RIGHT).sum())
-    shown = sum(float(scores[np.flatnonzero(samples == one)[0]]) < RIGHT for one in chosen)
     return Examples(
         drawn,
         f"{len(chosen)} of {len(samples)} questions, the first of each question type in turn, of "
         f"different pictures where there are any. In the table the policy is wrong about {wrong} "
-        f"of them at {budgets[-1]} tokens ({wrong / max(len(samples), 1):.1%}); {shown} of those "
-        "come first here, at least their share. The strips prune in steps, the table at once, so "
-        "that a strip can end otherwise than the table: each says how it ends.",
+        f"of them at {budgets[-1]} tokens ({100 * wrong / max(len(samples), 1):.1f} %); failures "
+        f"come first here, at least as large a share. {ended_wrong} of the {len(chosen)} end "
+        "wrong. A strip prunes step by step, which can end otherwise than the table's numbers; "
+        "questions on which both agree were preferred.",
     )
+
+
+def _draw_strip(
+    store: FeatureStore,
+    sample: int,
+    masks: npt.NDArray[np.bool_],
+    scores: npt.NDArray[np.float32],
+    answers: Sequence[str | None],
+    path: Path,
+) -> None:
+    """One strip as PNG."""
+    size = int(np.prod(store.grid(sample)))
+    steps = [
+        TrajectoryStep(alive=mask[:size], score=float(score), answer=answer)
+        for mask, score, answer in zip(masks, scores, answers, strict=True)
+    ]
+    strip = draw_trajectory(
+        store.picture(sample),
+        store.grid(sample),
+        steps,
+        question=store.question(sample),
+        answer=store.answers(sample)[0],
+        columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
+        box=store.picture_box(sample),
+    )
+    write_atomically(path, partial(Image.fromarray(strip).save, format="PNG"))
 
 
 def _caption(
     store: FeatureStore, sample: int, full: float, last: float, budgets: Sequence[int]
 ) -> str:
     """Question, answer, and whether it was right in the end."""
-    end = "right" if last >= RIGHT else "wrong" if full >= RIGHT else "wrong, as with all tokens"
-    return f"{store.question(sample)} — {store.answers(sample)[0]}: {end} at {budgets[-1]} tokens"
+    end = f"{'right' if last >= RIGHT else 'wrong'} at {budgets[-1]} tokens"
+    if full < RIGHT:
+        end += ", wrong with all tokens"
+    return f"{store.question(sample)} — {store.answers(sample)[0]}: {end}"
 
 
 def _step_masks(
