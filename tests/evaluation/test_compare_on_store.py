@@ -1,5 +1,8 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -234,3 +237,100 @@ def test_examples_do_not_all_ask_what_every_picture_is_asked_first():
     chosen = choose_examples(Scenes(), np.arange(18), 6)
     assert [int(sample) % 3 for sample in chosen] == [0, 1, 2, 0, 1, 2]
     assert [int(sample) // 3 for sample in chosen] == [0, 1, 2, 3, 4, 5]
+
+
+def evaluation_words(run, out):
+    words = ["evaluate", str(run.store), "--lvlm", str(run.lvlm), "--policy", str(run.policy)]
+    return [*words, "--budgets", "7,4", "--pruners", "random", "--trajectories", "1", "--out", out]
+
+
+@pytest.fixture
+def evaluation(run, tmp_path):
+    """A folder of ``tprl evaluate``, and the words that made it."""
+    words = evaluation_words(run, str(tmp_path / "out"))
+    assert main(words) == 0
+    return tmp_path / "out", words
+
+
+def test_all_files_of_a_result_name_one_run(evaluation, capsys):
+    out, _ = evaluation
+    run = json.loads((out / "results.json").read_text())["run"]
+    assert re.fullmatch(r"\w{16}", run)
+    assert pq.read_schema(out / "per_question.parquet").metadata[b"tprl_run"].decode() == run
+    assert f"<meta name=run content={run}>" in (out / "report.html").read_text()
+    for picture in (out / "accuracy.png", out / "trajectories" / "trajectory-00.png"):
+        assert Image.open(picture).info["tprl_run"] == run
+    assert main(["check-results", str(out / "results.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["per_question.parquet", "report.html", "accuracy.png", "trajectories/trajectory-00.png"],
+)
+def test_files_of_two_runs_are_refused(evaluation, tmp_path, capsys, name):
+    out, words = evaluation
+    older = (out / name).read_bytes()
+    assert main(words) == 0
+    (out / name).write_bytes(older)
+    assert main(["check-results", str(out / "results.json")]) == 2
+    assert f"{name} belongs to the run" in capsys.readouterr().err
+    (out / name).write_bytes(older[: len(older) // 2] if name != "report.html" else b"")
+    assert main(["check-results", str(out / "results.json")]) == 2
+
+
+def test_a_kill_between_scores_and_results_leaves_no_mixture_that_passes(
+    evaluation, monkeypatch, capsys
+):
+    out, words = evaluation
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tprl_env.evaluation.compare_on_store.write_json", killed)
+    assert main(words) == 130
+    assert not list(out.rglob("*.png"))
+    assert not (out / "report.html").exists()
+    assert main(["check-results", str(out / "results.json")]) == 2
+    assert "per_question.parquet belongs to the run" in capsys.readouterr().err
+
+
+def test_scores_that_do_not_add_up_are_refused(evaluation, capsys):
+    out, _ = evaluation
+    results = json.loads((out / "results.json").read_text())
+    row = results["methods"][0]
+    row["accuracy"], row["ci95"] = 0.125, [0.0, 1.0]
+    write_json(out / "results.json", results)
+    assert main(["check-results", str(out / "results.json")]) == 2
+    assert "has the accuracy 0.125" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drawn", ["plot_accuracy", "draw_examples", "write_report"])
+def test_a_failed_picture_costs_no_data(run, tmp_path, monkeypatch, capsys, drawn):
+    def fails(*args, **options):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(f"tprl_env.evaluation.compare_on_store.{drawn}", fails)
+    assert main(evaluation_words(run, str(tmp_path))) == 2
+    sentence = f"tprl: the numbers are safe in {tmp_path / 'results.json'}, but this could not"
+    assert sentence in capsys.readouterr().err
+    assert len(read_results(tmp_path / "results.json")["methods"]) == 4
+    assert (tmp_path / "report.html").exists() == (drawn != "write_report")
+    pictures = {path.name for path in tmp_path.rglob("*.png")}
+    wanted = {"accuracy.png", "trajectory-00.png"}
+    if drawn == "plot_accuracy":
+        wanted.remove("accuracy.png")
+    if drawn == "draw_examples":
+        wanted.remove("trajectory-00.png")
+    assert pictures == wanted
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.no_such", "qtagg", "nonsense"])
+def test_the_backend_of_a_notebook_has_no_effect(tmp_path, backend):
+    script = (
+        "import sys; from pathlib import Path; from tprl_env.evaluation.plots import *; "
+        "figure, axes = new_figure(); axes.plot([1, 2]); save_figure(figure, Path(sys.argv[1]))"
+    )
+    path = tmp_path / "a.png"
+    environment = {**os.environ, "MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True)
+    assert Image.open(path).size == (960, 600)

@@ -1,8 +1,10 @@
 import copy
 import json
+import math
 
 import pytest
 
+from tprl_env.cli.commands import main
 from tprl_env.evaluation.results import check_results, read_results
 from tprl_env.files import versions, write_json
 
@@ -58,6 +60,76 @@ def test_a_broken_file_is_refused(change, sentence):
     change(results)
     with pytest.raises(ValueError, match=sentence):
         check_results(results)
+
+
+def leaves(value, path=()):
+    """Paths of all values in a file, containers too."""
+    yield path
+    items = value.items() if isinstance(value, dict) else ()
+    items = enumerate(value) if isinstance(value, list) else items
+    for key, part in items:
+        yield from leaves(part, (*path, key))
+
+
+def changed(path, value):
+    results = copy.deepcopy(GOOD)
+    place = results
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return results
+
+
+NUMBERS = [path for path in leaves(GOOD) if path and isinstance(path[-1], str | int)]
+BAD = (float("nan"), float("inf"), -float("inf"), -1, -0.5, None, True, "x", [], {}, 10**400, 1e308)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: repr(bad)[:9])
+def test_every_edit_of_every_value_is_refused_in_one_sentence_or_harmless(bad):
+    accepted = []
+    for path in NUMBERS:
+        try:
+            check_results(changed(path, bad))
+        except ValueError as error:
+            assert len(str(error)) < 400
+        else:
+            accepted.append(path)
+    harmless = {"x": ("name", "task", "preset", "algorithm"), "{}": ("by_type", "training")}
+    free = harmless.get(bad if bad == "x" else repr(bad), ())
+    finite = not (isinstance(bad, float) and not math.isfinite(bad))
+    for path in accepted:  # versions are for people to read
+        assert path[-1] in free or (path[0] == "versions" and finite)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1e400"])
+def test_numbers_that_cannot_be_are_refused_by_the_command(text, tmp_path, capsys):
+    for name in ('"accuracy": 0.97', '"seconds": 200.5', '"mean_tokens": 14.0', "0.88"):
+        wrong = json.dumps(GOOD).replace(name, f"{name.rpartition(' ')[0]} {text}", 1)
+        (tmp_path / "results.json").write_text(wrong)
+        assert main(["check-results", str(tmp_path / "results.json")]) == 2
+        assert capsys.readouterr().err.startswith("tprl: results")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", '"x"', "{}", "{", "[" * 100_000, "\x00"])
+def test_what_is_no_results_file_is_refused(text, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(text)
+    assert main(["check-results", str(tmp_path / "results.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
+    assert main(["check-results", str(tmp_path / "bytes.json")]) == 2
+    assert main(["check-results", str(tmp_path)]) == 2
+
+
+def test_a_method_measured_twice_and_more_tokens_than_there_are():
+    for change, sentence in (
+        ({"budget": 48}, "twice"),
+        ({"budget": 145}, "within the 144 visual tokens"),
+        ({"mean_tokens": 144.5}, "within the 144 visual tokens"),
+    ):
+        results = copy.deepcopy(GOOD)
+        results["methods"][1].update(change)
+        with pytest.raises(ValueError, match=sentence):
+            check_results(results)
 
 
 def test_missing_and_truncated_files(tmp_path):

@@ -200,8 +200,9 @@ def _finish(
     def draw() -> Examples:
         own, place = local_scorer(lvlm, test), settings.out / "trajectories"
         return draw_examples(
-            test, own, best[last], samples, scores, TRAJECTORIES, TRAJECTORY_BUDGETS, place, lvlm
-        )
+            test, own, best[last], samples, scores, TRAJECTORIES, TRAJECTORY_BUDGETS, place, lvlm,
+            run=str(results["run"]),
+        )  # fmt: skip
 
     write_pictures(settings.out, results, curve=curve.points(), curve_full=curve.full(), draw=draw)
     total = time.perf_counter() - watch.start

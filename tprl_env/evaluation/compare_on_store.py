@@ -33,9 +33,19 @@ from tprl_env.evaluation.measure import (
     evaluate,
     write_per_question,
 )
-from tprl_env.evaluation.plots import plot_accuracy, plot_learning_curve
+from tprl_env.evaluation.plots import (
+    PICTURE_FAILURES,
+    PictureError,
+    plot_accuracy,
+    plot_learning_curve,
+)
 from tprl_env.evaluation.report import write_report
-from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
+from tprl_env.evaluation.results import (
+    TRAINING_NAME,
+    check_results,
+    check_training,
+    made_from_numbers,
+)
 from tprl_env.evaluation.trajectories import Examples, draw_examples
 from tprl_env.files import versions, write_json
 from tprl_env.policy.pruner import PolicyPruner
@@ -43,17 +53,6 @@ from tprl_env.scoring import local_scorer
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
-
-
-PICTURE_FAILURES = (
-    *(ImportError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError),
-    *(ArithmeticError, RuntimeError, MemoryError),
-)
-"""What drawing may raise, in matplotlib, Pillow or here: no picture is worth the numbers."""
-
-
-class PictureError(ValueError):
-    """A picture or the page could not be made; the numbers were written before."""
 
 
 def print_row(result: MethodResult) -> None:
@@ -98,11 +97,12 @@ def write_data(
 ) -> None:
     """Write the numbers: ``per_question.parquet``, then ``results.json``, before any picture.
 
-    The page of an older comparison is removed first: it tells of other numbers.
+    Page and pictures of an older comparison are removed first: they tell of other numbers.
     """
     out.mkdir(parents=True, exist_ok=True)
     check_results(results, sorted({row.budget for row in rows[1:]}))
-    (out / "report.html").unlink(missing_ok=True)
+    for old in made_from_numbers(out):
+        old.unlink()
     ids = [store.id(int(sample)) for sample in samples]
     question_types = [store.question_type(int(sample)) for sample in samples]
     path = out / "per_question.parquet"
@@ -139,7 +139,7 @@ def write_pictures(
             failed.append(f"{name} ({type(error).__name__}: {error})")
             return None
 
-    full = curve_full or results["full"]["accuracy"]
+    full, run = curve_full or results["full"]["accuracy"], str(results.get("run", ""))
     figures = [
         (
             attempt("accuracy.png", lambda: plot_accuracy(results, out / "accuracy.png")),
@@ -152,7 +152,7 @@ def write_pictures(
             "The policy on calibration questions while it learns, without redundancy penalty; "
             "bands: 95 % intervals."
         )
-        picture = attempt(path.name, lambda: plot_learning_curve(curve, full, path))
+        picture = attempt(path.name, lambda: plot_learning_curve(curve, full, path, run))
         figures.append((picture, caption))
     examples = None if draw is None else attempt("trajectories", draw)
     drawn = [(path, caption) for path, caption in figures if path is not None]
@@ -256,8 +256,9 @@ def evaluate_store(
         scores = next(r.scores for r in rows if (r.name, r.budget) == (name, steps[-1]))
         place = out / "trajectories"
         return draw_examples(
-            opened, scorer, best, samples, scores, trajectories, steps, place, model
-        )
+            opened, scorer, best, samples, scores, trajectories, steps, place, model,
+            run=str(results["run"]),
+        )  # fmt: skip
 
     write_pictures(out, results, draw=draw if trained is not None and trajectories > 0 else None)
     return results

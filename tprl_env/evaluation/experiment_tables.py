@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from tprl_env.evaluation.plots import PICTURE_FAILURES, PictureError
 from tprl_env.files import write_atomically, write_text
 
 __all__ = ["check_experiment", "curves", "markdown", "read_records", "results", "write_tables"]
@@ -259,6 +260,7 @@ def write_tables(folder: Path) -> Path:
 
     Raises:
         ValueError: See `read_records`.
+        PictureError: A plot could not be drawn; the tables are there.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -276,6 +278,12 @@ def write_tables(folder: Path) -> Path:
     for task in definition["tasks"]:
         own = {name: table[table["task"] == task] for name, table in tables.items()}
         trained = own["results"].query("method != 'untrained'")
-        plot_budgets(trained, arms, folder / f"{task}-tokens.png", task)
-        plot_scores(own["curves"], arms, folder / f"{task}-scores.png", task)
+        try:
+            plot_budgets(trained, arms, folder / f"{task}-tokens.png", task)
+            plot_scores(own["curves"], arms, folder / f"{task}-scores.png", task)
+        except PICTURE_FAILURES as error:
+            raise PictureError(
+                f"the tables are safe in {folder}, but the plots of {task} could not be drawn "
+                f"({type(error).__name__}: {error})"
+            ) from error
     return folder

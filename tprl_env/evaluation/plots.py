@@ -33,6 +33,17 @@ COLORS = {
 }
 SPARE = ("#bcbd22", "#e377c2", "#393b79", "#637939", "#843c39", "#7b4173", "#3182bd", "#e6550d")
 STYLES = ("-", "--", "-.", ":")
+RUN_TEXT = "tprl_run"
+"""Text of a PNG that holds ``run`` of the results file it belongs to."""
+PICTURE_FAILURES = (
+    *(ImportError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(ArithmeticError, RuntimeError, MemoryError),
+)
+"""What drawing may raise, in matplotlib, Pillow or here: no picture is worth the numbers."""
+
+
+class PictureError(ValueError):
+    """A picture or the page could not be made; the numbers were written before."""
 
 
 def method_colors(names: Iterable[str]) -> dict[str, str]:
@@ -71,9 +82,12 @@ def new_figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all."""
-    return write_atomically(path, lambda stream: figure.savefig(stream, format="png"))
+def save_figure(figure: Figure, path: Path, run: str = "") -> Path:
+    """Write a figure as PNG, whole or not at all, with the run that it belongs to."""
+    told = {RUN_TEXT: run} if run else None
+    return write_atomically(
+        path, lambda stream: figure.savefig(stream, format="png", metadata=told)
+    )
 
 
 def by_method(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -122,10 +136,12 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
     axes.set_title(f"{results['task']}: accuracy against visual tokens kept")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, ncols=2, loc="lower right")
-    return save_figure(figure, path)
+    return save_figure(figure, path, str(results.get("run", "")))
 
 
-def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: Path) -> Path:
+def plot_learning_curve(
+    points: Sequence[Mapping[str, Any]], full: float, path: Path, run: str = ""
+) -> Path:
     """Held-out accuracy against LVLM scores used, with 95 % bands where the points hold them.
 
     Args:
@@ -133,6 +149,7 @@ def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: 
             ...}}`` in order of training; ``ci95`` may be absent.
         full: Accuracy with all tokens on the same questions.
         path: PNG file to write.
+        run: Of the results file that the picture belongs to.
 
     Raises:
         ValueError: There are no points.
@@ -157,4 +174,4 @@ def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: 
     axes.set_title("learning curve of the policy")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    return save_figure(figure, path)
+    return save_figure(figure, path, run)

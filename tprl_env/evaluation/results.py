@@ -64,6 +64,18 @@ def _check_number(value: Any, where: str, most: float = math.inf) -> None:
         raise ValueError(f"{where} must be a finite number {bound}, got {_short(value)}")
 
 
+def _check_finite(value: Any, where: str) -> None:
+    """Refuse NaN and infinity anywhere, also in what is only for people to read."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}")
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _check_finite(part, f"{where}[{name!r}]")
+    if isinstance(value, list):
+        for number, part in enumerate(value):
+            _check_finite(part, f"{where}[{number}]")
+
+
 def _check_shares(shares: Any, where: str) -> None:
     """Refuse a table of accuracies that holds anything but numbers in [0, 1]."""
     if not isinstance(shares, Mapping):
@@ -149,9 +161,11 @@ def check_results(results: Mapping[str, Any], budgets: Sequence[int] | None = No
     if "ci95" in results["full"]:
         _check_bounds(results["full"], "results: 'full'")
     _check_shares(results["full"]["by_type"], "results: 'full': 'by_type'")
+    _check_number(results["visual_tokens"], "results: 'visual_tokens'")
     if results["visual_tokens"] < 1 or results["full"]["questions"] < 1:
         raise ValueError("results: 'visual_tokens' and 'questions' must be at least 1")
     check_training(results["training"])
+    _check_finite(results, "results")
     measured: dict[str, set[int]] = {}
     for number, row in enumerate(results["methods"]):
         _check_method(row, f"results: methods[{number}]", results["visual_tokens"])
@@ -193,6 +207,7 @@ def read_results(path: str | Path, budgets: Sequence[int] | None = None) -> dict
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
     check_results(content, budgets)
     _check_one_run(path.parent, content.get("run"))
+    _check_scores(path.parent / "per_question.parquet", content)
     return content
 
 
@@ -200,21 +215,62 @@ def _no_number(text: str) -> float:
     raise ValueError(f"results: found {text}, expected finite numbers only")
 
 
+def made_from_numbers(folder: Path) -> list[Path]:
+    """The page and the pictures beside a results file that are there."""
+    names = ("report.html", "accuracy.png", "learning_curve.png")
+    strips = (folder / "trajectories").glob("trajectory-*.png")
+    return [*(path for name in names if (path := folder / name).is_file()), *sorted(strips)]
+
+
 def _check_one_run(folder: Path, run: object) -> None:
     """Refuse files beside ``results.json`` that another run wrote."""
-    import pyarrow.parquet as pq
-
-    found: dict[str, object] = {}
-    scores, page = folder / "per_question.parquet", folder / "report.html"
-    if scores.is_file():
-        value = (pq.read_schema(scores).metadata or {}).get(RUN_KEY)
-        found[scores.name] = None if value is None else value.decode("utf-8", "replace")
-    if page.is_file():
-        match = re.search(r"<meta name=run content=(\w+)>", page.read_text("utf-8", "replace"))
-        found[page.name] = match[1] if match else None
-    for name, other in found.items():
+    scores = folder / "per_question.parquet"
+    for path in [*([scores] if scores.is_file() else []), *made_from_numbers(folder)]:
+        other = _run_of(path)
         if other != run:
             raise ValueError(
-                f"{folder / name} belongs to the run {other or 'without a name'}, results.json to "
+                f"{path} belongs to the run {other or 'without a name'}, results.json to "
                 f"{run or 'one without a name'}; run the evaluation again, so that all are of one"
             )
+
+
+def _check_scores(path: Path, results: Mapping[str, Any]) -> None:
+    """Refuse single scores beside ``results.json`` that do not add up to its accuracies."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return
+    try:
+        table = pq.read_table(path, columns=["method", "budget", "score"])
+        means = table.group_by(["method", "budget"]).aggregate([("score", "mean")]).to_pylist()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run the evaluation again") from error
+    found = {(row["method"], row["budget"]): row["score_mean"] for row in means}
+    for row in results["methods"]:
+        mean = found.get((row["name"], row["budget"]))
+        if mean is None or not abs(mean - row["accuracy"]) < 1e-4:
+            raise ValueError(
+                f"results: {row['name']!r} at {row['budget']} tokens has the accuracy "
+                f"{row['accuracy']}, {path} {'no scores' if mean is None else mean}; run the "
+                "evaluation again, so that both are of one"
+            )
+
+
+def _run_of(path: Path) -> str | None:
+    """Which run a file beside ``results.json`` says it belongs to."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if path.suffix == ".parquet":
+            value = (pq.read_schema(path).metadata or {}).get(RUN_KEY)
+            return None if value is None else value.decode("utf-8", "replace")
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return picture.info.get(RUN_KEY.decode())
+        match = re.search(r"<meta name=run content=(\w+)>", path.read_text("utf-8", "replace"))
+        return match[1] if match else None
+    except (pa.ArrowException, UnidentifiedImageError, SyntaxError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); run the evaluation again") from error

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tprl_env.env.render import TrajectoryStep, draw_trajectory
 from tprl_env.env.scorer import Scorer
+from tprl_env.evaluation.plots import RUN_TEXT
 from tprl_env.files import write_atomically
 from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.reducers.interfaces import prune_inputs
@@ -114,6 +116,7 @@ def draw_examples(
     budgets: Sequence[int],
     out: Path,
     lvlm: LVLM | None = None,
+    run: str = "",
 ) -> Examples:
     """Draw what the policy keeps step by step on the picture, one strip per sample.
 
@@ -127,6 +130,7 @@ def draw_examples(
         budgets: Tokens kept after each step, largest first.
         out: Folder for ``trajectory-NN.png``.
         lvlm: If given, its generated answer is printed under every step.
+        run: Of the results file that the pictures belong to.
     """
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("trajectory-*.png"):  # of another run
@@ -144,7 +148,7 @@ def draw_examples(
         found = scorer(np.full(len(masks), sample, dtype=np.int64), masks)
         answers = [None] * len(masks) if lvlm is None else _answers(store, lvlm, sample, masks)
         path = out / f"trajectory-{number:02d}.png"
-        _draw_strip(store, sample, masks, found, answers, path)
+        _draw_strip(store, sample, masks, found, answers, path, run)
         drawn.append((path, _caption(store, sample, float(found[0]), float(found[-1]), budgets)))
         ended_wrong += float(found[-1]) < RIGHT
     wrong = int((np.asarray(scores) < RIGHT).sum())
@@ -166,6 +170,7 @@ def _draw_strip(
     scores: npt.NDArray[np.float32],
     answers: Sequence[str | None],
     path: Path,
+    run: str,
 ) -> None:
     """One strip as PNG."""
     size = int(np.prod(store.grid(sample)))
@@ -182,7 +187,10 @@ def _draw_strip(
         columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
         box=store.picture_box(sample),
     )
-    write_atomically(path, partial(Image.fromarray(strip).save, format="PNG"))
+    told = PngInfo()
+    if run:
+        told.add_text(RUN_TEXT, run)
+    write_atomically(path, partial(Image.fromarray(strip).save, format="PNG", pnginfo=told))
 
 
 def _caption(
