@@ -25,9 +25,10 @@ FLOORS = (
     ("rllib.config",),
     ("evaluation", "inference"),
     ("scoring", "policy"),
-    ("lvlm", "env", "reducers"),
+    ("lvlm", "env"),
+    ("reducers",),
     ("data",),
-    ("checks", "files", "ray_session"),
+    ("checks", "files", "ray_session", "ray_reaper"),
     ("",),
 )
 # Who may import a package: rooms, or single files of rooms that otherwise must not.

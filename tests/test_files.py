@@ -1,10 +1,13 @@
 """Logs that grow line by line survive a crash."""
 
 import json
+import os
+import stat
 
 import pytest
 
-from tprl_env.files import JsonLog
+from tprl_env import files
+from tprl_env.files import JsonLog, write_text
 
 
 def test_rows_come_back_in_order(tmp_path):
@@ -51,3 +54,18 @@ def test_damage_that_no_crash_explains_is_named(tmp_path):
     log.path.write_text('{"n": 0}\n{"n"\n{"n": 2}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl line 2 is damaged .* remove that line"):
         log.read()
+
+
+def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):
+    done = []
+    sync, rename = os.fsync, os.replace
+
+    def fsync(handle):
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        sync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "replace", lambda *a: (done.append("rename"), rename(*a)))
+    write_text(tmp_path / "a.txt", "x")
+    assert done == ["file", "rename", "folder"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]

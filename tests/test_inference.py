@@ -10,6 +10,7 @@ from tprl_env.policy import PolicyPruner
 from tprl_env.policy.autoencoder import AutoencoderConfig, TokenAutoencoder
 from tprl_env.policy.network import PolicyConfig, PruningPolicy
 from tprl_env.reducers import make_pruner
+from tprl_env.reducers.layer import QuestionRows
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,27 @@ def test_keeping_all_tokens_is_the_plain_model(folders):
 def test_the_llm_s_own_attention_can_prune(folders):
     model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_pruner("question_attention"))
     assert model.answer(pictures(1)[0], QUESTIONS[0], budget=3).keep.sum() == 3
+
+
+def test_layer_0_s_rows_prune_as_the_reducer_before_layer_0(folders):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    model = PrunedLVLM(lvlm, make_pruner("question_rows"))
+    answer = model.answer(pictures(1)[0], QUESTIONS[0], budget=3)
+    prompts, tokens = [lvlm.prompt(QUESTIONS[0])], [lvlm.encode_images(pictures(1))[0].tokens]
+    lives = lvlm.reduce(prompts, tokens, QuestionRows(layer=0), average=3)[0]
+    assert answer.keep.tolist() == (lives > 0).tolist() and answer.keep.sum() == 3
+    assert lvlm.generate(prompts, tokens, lives=[lives]) == [answer.text]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("hiprune", {}), ("cdpruner", {"relevance": "query"})]
+)
+def test_pruners_that_look_into_the_tower_or_at_the_question(folders, name, fields):
+    lvlm = load_lvlm(str(folders / "lvlm"))
+    model = PrunedLVLM(lvlm, make_pruner(name, **fields))
+    first, second = model.answer_batch(pictures(2), list(QUESTIONS[:2]), budget=5)
+    assert first.keep.sum() == second.keep.sum() == 5
+    assert np.array_equal(model.answer(pictures(2)[1], QUESTIONS[1], 5).keep, second.keep)
 
 
 def test_a_threshold_keeps_a_varying_number(folders):

@@ -169,6 +169,8 @@ def test_a_checkpoint_with_old_class_paths_goes_on(repeated: Path, tmp_path: Pat
     from tprl_env.rllib.run.train import train
 
     folder = shutil.copytree(repeated, tmp_path / "run")
+    for name in ("whole.json", "generators.json"):  # which checkpoints of before do not have
+        (folder / "checkpoints" / "iteration_000003" / name).unlink()
     pickles = list((folder / "checkpoints").rglob("class_and_ctor_args.pkl"))
     assert len(pickles) >= 5
     for path in pickles:
@@ -185,6 +187,8 @@ def test_a_checkpoint_whose_state_names_what_is_gone_says_so(repeated, tmp_path:
     from tprl_env.rllib.run.train import train
 
     folder = shutil.copytree(repeated, tmp_path / "run")
+    for name in ("whole.json", "generators.json"):  # which checkpoints of before do not have
+        (folder / "checkpoints" / "iteration_000003" / name).unlink()
     checkpoint = folder / "checkpoints" / "iteration_000003"
     (checkpoint / "rllib" / "algorithm_state.pkl").write_bytes(pickle_of(*gone))
     with pytest.raises(ValueError, match=r"other module paths \(.*\) and cannot be") as caught:

@@ -1,23 +1,37 @@
 """Files that are whole or absent, files that really are files, logs that survive a crash, versions.
 
 Every file that this package leaves behind goes through `write_atomically`: a draft beside the
-target, synced, then renamed, so that no reader sees half a file and a crash loses nothing old.
+target, synced, then renamed and the folder synced, so that no reader sees half a file and neither
+a crash nor a power cut loses anything old.
 Logs that grow while a run lasts go through `JsonLog`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import platform
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["JsonLog", "open_regular", "versions", "write_atomically", "write_json", "write_text"]
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    *("LOCK_NAME", "FolderInUseError", "JsonLog", "folder_lock", "open_regular", "sync_folder"),
+    *("versions", "write_atomically", "write_json", "write_text"),
+]
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("tprl-env", "torch", "transformers", "ray", "gymnasium", "numpy", "pyarrow")
 
@@ -57,6 +71,139 @@ def _check_regular(mode: int, path: Path) -> None:
         raise OSError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
+LOCK_NAME = ".tprl.lock"
+"""The file in a folder that its writer holds locked; it is there only while somebody writes."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_held: set[int] = set()
+
+
+class FolderInUseError(ValueError):
+    """Another process writes into the folder.
+
+    Attributes:
+        holder: What it said about itself: ``host``, ``pid``, ``started``, ``purpose``; empty
+            where that could not be read.
+    """
+
+    def __init__(self, folder: Path, holder: Mapping[str, Any]) -> None:
+        self.holder = dict(holder)
+        who = "another process"
+        if holder:
+            who = (
+                f"process {holder.get('pid')} on {holder.get('host')} "
+                f"({holder.get('purpose')}, since {holder.get('started')})"
+            )
+        super().__init__(
+            f"{folder} is in use by {who}; wait until it ends, stop it, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def folder_lock(folder: str | Path, purpose: str) -> Iterator[None]:
+    """Be the only writer of a folder, or be refused with the name of the one that is.
+
+    The lock is the operating system's (``flock`` on `LOCK_NAME` in the folder), so it ends with
+    its process however that ends, and a file left over by a killed process blocks nobody. It
+    works between the processes of a machine, and between machines where the file system carries
+    locks (NFS from version 4 does). Where it has none, a warning says so and nothing is locked.
+
+    A folder that did not exist is made, and removed again if nothing was put into it.
+
+    Args:
+        folder: A local folder.
+        purpose: What it is used for, such as "tprl encode"; others read it when refused.
+
+    Raises:
+        FolderInUseError: Another process, or another call in this one, holds the lock.
+        OSError: The folder cannot be made or written.
+    """
+    place = Path(folder)
+    made = not place.exists()
+    lock = _take_lock(place, purpose)
+    try:
+        yield
+    finally:
+        if lock is not None and lock in _held:  # not in a forked child, whose lock it is not
+            # unlinked while locked: whoever opened the file before finds that it is gone, and
+            # starts again
+            (place / LOCK_NAME).unlink(missing_ok=True)
+            _held.remove(lock)
+            os.close(lock)
+        if made:
+            with contextlib.suppress(OSError):  # something was put into it, or it is gone
+                place.rmdir()
+
+
+def _take_lock(folder: Path, purpose: str) -> int | None:
+    path = folder / LOCK_NAME
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except (FileNotFoundError, FileExistsError):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+            continue  # the last holder removed the folder that it had made
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "this system has no flock")
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same_file(handle, path):
+                break
+        except BlockingIOError as error:
+            holder = _read_holder(handle)
+            os.close(handle)
+            raise FolderInUseError(folder, holder) from error
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in _NO_LOCKS:
+                raise
+            path.unlink(missing_ok=True)
+            logger.warning(
+                "%s cannot be locked (%s): make sure that nobody else writes into it",
+                *(folder, error.strerror),
+            )
+            return None
+        os.close(handle)
+    _held.add(handle)
+    holder = {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "started": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "purpose": purpose,
+    }
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, json.dumps(holder).encode(), 0)
+    return handle
+
+
+def _is_same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read_holder(handle: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(handle, 4096, 0))
+    except ValueError:  # it has the lock, but has not written its name yet
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _forget_locks() -> None:
+    """A forked child must not keep its parent's locks when the parent has died."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Let ``write`` fill a draft beside ``path``, sync it, then rename it into place.
 
@@ -80,9 +227,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(draft, path)
+        sync_folder(path.parent)
     finally:  # gone already unless something failed
         draft.unlink(missing_ok=True)
     return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a power cut not undo what was renamed into a folder; no more than the system can do."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # a folder that may be written, not read
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, *_NO_LOCKS):  # a file system without it
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -12,6 +12,8 @@ import math
 import os
 import secrets
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,8 @@ def ray_session(cpus: float) -> Iterator[None]:
     """A Ray cluster for a run: the one there is, or a local one that ends with the run.
 
     On a cluster (RAY_ADDRESS) no resources may be declared. A local one declares at least what the
-    actors ask for, so that a two-core machine can hold two scorers and the runners between them.
+    actors ask for, so that a two-core machine can hold two scorers and the runners between them,
+    and listens on loopback only.
 
     Args:
         cpus: That the actors of the run ask for together.
@@ -139,16 +142,64 @@ def _session(cpus: float) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-    else:
-        declared = max(2, os.cpu_count() or 1, math.ceil(cpus))
-        make_private()  # Ray would write its token for everybody on this machine to read
-        ray.init(address="local", num_cpus=declared, include_dashboard=False, **quiet)
+    with contextlib.ExitStack() as local:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            declared = max(2, os.cpu_count() or 1, math.ceil(cpus))
+            make_private()  # Ray would write its token for everybody on this machine to read
+            with _on_loopback():
+                ray.init(address="local", num_cpus=declared, include_dashboard=False, **quiet)
+            local.enter_context(_reaper())
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _reaper() -> Iterator[None]:
+    """Let none of Ray's processes outlive this one, see `tprl_env.ray_reaper`."""
+    from ray._private.worker import global_worker
+
+    processes = global_worker.node.all_processes
+    pids = [str(info.process.pid) for each in processes.values() for info in each]
+    script = Path(__file__).with_name("ray_reaper.py")
+    reaper = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script), *pids],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C in the terminal is for the driver
+    )
     try:
         yield
     finally:
-        ray.shutdown()
+        if reaper.stdin is not None:
+            reaper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reaper.wait(10)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that starts inside bind all its ports to 127.0.0.1, as it does on macOS.
+
+    Ray has no option for that: it replaces a loopback address that it is given by the machine's
+    own. This switch, which its processes inherit, is read when ray is imported, so both are set.
+    """
+    from ray._private import ray_constants
+
+    name, known = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER
+    before = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = known
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def requested_and_available(bundles: Sequence[Mapping[str, float]]) -> str:

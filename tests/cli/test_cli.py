@@ -603,7 +603,7 @@ def test_train_refuses_a_missing_lvlm(run, tmp_path, refused):
 
 def test_train_refuses_a_budget_that_the_store_cannot_meet(run, tmp_path, refused):
     words = train_words(run, tmp_path / "out", "--rules.budget", "17")
-    assert "more tokens than the 16" in refused(*words)
+    assert "must be at most the 16 tokens of the source" in refused(*words)
 
 
 def test_train_refuses_a_policy_of_another_shape(run, tmp_path, refused):

@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import damage
 import numpy as np
 import pytest
 from fake_lvlm import FakeLVLM, make_samples
@@ -192,7 +193,7 @@ def test_foreign_folders(tmp_path: Path):
 )
 def test_manifests_of_another_make(copy: Path, change: dict, message: str):
     content = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**content, **change}))
+    damage.rewrite(copy / "manifest.json", {**content, **change})
     with pytest.raises(StoreError, match=message):
         FeatureStore.open(copy)
 
@@ -275,7 +276,7 @@ def test_channel_names_and_kinds(copy: Path):
 
 def test_channel_of_another_store(copy: Path):
     content = json.loads((copy / "channel-codes.json").read_text())
-    (copy / "channel-codes.json").write_text(json.dumps({**content, "store": "other"}))
+    damage.rewrite(copy / "channel-codes.json", {**content, "store": "other"})
     with pytest.raises(StoreError, match="belongs to another feature store"):
         FeatureStore.open(copy)
 

@@ -15,6 +15,7 @@ from tprl_env.cli.commands import main
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluation.compare_on_store import evaluate_store, training_of
 from tprl_env.evaluation.contenders import (
+    COMPARED,
     available_pruners,
     load_policy,
     open_calibration,
@@ -23,7 +24,6 @@ from tprl_env.evaluation.contenders import (
 from tprl_env.evaluation.results import check_results, read_results
 from tprl_env.evaluation.trajectories import choose_examples
 from tprl_env.files import write_json
-from tprl_env.reducers import PRUNERS
 
 BUDGETS = (16, 7, 4)
 TRAINING = {
@@ -61,9 +61,9 @@ def test_every_method_is_measured_at_every_budget(out, results):
     check_results(results, BUDGETS)
     assert read_results(out / "results.json", BUDGETS) == results
     names = {row["name"] for row in results["methods"]}
-    # PRUNERS without the oracle, whose relevance this dataset lacks; the policy and its threshold;
+    # COMPARED without the oracle, whose relevance this dataset lacks; the policy and its threshold;
     # plain top-k stands beside the policy where a redundancy penalty was chosen
-    assert len(names - {"policy, plain top-k"}) == len(PRUNERS) - 1 + 2
+    assert len(names - {"policy, plain top-k"}) == len(COMPARED) - 1 + 2
     assert results["visual_tokens"] == 16
     assert results["task"] == "store"
     assert results["training"] == {}

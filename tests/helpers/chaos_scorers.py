@@ -30,7 +30,9 @@ def traced(spec: ScorerSpec) -> Any:
             for sample, bits in zip(samples, np.packbits(keep, axis=1), strict=True)
         )
         note(log / f"{os.getpid()}.started", names)
-        if options.get("poison") in samples:
+        file = Path(options.get("poison_file", "none"))
+        poison = int(file.read_text()) if file.is_file() else options.get("poison")
+        if poison in samples:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(options.get("seconds", 0.0) + late(log, options.get("late", 0.0)))
         scores = inner(samples, keep)

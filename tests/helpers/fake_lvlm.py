@@ -85,6 +85,10 @@ class FakeLVLM:
     def generate(self, prompts, tokens, keep=None, max_new_tokens=20, positions="original"):
         return [f"said {len(p.ids)}" for p in prompts]
 
+    def saliency(self, prompts, tokens, rule) -> list[np.ndarray]:
+        pairs = zip(prompts, tokens, strict=True)
+        return [np.asarray(t, np.float32)[:, 1] + rule.layer + len(p.ids) for p, t in pairs]
+
     def question_attention(self, prompts, tokens) -> list[np.ndarray]:
         pairs = zip(prompts, tokens, strict=True)
         return [np.asarray(t, np.float32)[:, 0] + len(p.ids) for p, t in pairs]

@@ -14,7 +14,8 @@ from PIL import Image
 from tprl_env.data import load_dataset
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
+from tprl_env.lvlm.encoding.saliency import add_question_attention
 from tprl_env.policy.autoencoder_training import train_autoencoder, write_codes
 from tprl_env.policy.network import PolicyConfig, PruningPolicy
 

@@ -20,7 +20,8 @@ import tprl_env.files
 from tprl_env.data import BadSampleError, NoSamplesError, load_dataset
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import FeatureStore
-from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
+from tprl_env.lvlm.encoding.encode import encode_dataset
+from tprl_env.lvlm.encoding.saliency import add_question_attention, add_question_rows
 
 SMALL = {"batch_size": 2, "shard_images": 3, "progress": False}
 
@@ -287,6 +288,7 @@ def forget_computing(folder: Path) -> None:
             whole = json.loads((folder / name).read_text())
             for field in ("dtype", "image_backend"):
                 del (whole[place] if place else whole)[field]
+            del whole["checksum"]
             (folder / name).write_text(json.dumps(whole))
 
 
@@ -405,6 +407,17 @@ def test_question_attention_channel(tmp_path: Path):
     assert again.channel_meta("question_attention")["lvlm_fingerprint"] == "fake-1"
     with pytest.raises(StoreError, match=r"encoded by the LVLM fake .*not by fake"):
         add_question_attention(store, FakeLVLM(fingerprint="other"))
+
+
+def test_question_rows_channel(tmp_path: Path):
+    store = encode_dataset(FakeLVLM(), make_samples(3), tmp_path / "s", **SMALL)
+    add_question_rows(store, FakeLVLM(), layer=2, batch_size=4)
+    again = FeatureStore.open(tmp_path / "s", verify="checksums")
+    expected = store.tokens(5)[:, 1].astype(np.float32) + 2 + len(store.prompt_ids(5))
+    np.testing.assert_array_equal(again.channel("question_rows", 5), expected)
+    assert again.channel_meta("question_rows")["layer"] == 2
+    with pytest.raises(StoreError, match=r"encoded by the LVLM fake .*not by fake"):
+        add_question_rows(store, FakeLVLM(fingerprint="other"))
 
 
 @pytest.mark.parametrize("field", ["batch_size", "shard_images"])

@@ -371,7 +371,7 @@ def test_question_attention_is_the_eager_one(lvlm, plain, monkeypatch):
         expected = rows.amax((0, 1, 2)).numpy()
         assert found[i].shape == (count,) and found[i].dtype == np.float32
         np.testing.assert_allclose(found[i], expected, atol=2e-5)
-    monkeypatch.setattr("tprl_env.lvlm.families.llava._ATTENTION_ELEMENTS", 1)
+    monkeypatch.setattr("tprl_env.lvlm.execution.question_map._ATTENTION_ELEMENTS", 1)
     for a, b in zip(lvlm.question_attention(prompts, tokens), found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

@@ -187,7 +187,7 @@ def test_damaged_files_are_refused(tmp_path: Path):
             TokenAutoencoder.from_pretrained(tmp_path / "m")
     model.decoder[0].weight.data[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"not finite in \['decoder.0.weight'\]"):
+    with pytest.raises(ValueError, match=r"not finite, in decoder.0.weight;"):
         TokenAutoencoder.from_pretrained(tmp_path / "m")
 
 
@@ -195,3 +195,9 @@ def test_damaged_files_are_refused(tmp_path: Path):
 def test_numbers_below_one(store: FeatureStore, field: str):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
         train_autoencoder(store, **{**QUICK, field: 0})
+
+
+@pytest.mark.parametrize("width", [0, -3, 10**9])
+def test_codes_wider_than_the_features_are_refused(store: FeatureStore, width: int):
+    with pytest.raises(ValueError, match=r"code_width must lie between 1 and the width"):
+        train_autoencoder(store, code_width=width, steps=1)

@@ -8,12 +8,19 @@ from tprl_env.data.features.toy import ToyStore
 from tprl_env.policy.demonstrations import (
     Demonstrations,
     SaliencyDemonstrator,
+    _trajectory,
     log_uniform,
     nested_masks,
     pruner_budgets,
     saliency_demonstrator,
 )
-from tprl_env.reducers import DivPrune, OraclePruner, VisPruner, prune_inputs
+from tprl_env.reducers import (
+    DivPrune,
+    OraclePruner,
+    UniformPruner,
+    VisPruner,
+    prune_inputs,
+)
 
 
 class Towers(ToyStore):
@@ -149,3 +156,12 @@ def test_rows_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="keep alive tokens only"):
         Demonstrations(one, ~mask, mask, one, one)
     assert torch.from_numpy(mask).dtype == torch.bool
+
+
+def test_a_pruner_of_whole_images_cannot_be_restricted_to_survivors():
+    store = ToyStore(samples=2)
+    one = prune_inputs(store, 0)
+    with pytest.raises(ValueError, match=r"'uniform' needs grid.*use nest='intersect'"):
+        _trajectory(UniformPruner(), one, [3, 2], "restrict")
+    masks = _trajectory(UniformPruner(), one, [5, 3], "intersect")
+    assert masks[0].all() and masks[1].sum() == 5

@@ -384,7 +384,7 @@ def test_more_tokens_than_positions_are_refused():
     config = PolicyConfig(token_width=8, query_width=5, position_slots=6)
     with pytest.raises(ValueError, match="knows 6 positions, got 7 tokens"):
         PruningPolicy(config).double().logits(observation(config))
-    with pytest.raises(ValueError, match="position_slots must be 0 or positive"):
+    with pytest.raises(ValueError, match="position_slots must be an integer of at least 0"):
         PolicyConfig(token_width=8, query_width=5, position_slots=-1)
 
 

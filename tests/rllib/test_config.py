@@ -262,6 +262,7 @@ def test_a_folder_is_not_overwritten_and_not_resumed_with_another_policy(tmp_pat
 
 def test_checkpoints_are_whole_or_absent_and_the_oldest_go(tmp_path: Path):
     folder = RunFolder(tmp_path)
+    folder.begin(load_config("smoke"), resume=False)
     policy = PruningPolicy(PolicyConfig(token_width=8, query_width=8))
 
     def save(path: str) -> None:

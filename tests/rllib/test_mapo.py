@@ -365,14 +365,14 @@ def test_the_memory_is_in_the_checkpoint_and_the_critic_is_not_trained(tmp_path:
 def test_a_resumed_run_remembers(tmp_path: Path):
     config = SMALL.replace(**{"limits.iterations": 4})
     train(config, tmp_path, progress=False)
-    train(config, tmp_path, iterations=5, resume=True, progress=False)
+    train(config, tmp_path, iterations=6, resume=True, progress=False)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
     remembered = [row["memory_episodes"] for row in rows]
     assert remembered == sorted(remembered) and remembered[4] >= remembered[3] > remembered[0]
     assert rows[0]["memory_weight"] is None and rows[0]["memory_groups"] == 0
-    assert rows[4]["memory_weight"] >= 0.1
+    assert rows[5]["memory_weight"] >= 0.1
 
 
 def test_the_driver_judges_with_the_weights_that_remote_runners_draw_with():

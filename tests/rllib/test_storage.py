@@ -14,7 +14,8 @@ pytest.importorskip("ray")
 from tprl_env.data.features.store import open_source
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig, load_config, policy_config
-from tprl_env.rllib.run.folder import _FREE, Progress, RunFolder
+from tprl_env.rllib.run.changes import MAY_CHANGE
+from tprl_env.rllib.run.folder import Progress, RunFolder
 from tprl_env.rllib.run.mirror import MirroredRunFolder, RunTakenOverError, open_run_folder
 from tprl_env.rllib.run.storage import Storage, StorageError
 
@@ -195,13 +196,17 @@ def test_the_exported_policy_says_how_it_was_trained(storage: Storage, tmp_path:
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700  # others must not plant a pickle
 
 
-def test_other_settings_are_said_aloud(tmp_path: Path, caplog):
+def test_listed_settings_may_change_and_others_are_refused(tmp_path: Path):
     folder = open_run_folder(tmp_path)
     folder.begin(CONFIG, resume="auto")
-    folder.begin(
-        CONFIG.replace(**{"limits.iterations": 99, "resources.num_scorers": 1}), resume="auto"
-    )
-    assert "other settings" not in caplog.text
-    folder.begin(CONFIG.replace(**{"algorithm.lr": 0.5, "seed": 3}), resume="auto")
-    assert "seed 0, now 3, algorithm.lr 0.003, now 0.5" in caplog.text
-    assert set(_FREE) < set(TrainConfig().flat())
+    other = {"limits.iterations": 99, "resources.num_scorers": 1, "algorithm.lr": 0.5}
+    folder.begin(CONFIG.replace(**other), resume="auto")
+    starts = json.loads((tmp_path / "run.json").read_text())
+    assert starts[1]["changed"].keys() == other.keys()
+    with pytest.raises(ValueError, match=r"seed 0, now 3.*docs/reliability\.md"):
+        folder.begin(CONFIG.replace(**other, seed=3), resume="auto")
+    algorithms = [{}, {"algorithm.name": "grpo"}]
+    known = set().union(*(TrainConfig().replace(**name).flat() for name in algorithms))
+    assert set(MAY_CHANGE) < known
+    listed = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    assert [name for name in MAY_CHANGE if f"`{name}`" not in listed] == []

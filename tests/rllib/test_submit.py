@@ -405,3 +405,39 @@ def test_the_figures_are_those_of_this_machine(head, tmp_path: Path):
     assert here.returncode == 0, here.stderr
     for there, ours in zip(rows(tmp_path / "there"), rows(tmp_path / "here"), strict=True):
         assert {n: there[n] for n in SAME_EVERYWHERE} == {n: ours[n] for n in SAME_EVERYWHERE}
+
+
+# Which cluster -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, jobs.DEFAULT_ADDRESS),
+        ({"RAY_ADDRESS": "local"}, jobs.DEFAULT_ADDRESS),
+        ({"RAY_ADDRESS": "http://head:8265"}, "http://head:8265"),
+        ({"RAY_API_SERVER_ADDRESS": "http://a:1"}, "http://a:1"),
+        ({"RAY_API_SERVER_ADDRESS": "http://a:1", "RAY_ADDRESS": "http://b:2"}, "http://a:1"),
+    ],
+)
+def test_rays_variables_name_the_cluster(home: Path, monkeypatch, variables, wanted: str):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert jobs.dashboard_address() == wanted
+
+
+def test_the_head_in_ray_address_is_asked_for_its_dashboard(home: Path, monkeypatch):
+    asked = []
+
+    def ask(address: str) -> str:
+        asked.append(address)
+        if "gone" in address:
+            raise ConnectionError("Failed to connect to GCS")
+        return "http://10.0.0.1:8265"
+
+    monkeypatch.setattr("ray.dashboard.utils.get_address_for_submission_client", ask)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert jobs.dashboard_address() == "http://10.0.0.1:8265" and asked == ["head:6379"]
+    monkeypatch.setenv("RAY_ADDRESS", "gone:6379")
+    with pytest.raises(ConnectionError, match=r"no cluster answers at RAY_ADDRESS=gone:6379"):
+        jobs.dashboard_address()

@@ -94,7 +94,9 @@ def add_submit(commands: Any) -> None:
     sub.add_argument(
         "--storage", type=place, help="URI, or a path that every node sees, for the run"
     )
-    sub.add_argument("--address", help="dashboard (default: $RAY_API_SERVER_ADDRESS or port 8265)")
+    sub.add_argument(
+        "--address", help="dashboard (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, port 8265)"
+    )
     sub.add_argument("--working-dir", type=path, help="folder to upload (default: the checkout)")
     sub.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for the job; no secrets"

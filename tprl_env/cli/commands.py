@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env import __version__
+from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
 from tprl_env.cli.parsing import (
     Parser,
     TrainHelp,
+    add_trust,
     at_least_one,
     counts,
     names,
@@ -30,9 +32,11 @@ from tprl_env.cli.parsing import (
     place,
     resume,
 )
+from tprl_env.cli.verify import add_verify
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
+_LONGEST_SENTENCE = 1500  # characters; what was typed may be longer
 INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 BUDGETS = (48, 29, 14, 7, 4)
 
@@ -86,9 +90,14 @@ def encode(args: argparse.Namespace) -> int:
         lvlm = load()
         store = encode_dataset(lvlm, samples, args.out, **options)
     if args.question_attention and not store.has_channel("question_attention"):
-        from tprl_env.lvlm.encoding.encode import add_question_attention
+        from tprl_env.lvlm.encoding.saliency import add_question_attention
 
-        add_question_attention(store, lvlm or load(), batch_size=args.batch_size)
+        lvlm = lvlm or load()
+        add_question_attention(store, lvlm, batch_size=args.batch_size)
+    if args.question_rows is not None and not store.has_channel("question_rows"):
+        from tprl_env.lvlm.encoding.saliency import add_question_rows
+
+        add_question_rows(store, lvlm or load(), args.question_rows, args.batch_size)
     left_out = f"; {store.manifest.skipped} bad samples left out" if args.skip_bad else ""
     print(
         f"{len(store)} questions about {store.num_images} images in {args.out}; accuracy with all "
@@ -222,9 +231,14 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument(
         "--question-attention", action="store_true", help="also the demonstrator's map"
     )
+    sub.add_argument(
+        "--question-rows", type=int, nargs="?", const=0, metavar="LAYER",
+        help="also what the question looks up before this decoder layer (default 0: no pass)",
+    )  # fmt: skip
     sub.add_argument("--engine", choices=("local", "ray"), default="local")
     sub.add_argument("--num-gpus", type=float, default=0, help="per worker of --engine ray")
     sub.add_argument("--concurrency", type=int, default=1, help="workers of --engine ray")
+    add_trust(sub)
     sub.set_defaults(run=encode)
 
 
@@ -239,6 +253,7 @@ def _add_autoencoder(commands: Any) -> None:
     sub.add_argument("--code-width", type=at_least_one, help="default: token width / 16")
     sub.add_argument("--steps", type=int, default=2000)
     sub.add_argument("--seed", type=int, default=0)
+    add_trust(sub)
     sub.set_defaults(run=autoencoder)
 
 
@@ -246,7 +261,7 @@ def _add_train(commands: Any) -> None:
     sub = commands.add_parser(
         "train",
         help="train a policy: tprl train CONFIG [--policy.width 64 ...]",
-        usage="tprl train CONFIG [--out OUT] [--resume [auto]] [--init-policy FOLDER] "
+        usage="tprl train CONFIG [--out OUT] [--resume [auto]] [--init-policy FOLDER] [--trust] "
         "[--PART.SETTING VALUE ...]",
         add_help=False,
     )
@@ -263,6 +278,7 @@ def _add_train(commands: Any) -> None:
         help="continue the run in --out; auto: or start it if there is none",
     )  # fmt: skip
     sub.add_argument("--init-policy", type=path, help="start from this policy folder")
+    add_trust(sub)
     sub.set_defaults(run=train, takes_fields=True)
 
 
@@ -284,6 +300,7 @@ def _add_evaluate(commands: Any) -> None:
     sub.add_argument("--limit", type=int, help="use the first so many questions")
     sub.add_argument("--trajectories", type=int, default=10, help="how many to draw")
     sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
+    add_trust(sub)
     sub.set_defaults(run=evaluate)
 
 
@@ -311,9 +328,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_train,
         _add_evaluate,
         add_compare,
+        add_cliff,
         _add_tiny_lvlm,
         add_submit,
         add_token,
+        add_verify,
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
@@ -343,7 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
             )
         args.overrides, args.script, args.line = rest, script, shlex.join(["tprl", *words])
-        return int(args.run(args))
+        from tprl_env.data.features.manifest import trust_files
+
+        with trust_files(getattr(args, "trust", False)):
+            return int(args.run(args))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tprl_env"):
             raise  # a bug, not something the user left out
@@ -352,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        print(f"tprl: {' '.join(str(error).split())}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        cut = "..." if len(sentence) > _LONGEST_SENTENCE else ""
+        print(f"tprl: {sentence[:_LONGEST_SENTENCE]}{cut}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tprl: interrupted; the same command continues where it can", file=sys.stderr)

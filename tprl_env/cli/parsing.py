@@ -51,6 +51,15 @@ class TrainHelp(argparse.Action):
         parser.exit()
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust``."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="compare the sizes of a store's files only, not their checksums (faster to start)",
+    )
+
+
 def counts(text: str) -> tuple[int, ...]:
     """``"48,29"`` to ``(48, 29)``, each once."""
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from tprl_env.checks import check_choice, check_integer
+from tprl_env.checks import check_choice, check_integer, quoted
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env import rewards
 from tprl_env.env.observations import observation_space
@@ -76,7 +76,7 @@ class EpisodeRules:
             value = getattr(self, name)
             number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
             if not number or not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
+                raise ValueError(f"{name} must be a finite number, got {quoted(value)}")
         check_choice("score_steps", self.score_steps, rewards.SCORE_STEPS)
         check_choice("score_kind", self.score_kind, SCORE_KINDS)
         check_choice("query", self.query, QUERIES)
@@ -87,8 +87,13 @@ class EpisodeRules:
         """Refuse rules that do not fit the token source.
 
         Raises:
-            ValueError: If the source is empty, or a count is beyond its number of tokens.
+            ValueError: It is no source or an empty one, or a count is beyond its tokens.
         """
+        if not all(hasattr(source, name) for name in ("location", "max_tokens", "__len__")):
+            raise ValueError(
+                f"source must be the folder of a feature store, a text like "
+                f"'toy:samples=64,tokens=16', or a TokenSource, got {quoted(source)}"
+            )
         if len(source) < 1:
             raise ValueError(
                 f"the source {source.location!r} holds no samples, expected at least one"
@@ -126,10 +131,10 @@ def _check_budget(budget: object) -> int | tuple[int, int]:
     if not isinstance(budget, (tuple, list)):
         return check_integer("budget", budget, 1)
     if len(budget) != 2:
-        raise ValueError(f"budget must be a count or a pair (low, high), got {budget!r}")
+        raise ValueError(f"budget must be a count or a pair (low, high), got {quoted(budget)}")
     low, high = (check_integer("budget", bound, 1) for bound in budget)
     if high < low:
-        raise ValueError(f"budget (low, high) must have low <= high, got {budget!r}")
+        raise ValueError(f"budget (low, high) must have low <= high, got {quoted(budget)}")
     return low, high
 
 
@@ -159,7 +164,15 @@ def coerce_action(action: npt.ArrayLike, shape: tuple[int, ...]) -> npt.NDArray[
 def check_options(
     options: Mapping[str, object] | None, rules: EpisodeRules, extra: tuple[str, ...] = ()
 ) -> dict[str, object]:
-    """Refuse reset options that the environment does not know, with the nearest names."""
+    """Refuse reset options that the environment does not know, with the nearest names.
+
+    Raises:
+        ValueError: It is no dict, has an unknown name, or a budget where there is none.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(
+            f"the options of reset must be a dict such as {{'sample': 3}}, got {quoted(options)}"
+        )
     given = dict(options or {})
     for name in given:
         check_choice("an option of reset", name, ("sample", "budget", *extra))

@@ -69,7 +69,8 @@ def encode_split(
 ) -> FeatureStore:
     """Encode one split of the built-in scenes, with the LVLM's question-token attention."""
     from tprl_env.data import load_dataset
-    from tprl_env.lvlm.encoding.encode import add_question_attention, encode_dataset
+    from tprl_env.lvlm.encoding.encode import encode_dataset
+    from tprl_env.lvlm.encoding.saliency import add_question_attention
 
     name = f"scenes-{settings.task}"
     samples = load_dataset(name, split, limit=questions, seed=settings.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner, choose_penalty
-from tprl_env.reducers import PRUNERS, make_pruner
-from tprl_env.reducers.interfaces import Pruner, prune_inputs
+from tprl_env.reducers import make_pruner
+from tprl_env.reducers.interfaces import PruneInputs, Pruner, prune_inputs
 from tprl_env.scoring import local_scorer
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
 
 
+# What a comparison measures unless told otherwise; every other pruner is measured when named.
+COMPARED = (
+    *("random", "uniform", "cls_attention", "vispruner", "divprune", "question_attention"),
+    "oracle",
+)
+# What encoding can write down; everything else a pruner may need comes from an LVLM.
+_STORED = {field.name for field in fields(PruneInputs)} - {"vision", "clip_image", "clip_text"}
 # Methods that the report labels otherwise than by their key in PRUNERS.
 LABELS = {
     "random": "random",
@@ -34,6 +42,7 @@ LABELS = {
     "vispruner": "VisPruner",
     "divprune": "DivPrune",
     "question_attention": "LLM question attention (full pass)",
+    "question_rows": "question rows (one layer's own queries and keys)",
     "oracle": "question oracle",
 }
 
@@ -50,7 +59,7 @@ def usable_pruners(store: FeatureStore, names: Sequence[str] | None = None) -> d
 
     Args:
         store: Store to prune.
-        names: Keys of ``PRUNERS``; by default every one whose inputs the store holds.
+        names: Keys of ``PRUNERS``; by default those of ``COMPARED`` whose inputs the store holds.
 
     Raises:
         ValueError: A name is unknown, or named explicitly although the store lacks its inputs.
@@ -62,9 +71,11 @@ def usable_pruners(store: FeatureStore, names: Sequence[str] | None = None) -> d
             "the pruner 'policy' needs weights; leave it out of the names and give its folder "
             "as policy (--policy)"
         )
-    for name in names if names is not None else PRUNERS:
+    for name in names if names is not None else COMPARED:
         pruner = make_pruner(name)
-        missing = [need for need in pruner.needs if getattr(example, need) is None]
+        missing = [need for need in pruner.required() if getattr(example, need) is None]
+        if names is not None and not _STORED.issuperset(missing):
+            pruner.check(example, 1)  # says what to do about fields that no store holds
         if missing and names is not None:
             raise ValueError(
                 f"pruner {name!r} needs {', '.join(missing)}, which this store does not hold; "

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import quoted
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
 from tprl_env.evaluation.results import RUN_KEY
 from tprl_env.files import write_atomically
-from tprl_env.reducers.interfaces import Pruner, prune_inputs
+from tprl_env.reducers.interfaces import Pruner, checked_mask, prune_inputs
+from tprl_env.reducers.vision import VisionSignals
 
 if TYPE_CHECKING:
     from tprl_env.data.features.store import FeatureStore
@@ -32,6 +34,7 @@ CHUNK = 256  # questions pruned and scored together; bounds memory, changes no r
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
+Vision = Callable[[npt.NDArray[np.uint8]], VisionSignals]
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,11 @@ def check_budgets(budgets: Sequence[int], max_tokens: int) -> None:
 
 
 def keep_masks(
-    pruner: Pruner, store: FeatureStore, samples: npt.NDArray[np.int64], budget: int
+    pruner: Pruner,
+    store: FeatureStore,
+    samples: npt.NDArray[np.int64],
+    budget: int,
+    vision: Vision | None = None,
 ) -> BoolArray:
     """Masks of one pruner, padded to the store's ``max_tokens``.
 
@@ -135,50 +142,35 @@ def keep_masks(
         store: Store that the samples are rows of.
         samples: Sample numbers, ``(B,)``.
         budget: Number of tokens to keep.
+        vision: An LVLM's ``vision_signals``, for pruners that look into the tower.
 
     Returns:
         ``(B, max_tokens)`` bool, False where padding.
 
     Raises:
-        ValueError: The pruner returned something else than the masks it promises.
+        ValueError: What the pruner gave for a sample is no mask of its tokens, or keeps another
+            number than an exact pruner promises; pruner and sample are named.
     """
-    inputs = [prune_inputs(store, int(sample), _reads(pruner)) for sample in samples]
+    inputs = [prune_inputs(store, int(sample), _reads(pruner), vision) for sample in samples]
     keep = np.zeros((len(samples), store.max_tokens), dtype=np.bool_)
-    masks = list(pruner.prune_batch(inputs, budget))
-    if len(masks) != len(samples):
-        raise ValueError(
-            f"pruner {pruner.name!r} must return one mask per sample, got {len(masks)} for "
-            f"{len(samples)} samples from {store.id(int(samples[0]))!r} on"
-        )
     tokens = store.exists(samples).sum(1)
-    for row, (sample, mask) in enumerate(zip(samples, masks, strict=True)):
-        where = f"pruner {pruner.name!r}, sample {store.id(int(sample))!r}"
-        keep[row, : tokens[row]] = _checked_mask(
-            mask, int(tokens[row]), budget if pruner.exact else None, where
+    masks = pruner.prune_batch(inputs, budget)
+    if not isinstance(masks, Sequence) or len(masks) != len(samples):
+        raise ValueError(
+            f"pruner {pruner.name!r} must give {len(samples)} masks, one per sample, got "
+            f"{quoted(masks)}"
         )
+    for row, mask in enumerate(masks):
+        where = f"pruner {pruner.name!r} on sample {store.id(int(samples[row]))!r}"
+        exactly = budget if pruner.exact else None
+        keep[row, : tokens[row]] = checked_mask(mask, int(tokens[row]), exactly, where)
     return keep
-
-
-def _checked_mask(mask: Any, tokens: int, exactly: int | None, where: str) -> BoolArray:
-    """One mask as an array: bool, one entry per existing token, and as many kept as promised."""
-    array = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask)
-    if array.dtype != np.bool_ or array.shape != (tokens,):
-        raise ValueError(
-            f"{where}: a mask must be bool ({tokens},), one entry per token of the sample, got "
-            f"{array.dtype} {array.shape}"
-        )
-    kept = int(array.sum())
-    if exactly is not None and kept != exactly:
-        raise ValueError(
-            f"{where}: the pruner promises exactly {exactly} tokens (its `exact` is True) and "
-            f"keeps {kept}; keep that many, or let `exact` be False"
-        )
-    return array
 
 
 def _reads(pruner: Pruner) -> tuple[str, ...]:
     """Fields to read for a pruner; a policy looks at the question in either form."""
-    return (*pruner.needs, "query", "query_tokens") if "codes" in pruner.needs else pruner.needs
+    needs = pruner.required()
+    return (*needs, "query", "query_tokens") if "codes" in needs else needs
 
 
 def iterate_chunks(samples: npt.NDArray[np.int64]) -> Iterator[slice]:
@@ -194,13 +186,14 @@ def evaluate_method(
     scorer: Scorer,
     budget: int,
     samples: npt.NDArray[np.int64],
+    vision: Vision | None = None,
 ) -> MethodResult:
     """Score one pruner at one budget on the given samples."""
     start = time.perf_counter()
     scores = np.zeros(len(samples), dtype=np.float32)
     kept = np.zeros(len(samples), dtype=np.int64)
     for part in iterate_chunks(samples):
-        keep = keep_masks(pruner, store, samples[part], budget)
+        keep = keep_masks(pruner, store, samples[part], budget, vision)
         scores[part] = scorer(samples[part], keep)
         kept[part] = keep.sum(1)
     question_types = np.array([store.question_type(int(sample)) for sample in samples])
@@ -223,6 +216,7 @@ def evaluate(
     budgets: Sequence[int],
     *,
     samples: npt.NDArray[np.int64] | None = None,
+    vision: Vision | None = None,
     on_result: Callable[[MethodResult], None] | None = None,
 ) -> list[MethodResult]:
     """Compare pruners at the same budgets.
@@ -234,6 +228,7 @@ def evaluate(
             calibrated for that budget, for instance).
         budgets: Token counts.
         samples: Sample numbers to use; all by default.
+        vision: An LVLM's ``vision_signals``, for pruners that look into the tower.
         on_result: Called after each row, for live output.
 
     Returns:
@@ -255,7 +250,7 @@ def evaluate(
     for name, entry in pruners.items():
         for budget in budgets:
             pruner = entry if isinstance(entry, Pruner) else entry(budget)
-            results.append(evaluate_method(name, pruner, store, scorer, budget, chosen))
+            results.append(evaluate_method(name, pruner, store, scorer, budget, chosen, vision))
             if on_result is not None:
                 on_result(results[-1])
     return results

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from tprl_env.data.features.source import Box
+from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
+from tprl_env.reducers.vision import VisionSignals
 
 Positions = Literal["original", "contiguous"]
 """Rotary positions of kept tokens: their place in the full prompt, or closed up without gaps."""
@@ -88,12 +90,40 @@ class LVLMScores:
         likelihood: (B,) float32, probability of answering with any of the distinct answers.
         sequences: Sequences the language model ran (one per row and distinct answer).
         padded_tokens: Padding places among them.
+        lives: With a reducer, per row uint8 (n,): the number of decoder layers that each visual
+            token entered, 0 = dropped before the language model. Its sum over the number of layers
+            is the row's average of visual tokens per layer.
     """
 
     exact: npt.NDArray[np.float32]
     likelihood: npt.NDArray[np.float32]
     sequences: int = 0
     padded_tokens: int = 0
+    lives: list[npt.NDArray[np.uint8]] | None = None
+
+
+class Inside(TypedDict, total=False):
+    """What happens to visual tokens beyond a keep-mask; at most one of the three ways.
+
+    Attributes:
+        lives: Per row integers (n,): the number of decoder layers that each visual token lives
+            through, 0 = dropped before the language model, L = kept. A keep-mask is the special
+            case of 0 and L.
+        reducer: A method that chooses between the layers, in the same pass.
+        average: With ``reducer``, the wanted mean over all layers of the visual tokens that enter
+            a layer; its own schedule without.
+        places: For merged tokens, which replace the image's own: per row integers (m,), the place
+            in the full image that each of the row's m ``tokens`` stands for. Sequences have them
+            in the given order.
+        sizes: With ``places``, visual tokens of the full image per row; text positions go on
+            behind them unless positions are contiguous.
+    """
+
+    lives: Sequence[npt.NDArray[Any]] | None
+    reducer: LayerPruner | None
+    average: float | None
+    places: Sequence[npt.NDArray[np.int64]] | None
+    sizes: Sequence[int] | None
 
 
 class LVLM(Protocol):
@@ -107,6 +137,7 @@ class LVLM(Protocol):
     token_width: int
     query_width: int
     image_token_id: int
+    num_layers: int
 
     @property
     def fingerprint(self) -> str:
@@ -115,6 +146,14 @@ class LVLM(Protocol):
 
     def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
         """Encode (H, W, 3) uint8 RGB pictures."""
+        ...
+
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) visual tokens for (m, Dv) features of the tower."""
+        ...
+
+    def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
+        """What methods may ask of the tower and the projector for one picture, on request."""
         ...
 
     def prompt(self, question: str) -> Prompt:
@@ -135,9 +174,13 @@ class LVLM(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         tokens: Sequence[Any],
         keep: Sequence[npt.NDArray[np.bool_]] | None = None,
-        positions: Positions = "original",
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
     ) -> LVLMScores:
-        """Score all rows in one batched pass; ``keep=None`` keeps all tokens."""
+        """Score all rows in one batched pass; ``keep=None`` keeps all tokens.
+
+        Positions are the reducer's own where there is one and none are given, else original.
+        """
         ...
 
     def generate(
@@ -146,9 +189,27 @@ class LVLM(Protocol):
         tokens: Sequence[Any],
         keep: Sequence[npt.NDArray[np.bool_]] | None = None,
         max_new_tokens: int = 20,
-        positions: Positions = "original",
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
     ) -> list[str]:
         """Answer greedily from the kept tokens."""
+        ...
+
+    def reduce(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Any],
+        reducer: LayerPruner,
+        average: float | None = None,
+        positions: Positions | None = None,
+    ) -> list[npt.NDArray[np.uint8]]:
+        """Per row the ``lives`` that a reducer chooses, running only the layers that it needs."""
+        ...
+
+    def saliency(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Any], rule: RankingLayerPruner
+    ) -> list[npt.NDArray[np.float32]]:
+        """Per row the values (n,) of a rule at its first cut, all tokens present before it."""
         ...
 
     def question_attention(

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tprl_env.policy.weights import load_weights, read_config, save_weights
+from tprl_env.checks import check_integer
+from tprl_env.policy.weights import WIDEST, load_module, read_config, save_weights
 
 Space = Literal["tokens", "tower"]
 
@@ -49,8 +50,8 @@ class AutoencoderConfig:
         """
         for name in ("input_width", "code_width", "hidden"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"autoencoder {name} must be an integer >= 1, got {value!r}")
+            if check_integer(f"autoencoder {name}", value, 1) > WIDEST:
+                raise ValueError(f"autoencoder {name} must be at most {WIDEST}, got {value}")
         if self.space not in ("tokens", "tower"):
             raise ValueError(f"autoencoder space must be 'tokens' or 'tower', got {self.space!r}")
 
@@ -159,9 +160,6 @@ class TokenAutoencoder(nn.Module):
                 f"the autoencoder's config.json in {folder} has missing or unknown fields "
                 f"{sorted(known ^ set(content))}; save the model again"
             )
-        model = cls(AutoencoderConfig(**content))
-        load_weights(folder, kind=_KIND, config=content, module=model)
-        bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(f"the autoencoder in {folder} has values that are not finite in {bad}")
+        config = AutoencoderConfig(**content)
+        model = load_module(folder, kind=_KIND, config=content, build=lambda: cls(config))
         return model.eval().requires_grad_(False)

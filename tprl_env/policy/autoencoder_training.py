@@ -88,7 +88,7 @@ def train_autoencoder(
         The frozen model and its report.
 
     Raises:
-        ValueError: A number is below one.
+        ValueError: A number is below one, or the codes would be wider than the features.
         StoreError: ``space="tower"`` and the store has no tower features.
         FloatingPointError: The loss stopped being finite.
     """
@@ -98,6 +98,11 @@ def train_autoencoder(
     started = time.perf_counter()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     width = _input_width(store, space)
+    if code_width is not None and not 1 <= code_width <= width:
+        raise ValueError(
+            f"code_width must lie between 1 and the width of the features, {width}, got "
+            f"{code_width}; the default is {max(width // 16, 4)}"
+        )
     config = AutoencoderConfig(
         width, code_width or max(width // 16, 4), hidden, space, store.manifest.lvlm_fingerprint
     )

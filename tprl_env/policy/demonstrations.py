@@ -175,7 +175,7 @@ def saliency_demonstrator(
         if isinstance(saliency, str):
             values = source.channel(saliency, int(sample))
         else:
-            inputs = prune_inputs(source, int(sample), saliency.needs)
+            inputs = prune_inputs(source, int(sample), saliency.required())
             saliency.check(inputs, 1)
             values = saliency.saliency(inputs).numpy()
         table[row, : len(values)] = values
@@ -213,7 +213,7 @@ def pruner_budgets(
     budget = np.minimum(drawn, alive.sum(1)).astype(np.int64)
     keep = np.zeros_like(alive)
     for row, sample in enumerate(map(int, chosen)):
-        inputs = prune_inputs(source, sample, pruner.needs)
+        inputs = prune_inputs(source, sample, pruner.required())
         pruner.check(inputs, int(budget[row]))
         keep[row, : inputs.num_tokens] = pruner.prune(inputs, int(budget[row])).cpu().numpy()
     return Demonstrations(chosen, alive, keep, budget, np.zeros_like(budget))
@@ -259,7 +259,7 @@ def nested_masks(
     for row, sample in enumerate(map(int, chosen)):
         first = by_image.setdefault(source.image_number(sample), row)
         if first == row:
-            inputs = prune_inputs(source, sample, pruner.needs)
+            inputs = prune_inputs(source, sample, pruner.required())
             pruner.check(inputs, 1)
             counts = [max(1, round(rate * inputs.num_tokens)) for rate in rates]
             states[row, :, : inputs.num_tokens] = _trajectory(pruner, inputs, counts, nest)
@@ -276,6 +276,9 @@ def nested_masks(
     )
 
 
+_OF_THE_QUESTION = ("query", "query_tokens", "clip_text")  # the same for every part of the image
+
+
 def _trajectory(
     pruner: Pruner, inputs: PruneInputs, counts: Sequence[int], nest: Nest
 ) -> npt.NDArray[np.bool_]:
@@ -287,8 +290,14 @@ def _trajectory(
             states.append(alive & pruner.prune(inputs, count))
             continue
         part = PruneInputs(sample=inputs.sample)
-        for name in pruner.needs:
-            setattr(part, name, getattr(inputs, name)[alive])
+        for name in pruner.required():
+            if name in ("grid", "vision"):
+                raise ValueError(
+                    f"pruner {pruner.name!r} needs {name}, which a part of an image does not have; "
+                    "use nest='intersect'"
+                )
+            value = getattr(inputs, name)
+            setattr(part, name, value if name in _OF_THE_QUESTION else value[alive])
         after = torch.zeros_like(alive)
         after[alive] = pruner.prune(part, count)
         states.append(after)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, check_integer, check_types
 from tprl_env.policy.distributions import check_logits
 from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
-from tprl_env.policy.weights import load_weights, read_config, save_weights
+from tprl_env.policy.weights import MOST_LAYERS, WIDEST, load_module, read_config, save_weights
 
 DEAD_LOGIT = -1e9  # large, finite: softmax, sigmoid and their gradients stay numbers
 
@@ -103,15 +103,19 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that no policy can be built from."""
+        check_types(self)
         for name in ("token_width", "query_width", "layers", "heads", "question_heads"):
             _check_positive(name, getattr(self, name))
         for name in ("max_steps", "trained_steps"):
             _check_positive(name, getattr(self, name))
-        if self.position_slots < 0:
-            raise ValueError(f"position_slots must be 0 or positive, got {self.position_slots}")
+        check_integer("position_slots", self.position_slots, 0)
         for name in ("width", "hidden"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
+        for name, value in vars(self).items():
+            most = MOST_LAYERS if name == "layers" else WIDEST
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         for name, kind in (
             ("architecture", Architecture),
             ("query", Query),
@@ -344,8 +348,9 @@ class PruningPolicy(nn.Module):
             config = PolicyConfig(**{"trained_steps": before, **fields})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}/config.json does not describe a policy: {error}") from error
-        policy = cls(config)
-        load_weights(folder, kind="pruning-policy", config=fields, module=policy)
+        policy = load_module(
+            folder, kind="pruning-policy", config=fields, build=lambda: cls(config)
+        )
         return policy.to(device)
 
 

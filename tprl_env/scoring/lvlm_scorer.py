@@ -13,8 +13,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,9 +30,25 @@ from tprl_env.env.scorer import (
     check_request,
     check_scores,
 )
-from tprl_env.lvlm.protocol import LVLM, Positions, Prompt
+from tprl_env.lvlm.protocol import LVLM, Inside, Positions, Prompt
+from tprl_env.reducers.layer_pruner import LayerPruner
 
 SCORE_KINDS = ("exact", "likelihood")
+
+
+@dataclass(frozen=True)
+class InsideScores:
+    """Scores of B samples whose tokens left between layers.
+
+    Attributes:
+        exact: float32 (B,).
+        likelihood: float32 (B,).
+        lives: uint8 (B, N), decoder layers that each token entered, 0 where there is none.
+    """
+
+    exact: FloatArray
+    likelihood: FloatArray
+    lives: npt.NDArray[np.uint8]
 
 
 class LVLMScorer:
@@ -149,6 +167,89 @@ class LVLMScorer:
         with self._lock:
             self.stats.add(counted)
         return checked[0], checked[1]
+
+    def score_inside(
+        self,
+        samples: IntArray,
+        *,
+        lives: npt.NDArray[np.uint8] | None = None,
+        reducer: LayerPruner | None = None,
+        average: float | None = None,
+        positions: Positions | None = None,
+    ) -> InsideScores:
+        """Score samples whose visual tokens leave between the LVLM's layers.
+
+        Questions about one image are scored together, because they share the layers before the
+        first cut.
+
+        Args:
+            samples: (B,) sample numbers.
+            lives: (B, N) decoder layers that each token enters, 0 where there is none.
+            reducer: A method that chooses them instead, in the same pass.
+            average: Its wanted average of visual tokens per layer.
+            positions: Rotary positions; default: the reducer's own, else original.
+
+        Raises:
+            ValueError: Both or neither of lives and reducer, or the LVLM refuses them.
+        """
+        if (lives is None) == (reducer is None):
+            raise ValueError("give lives or a reducer, one of the two")
+        numbers = np.asarray(samples, np.int64)
+        exists = self.store.exists(numbers)
+        counts = exists.sum(1).tolist()
+        given = exists.astype(np.int64) if lives is None else np.asarray(lives)
+        if given.shape != exists.shape:
+            raise ValueError(f"lives must be {exists.shape}, got {given.shape}")
+        found = np.zeros((2, len(numbers)), np.float32)
+        entered = np.zeros(exists.shape, np.uint8)
+        began = time.perf_counter()
+        counted = ScorerStats(requests=1, scores=len(numbers), computed=len(numbers))
+        for rows in self._image_batches(numbers, (given > 0).sum(1)):
+            texts = [self._text(int(numbers[r])) for r in rows]
+            inside: Inside = {"reducer": reducer, "average": average}
+            if lives is not None:
+                inside = {"lives": [given[r, : counts[r]] for r in rows]}
+            with NamedFailures(numbers[rows], self.store, self._name):
+                scores = self.lvlm.score(
+                    [prompt for prompt, _ in texts],
+                    [answers for _, answers in texts],
+                    [self._visual(int(numbers[r])) for r in rows],
+                    None,
+                    positions,
+                    **inside,
+                )
+            found[0, rows], found[1, rows] = scores.exact, scores.likelihood
+            for r, one in zip(rows, scores.lives or (), strict=False):
+                entered[r, : counts[r]] = one
+            counted.batches += 1
+            counted.batch_rows += scores.sequences
+            counted.padded_tokens += scores.padded_tokens
+        checked = [check_scores(one, numbers, self.store, scorer=self._name) for one in found]
+        counted.busy_seconds = time.perf_counter() - began
+        with self._lock:
+            self.stats.add(counted)
+        return InsideScores(
+            checked[0], checked[1], entered if lives is None else given.astype(np.uint8)
+        )
+
+    def _image_batches(self, numbers: IntArray, visual: IntArray) -> Iterator[list[int]]:
+        """Rows by image, then by length; a shared first layer allows larger batches."""
+        images = np.array([self.store.image_number(int(sample)) for sample in numbers])
+        texts = [self._text(int(sample)) for sample in numbers]
+        lengths = visual + np.array([len(p.ids) + max(map(len, a)) - 2 for p, a in texts])
+        batch: list[int] = []
+        places = 0
+        for row in np.lexsort((lengths, images)).tolist():
+            needed = int(lengths[row]) * len(texts[row][1])
+            if batch and (
+                len(batch) == self._batch_size or places + needed > 2.5 * self._batch_tokens
+            ):
+                yield batch
+                batch, places = [], 0
+            batch.append(row)
+            places += needed
+        if batch:
+            yield batch
 
     def _batches(self, lengths: IntArray, sequences: IntArray) -> Iterator[list[int]]:
         """Cut rows into batches by the rule of this module."""

@@ -1,6 +1,6 @@
 """Encoded samples: the feature store, the toy source, and the protocol that both have."""
 
-from tprl_env.data.features.manifest import Manifest, StoreError
+from tprl_env.data.features.manifest import Manifest, StoreError, trust_files
 from tprl_env.data.features.source import TokenSource
 from tprl_env.data.features.store import FeatureStore, open_source, shared_source
 from tprl_env.data.features.toy import ToyStore
@@ -13,4 +13,5 @@ __all__ = [
     "ToyStore",
     "open_source",
     "shared_source",
+    "trust_files",
 ]

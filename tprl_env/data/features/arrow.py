@@ -28,11 +28,11 @@ class ArrowRows:
         rows: Expected rows of each file.
 
     Raises:
-        StoreError: A file is not an Arrow file or has another number of rows.
+        StoreError: A file is not an Arrow file, is damaged or has another number of rows.
     """
 
     def __init__(self, paths: Sequence[Path], rows: Sequence[int]) -> None:
-        self._batches: list[pa.RecordBatch] = []
+        found_batches: list[pa.RecordBatch] = []
         for path, count in zip(paths, rows, strict=True):
             batches = _map_batches(path)
             found = sum(batch.num_rows for batch in batches)
@@ -41,8 +41,9 @@ class ArrowRows:
                     f"{path} holds {found} rows, its feature store recorded {count}; "
                     f"encode the store again with --restart"
                 )
-            self._batches.extend(batch for batch in batches if batch.num_rows)
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+            found_batches.extend(batch for batch in batches if batch.num_rows)
+        self.batches = tuple(found_batches)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
         self._lists: dict[tuple[str, int], tuple[npt.NDArray[Any], npt.NDArray[np.int64]]] = {}
 
     def __len__(self) -> int:
@@ -58,7 +59,7 @@ class ArrowRows:
     def _list(self, name: str, block: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         key = (name, block)
         if key not in self._lists:
-            column = self._batches[block].column(name)
+            column = self.batches[block].column(name)
             self._lists[key] = (
                 column.values.to_numpy(zero_copy_only=True),
                 column.offsets.to_numpy(zero_copy_only=True),
@@ -67,18 +68,22 @@ class ArrowRows:
 
     def vector(self, name: str) -> npt.NDArray[Any]:
         """Return a column of numbers of all files as one array."""
-        parts = [b.column(name).to_numpy(zero_copy_only=True) for b in self._batches]
+        parts = [b.column(name).to_numpy(zero_copy_only=True) for b in self.batches]
         return np.concatenate(parts)
+
+    def lengths(self, name: str) -> npt.NDArray[np.int64]:
+        """Return how many numbers each list cell holds."""
+        return np.concatenate([np.diff(self._list(name, i)[1]) for i in range(len(self.batches))])
 
     def value(self, name: str, row: int) -> Any:
         """Return one cell as a Python value."""
         block, local = self._locate(row)
-        return self._batches[block].column(name)[local].as_py()
+        return self.batches[block].column(name)[local].as_py()
 
     def optional(self, name: str, row: int) -> Any:
         """Return one cell, or None where the row's file was written without that column."""
         block, _ = self._locate(row)
-        return self.value(name, row) if name in self._batches[block].schema.names else None
+        return self.value(name, row) if name in self.batches[block].schema.names else None
 
     def view(self, name: str, row: int) -> npt.NDArray[Any]:
         """Return one list cell as a flat view into the mapped file; empty where it is null."""
@@ -132,11 +137,14 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
 
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-            return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for batch in batches:  # a wrong offset would end the process at the first look at a cell
+            batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
             f"{path} is not a readable Arrow file ({error}); encode the store again with --restart"
         ) from error
+    return batches
 
 
 def write_arrow(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:

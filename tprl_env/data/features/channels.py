@@ -18,19 +18,27 @@ import numpy.typing as npt
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.manifest import (
+    SEAL,
     FileEntry,
     Manifest,
     StoreError,
+    Verify,
     check_file,
+    check_numbers,
+    check_seal,
     describe_file,
     read_json,
+    seal,
 )
+from tprl_env.data.features.validation import check_channel
 from tprl_env.files import write_json
 
 CURES = {
     "codes": "run `tprl autoencoder {store}`",
     "question_attention": "run the same `tprl encode` again with --question-attention",
+    "question_rows": "run the same `tprl encode` again with --question-rows",
 }
+_FIELDS = {"name", "store", "per", "width", "meta", "file", SEAL}
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,16 @@ def check_codes(codes: Channel, fingerprint: str, store: Path) -> None:
         )
 
 
-def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[str, Channel]:
+def load_channels(
+    folder: Path, manifest: Manifest, counts: Mapping[str, npt.NDArray[Any]], *, verify: Verify
+) -> dict[str, Channel]:
     """Open every finished channel of a store.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        counts: Visual tokens of each ``"image"`` and of each ``"sample"``.
+        verify: How files are checked.
 
     Raises:
         StoreError: A channel is damaged or belongs to another store.
@@ -93,11 +109,17 @@ def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[s
     for path in sorted(folder.glob("channel-*.json")):
         content = read_json(path)
         cure = f"delete {path.name} and write the channel again"
+        check_seal(path, content, cure)
+        if unknown := content.keys() - _FIELDS:
+            raise StoreError(f"{path} is damaged: unknown fields {sorted(unknown)}; {cure}")
         data = path.with_suffix(".arrow")
         try:
             entry = FileEntry(**content["file"])
             name, store = content["name"], content["store"]
             width, per, meta = content["width"], content["per"], content["meta"]
+            check_numbers(path, content, ("width",), cure)
+            check_numbers(path, content["file"], ("rows", "bytes"), cure)
+            known = per in counts and isinstance(meta, dict)
         except (KeyError, TypeError) as error:
             raise StoreError(f"{path} is damaged (field {error}); {cure}") from error
         if store != manifest.fingerprint:
@@ -105,8 +127,12 @@ def load_channels(folder: Path, manifest: Manifest, *, checksum: bool) -> dict[s
                 f"{path} belongs to another feature store ({store}, this one is "
                 f"{manifest.fingerprint}); {cure}"
             )
-        check_file(data, entry, checksum=checksum, cure=cure)
-        channels[name] = Channel(per, width, meta, entry, ArrowRows([data], [entry.rows]))
+        if name != path.stem.removeprefix("channel-") or not known:
+            raise StoreError(f"{path} is damaged: its name, per or meta is another's; {cure}")
+        check_file(data, entry, verify=verify, cure=cure)
+        rows = ArrowRows([data], [entry.rows])
+        check_channel(data, rows, width, counts[per], cure)
+        channels[name] = Channel(per, width, meta, entry, rows)
     return channels
 
 
@@ -173,7 +199,7 @@ def write_channel(
         "meta": meta,
         "file": asdict(describe_file(data, rows)),
     }
-    write_json(description, content)
+    write_json(description, seal(content))
 
 
 def _write_raw(

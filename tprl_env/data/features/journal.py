@@ -26,15 +26,19 @@ from tprl_env.data.features.manifest import (
     JOURNAL_NAME,
     MANIFEST_NAME,
     PACKAGES,
+    SEAL,
     VERSION,
     FileEntry,
     Manifest,
     StoreError,
     check_file,
+    check_seal,
+    default_verify,
     read_json,
+    seal,
 )
 from tprl_env.data.sample import Sample
-from tprl_env.files import versions, write_json
+from tprl_env.files import LOCK_NAME, versions, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +113,11 @@ class Journal:
             _clear(folder)
             return cls(folder, dataset, settings)
         if not path.is_file():
-            leftovers = [p.name for p in folder.iterdir() if not p.name.endswith(".tmp")]
+            leftovers = [
+                p.name
+                for p in folder.iterdir()
+                if not p.name.endswith(".tmp") and p.name != LOCK_NAME
+            ]
             if leftovers and not all(p.startswith(("images-", "samples-")) for p in leftovers):
                 raise StoreError(
                     f"{folder} is not empty and no encoding was started there (it holds "
@@ -117,6 +125,9 @@ class Journal:
                 )
             return cls(folder, dataset, settings)
         content = read_json(path)
+        check_seal(path, content, START_OVER)
+        if unknown := content.keys() - {"dataset", "settings", "lvlm", "units", SEAL}:
+            raise StoreError(f"{path} is damaged (fields {sorted(unknown)}); {START_OVER}")
         try:
             units = [UnitEntry.from_json(entry) for entry in content["units"]]
             journal = cls(folder, dataset, content["settings"], content["lvlm"], units)
@@ -131,7 +142,7 @@ class Journal:
                 )
         for number, unit in enumerate(units):
             for name, entry in zip(unit_names(number), (unit.images, unit.samples), strict=True):
-                check_file(folder / name, entry, checksum=False, cure=START_OVER)
+                check_file(folder / name, entry, verify=default_verify(), cure=START_OVER)
         return journal
 
     def identify(self, lvlm: dict[str, Any]) -> None:
@@ -202,7 +213,7 @@ class Journal:
             "lvlm": self.lvlm,
             "units": [asdict(unit) for unit in self.units],
         }
-        write_json(self.folder / JOURNAL_NAME, content)
+        write_json(self.folder / JOURNAL_NAME, seal(content))
 
     def rows(self, which: int) -> ArrowRows:
         """Open the finished units' images (0) or samples (1)."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tprl_env.files import write_json
 
@@ -22,6 +26,26 @@ JOURNAL_NAME = "encoding.json"
 _LATER = ("dtype", "image_backend")
 """Fields that the first stores lack; their fingerprints must not change."""
 PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
+
+
+CURE = "encode the store again with --restart"
+_DATA_FILE = re.compile(r"(images|samples)-[0-9]{5,9}\.arrow")
+_TEXTS = ("lvlm", "lvlm_fingerprint", "model_type", "dataset", "dataset_fingerprint")
+_COUNTS = (
+    *("samples", "images", "max_tokens", "max_question_tokens"),
+    *("token_width", "tower_width", "query_width", "skipped"),
+)
+
+
+Verify = Literal["once", "sizes", "checksums"]
+"""How data files are checked when opened: their sizes always; every byte never, again, or unless
+this process has done so since the file last changed."""
+
+SEAL = "checksum"
+"""Field of a JSON file: the sha256 of its other fields; the first stores lack it."""
+
+_TRUST = "TPRL_TRUST"
+_verified: set[tuple[str, int, int, int, str]] = set()
 
 
 class StoreError(ValueError):
@@ -100,7 +124,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` atomically."""
-        write_json(folder / MANIFEST_NAME, {"format": FORMAT, **asdict(self)}, sort=True)
+        content = seal({"format": FORMAT, **asdict(self)})
+        write_json(folder / MANIFEST_NAME, content, sort=True)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -137,6 +162,8 @@ class Manifest:
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
                 f"package reads version {VERSION}; encode it again with --restart"
             )
+        check_seal(path, {"format": FORMAT, **content}, CURE)
+        content.pop(SEAL, None)
         wanted = {field.name for field in fields(cls)}
         wrong = (wanted - set(content) - set(_LATER)) | (set(content) - wanted)
         if wrong:
@@ -145,12 +172,21 @@ class Manifest:
                 f"store again with --restart"
             )
         try:
+            for name, entry in content["files"].items():
+                check_numbers(path, entry, ("rows", "bytes"), CURE)
+                if not _DATA_FILE.fullmatch(name) or not isinstance(entry["sha256"], str):
+                    raise TypeError(name)
             content["files"] = {k: FileEntry(**v) for k, v in content["files"].items()}
-        except (TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"{path} is damaged: its table of files is malformed; encode the store again with "
                 f"--restart"
             ) from error
+        check_numbers(path, content, _COUNTS, CURE)
+        odd = [name for name in _TEXTS if not isinstance(content[name], str)]
+        odd += ["packages"] * (not isinstance(content["packages"], dict))
+        if odd:
+            raise StoreError(f"{path} is damaged: {odd[0]} is of another type; {CURE}")
         return cls(**content)
 
 
@@ -162,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers of 5000 digits too
         raise StoreError(
             f"{path} is damaged or unreadable ({error}); encode the store again with --restart"
         ) from error
@@ -173,9 +209,74 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_numbers(where: Path, content: Mapping[str, Any], names: Iterable[str], cure: str) -> None:
+    """Check that fields are whole numbers that a machine word holds, not below 0.
+
+    Raises:
+        StoreError: One is not.
+    """
+    for name in names:
+        value = content[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
+            text = str(value) if not isinstance(value, int) else "a number out of range"
+            raise StoreError(
+                f"{where} is damaged: {name} must be a whole number of at least 0, got "
+                f"{text[:60]!r}; {cure}"
+            )
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of a JSON file with its checksum."""
+    return {**content, SEAL: _content_sha256(content)}
+
+
+def check_seal(path: Path, content: Mapping[str, Any], cure: str) -> None:
+    """Compare a JSON file's content with the checksum in it, if it has one.
+
+    Raises:
+        StoreError: They differ.
+    """
+    rest = {name: value for name, value in content.items() if name != SEAL}
+    if SEAL in content and content[SEAL] != _content_sha256(rest):
+        raise StoreError(
+            f"{path} is damaged: its fields do not have the checksum that was written with them; "
+            f"{cure}"
+        )
+
+
+def _content_sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def trust_files(trust: bool = True) -> Iterator[None]:
+    """Compare sizes only, no checksums, where stores are opened without saying how.
+
+    Processes that start meanwhile on this machine do the same.
+
+    Args:
+        trust: False changes nothing.
+    """
+    before = os.environ.get(_TRUST)
+    if trust:
+        os.environ[_TRUST] = "1"
+    try:
+        yield
+    finally:
+        if trust and before is None:
+            del os.environ[_TRUST]
+
+
+def default_verify() -> Verify:
+    """How files are checked where nothing is said: each byte once, or sizes (`trust_files`)."""
+    return "sizes" if os.environ.get(_TRUST) == "1" else "once"
+
+
 def describe_file(path: Path, rows: int) -> FileEntry:
-    """Return size and digest of a finished data file."""
-    return FileEntry(rows=rows, bytes=path.stat().st_size, sha256=file_sha256(path))
+    """Return size and digest of a finished data file that this process has written."""
+    entry = FileEntry(rows=rows, bytes=path.stat().st_size, sha256=file_sha256(path))
+    _verified.add(_state(path, entry))
+    return entry
 
 
 def file_sha256(path: Path) -> str:
@@ -184,11 +285,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_file(path: Path, entry: FileEntry, *, checksum: bool, cure: str) -> None:
+def _state(path: Path, entry: FileEntry) -> tuple[str, int, int, int, str]:
+    found = path.stat()
+    return (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, entry.sha256)
+
+
+def check_file(path: Path, entry: FileEntry, *, verify: Verify, cure: str) -> None:
     """Compare a data file with what was recorded about it.
 
     Raises:
-        StoreError: The file is missing, has another size, or (with ``checksum``) other content.
+        StoreError: The file is missing, has another size, or (unless ``verify`` is ``"sizes"``)
+            other content.
     """
     try:
         size = path.stat().st_size
@@ -199,5 +306,9 @@ def check_file(path: Path, entry: FileEntry, *, checksum: bool, cure: str) -> No
             f"{path} has {size} bytes, its feature store recorded {entry.bytes}: the file is "
             f"truncated or was replaced; {cure}"
         )
-    if checksum and file_sha256(path) != entry.sha256:
+    if verify == "sizes" or (verify == "once" and _state(path, entry) in _verified):
+        return
+    state = _state(path, entry)  # of before: what changes while it is read counts as unread
+    if file_sha256(path) != entry.sha256:
         raise StoreError(f"{path} does not have its recorded checksum: bytes changed; {cure}")
+    _verified.add(state)

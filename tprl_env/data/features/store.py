@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, quoted
 from tprl_env.data.features.arrow import ArrowRows
 from tprl_env.data.features.channels import (
     Channel,
@@ -28,19 +28,27 @@ from tprl_env.data.features.channels import (
     load_channels,
     write_channel,
 )
-from tprl_env.data.features.manifest import Manifest, StoreError, check_file
+from tprl_env.data.features.manifest import Manifest, StoreError, Verify, check_file, default_verify
 from tprl_env.data.features.source import Box, TokenSource
 from tprl_env.data.features.toy import ToyStore
+from tprl_env.data.features.validation import check_rows
+from tprl_env.files import folder_lock
 
 __all__ = ["FeatureStore", "Manifest", "StoreError", "TokenSource", "open_source", "shared_source"]
 
-Verify = Literal["sizes", "checksums"]
 CODES = "codes"  # the per-image channel the autoencoder writes
 QUESTION_ATTENTION = "question_attention"  # the per-sample channel the LVLM's attention fills
+QUESTION_ROWS = "question_rows"  # the same of one layer's own queries and keys, before it runs
+
+_LONGEST_NAME = 255  # of a file or folder, on the file systems there are
 
 
-def open_source(location: str | Path) -> TokenSource:
+def open_source(location: str | Path, *, trust: bool = False) -> TokenSource:
     """Open a source by its location: a store's folder, or ``"toy:samples=64,tokens=16,seed=0"``.
+
+    Args:
+        location: Where it is.
+        trust: Compare the sizes of a store's files only, not their checksums.
 
     Raises:
         ValueError: The toy location cannot be read, or (``StoreError``) the store not be opened.
@@ -48,7 +56,9 @@ def open_source(location: str | Path) -> TokenSource:
     text = str(location)
     if text == "toy" or text.startswith("toy:"):
         return ToyStore.from_location(text)
-    return FeatureStore.open(text)
+    if "\0" in text or any(len(part) > _LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"the source must be a folder or toy:..., got {quoted(text)}")
+    return FeatureStore.open(text, verify="sizes" if trust else None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -82,15 +92,12 @@ class FeatureStore:
         self.max_question_tokens = manifest.max_question_tokens
         self._images = self._rows("images-")
         self._samples = self._rows("samples-")
+        check_rows(path, manifest, self._images, self._samples)
         self._counts = self._images.vector("count")
         self._image_numbers = self._samples.vector("image")
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
-        if self._image_numbers.min() < 0 or self._image_numbers.max() >= self.num_images:
-            raise StoreError(
-                f"{path} names images that it does not hold; encode it again with --restart"
-            )
-        self._channels = load_channels(path, manifest, checksum=verify == "checksums")
+        self._channels = self._load_channels(verify=verify)
         self.fingerprint = self._fingerprint()
 
     @classmethod
@@ -98,7 +105,7 @@ class FeatureStore:
         cls,
         path: str | Path,
         *,
-        verify: Verify = "sizes",
+        verify: Verify | None = None,
         lvlm_fingerprint: str | None = None,
         autoencoder_fingerprint: str | None = None,
     ) -> FeatureStore:
@@ -106,7 +113,9 @@ class FeatureStore:
 
         Args:
             path: Its folder.
-            verify: ``"sizes"`` compares file sizes; ``"checksums"`` reads every byte.
+            verify: ``"sizes"`` compares file sizes; ``"checksums"`` reads every byte as well;
+                ``"once"`` does unless this process has done so since the file last changed. The
+                default is ``"once"``, or ``"sizes"`` within `trust_files`.
             lvlm_fingerprint: Refuse a store that another LVLM encoded.
             autoencoder_fingerprint: Refuse a store with another autoencoder's codes, or none.
 
@@ -114,6 +123,7 @@ class FeatureStore:
             StoreError: The store is missing, unfinished, foreign, damaged, or another LVLM's.
             ValueError: ``verify`` is unknown.
         """
+        verify = default_verify() if verify is None else verify
         check_choice("verify", verify, get_args(Verify))
         folder = Path(path).resolve()
         manifest = Manifest.read(folder)
@@ -123,9 +133,9 @@ class FeatureStore:
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        checksum, cure = verify == "checksums", "encode the store again with --restart"
+        cure = "encode the store again with --restart"
         for name, entry in manifest.files.items():
-            check_file(folder / name, entry, checksum=checksum, cure=cure)
+            check_file(folder / name, entry, verify=verify, cure=cure)
         store = cls(folder, manifest, verify)
         if autoencoder_fingerprint is not None:
             check_codes(store._channel(CODES), autoencoder_fingerprint, folder)
@@ -142,6 +152,10 @@ class FeatureStore:
     def _rows(self, prefix: str) -> ArrowRows:
         names, files = self.manifest.named(prefix), self.manifest.files
         return ArrowRows([self.path / n for n in names], [files[n].rows for n in names])
+
+    def _load_channels(self, *, verify: Verify) -> dict[str, Channel]:
+        counts = {"image": self._counts, "sample": self._counts[self._image_numbers]}
+        return load_channels(self.path, self.manifest, counts, verify=verify)
 
     def _fingerprint(self) -> str:
         channels = sorted(self._channels.items())
@@ -242,10 +256,20 @@ class FeatureStore:
         return value("grid_rows", image), value("grid_columns", image)
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
-        """Return the picture as it was encoded, ``(H, W, 3)``."""
+        """Return the picture as it was encoded, ``(H, W, 3)``.
+
+        Raises:
+            StoreError: It is damaged.
+        """
         from tprl_env.data.pictures import read_picture  # Pillow, which rollouts do not need
 
-        return read_picture(self._images.value("picture", self.image_number(sample)))
+        try:
+            return read_picture(self._images.value("picture", self.image_number(sample)))
+        except ValueError as error:
+            raise StoreError(
+                f"the picture of sample {sample} in {self.path} is damaged ({error}); encode the "
+                f"store again with --restart"
+            ) from error
 
     def picture_box(self, sample: int) -> Box | None:
         """Return the part of the picture that the token grid covers; None for all of it.
@@ -353,13 +377,15 @@ class FeatureStore:
         Raises:
             StoreError: An array has the wrong shape or non-finite values, or there are too
                 few or too many; nothing is changed then.
+            FolderInUseError: Another process encodes into the store or writes a channel.
         """
         counts = self._counts if per == "image" else self._counts[self._image_numbers]
         label = self.image_id if per == "image" else self.id
-        write_channel(
-            self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
-        )
-        self._channels = load_channels(self.path, self.manifest, checksum=False)
+        with folder_lock(self.path, f"writing {name!r}"):
+            write_channel(
+                self.path, self.manifest, name, arrays, counts, label, per, dict(meta or {}), dtype
+            )
+        self._channels = self._load_channels(verify="sizes")
         self.fingerprint = self._fingerprint()
 
 

@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,9 @@ from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.journal import Journal, Skipped, UnitEntry, unit_names
 from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
 from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
-from tprl_env.data.features.store import QUESTION_ATTENTION, FeatureStore
+from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.sample import Sample
+from tprl_env.files import folder_lock
 from tprl_env.lvlm.encoding.bad_samples import (
     Texts,
     check_context,
@@ -226,20 +226,25 @@ def full_disk_as_store_error(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def nothing_left_behind(folder: Path) -> Iterator[None]:
-    """Remove a store's folder that a failed encoding made but committed nothing to.
+def writing(folder: Path) -> Iterator[None]:
+    """Be the only writer of a store's folder, and leave no folder behind for nothing.
 
-    What was committed stays, because the same call continues it.
+    A folder that a failed encoding made but committed nothing to is removed; what was committed
+    stays, because the same call continues it.
+
+    Raises:
+        FolderInUseError: Another process encodes into the folder.
     """
-    there_before = folder.exists()
-    finished = False
-    try:
-        yield
-        finished = True
-    finally:
-        if not (finished or there_before or (folder / JOURNAL_NAME).exists()):
-            # a worker may still be writing there: the error that is on its way says more
-            shutil.rmtree(folder, ignore_errors=True)
+    made = not folder.exists()
+    with folder_lock(folder, "tprl encode"):
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if made and not (finished or (folder / JOURNAL_NAME).exists()):
+                # a worker may still be writing there: the error that is on its way says more
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def encode_dataset(
@@ -281,6 +286,7 @@ def encode_dataset(
             resumable, a new folder without anything committed goes.
         BadSampleError: A sample cannot be read or asked, or wants a grader that is not computed,
             and ``skip_bad`` is off.
+        FolderInUseError: Another process encodes into ``out``.
         ValueError: A size is below one.
     """
     check_sizes(batch_size, shard_images)
@@ -288,7 +294,7 @@ def encode_dataset(
     settings = {"tower": tower, "shard_images": shard_images}
     reader = SkippingReader(samples, skip_bad)
     total = count_samples(samples)
-    with nothing_left_behind(folder), full_disk_as_store_error(folder):
+    with writing(folder), full_disk_as_store_error(folder):
         dataset = describe_dataset(description, samples)
         journal = Journal.start(folder, dataset, settings, resume=resume)
         journal.identify(lvlm_identity(lvlm))
@@ -319,37 +325,3 @@ def _earlier_tokens(journal: Journal, width: int) -> TokensOf:
         return opened[0].view("tokens", image).reshape(-1, width)
 
     return tokens
-
-
-def add_question_attention(store: FeatureStore, lvlm: LVLM, batch_size: int = 64) -> None:
-    """Write the per-sample channel ``"question_attention"``: the LVLM's own (n,) map.
-
-    It is what the ``question_attention`` demonstrator imitates; it costs one LVLM pass with all
-    tokens per sample and is needed while training only.
-
-    Args:
-        store: A finished store.
-        lvlm: The LVLM that encoded it.
-        batch_size: Samples per call of the LVLM.
-
-    Raises:
-        StoreError: Another LVLM encoded the store, or the attention is not finite.
-        ValueError: ``batch_size`` is below one.
-    """
-    check_sizes(batch_size, 1)
-    if lvlm.fingerprint != store.manifest.lvlm_fingerprint:
-        raise StoreError(
-            f"{store.path} was encoded by the LVLM {store.manifest.lvlm} (fingerprint "
-            f"{store.manifest.lvlm_fingerprint}), not by {lvlm.name} ({lvlm.fingerprint}); give "
-            f"that LVLM"
-        )
-
-    def maps() -> Iterator[npt.NDArray[np.float32]]:
-        numbers = iter(range(len(store)))
-        while batch := list(islice(numbers, batch_size)):
-            prompts = [lvlm.prompt(store.question(sample)) for sample in batch]
-            tokens = [store.tokens(sample) for sample in batch]
-            yield from (to_numpy(m) for m in lvlm.question_attention(prompts, tokens))
-
-    meta = {"lvlm": lvlm.name, "lvlm_fingerprint": lvlm.fingerprint}
-    store.write_channel(QUESTION_ATTENTION, maps(), per="sample", meta=meta)

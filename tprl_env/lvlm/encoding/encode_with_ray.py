@@ -32,9 +32,9 @@ from tprl_env.lvlm.encoding.encode import (
     check_sizes,
     full_disk_as_store_error,
     lvlm_identity,
-    nothing_left_behind,
     to_numpy,
     write_unit,
+    writing,
 )
 from tprl_env.lvlm.encoding.units import (
     SkippingReader,
@@ -143,6 +143,7 @@ def encode_dataset_ray(
 
     Raises:
         StoreError: As for ``encode_dataset``, or a worker failed.
+        FolderInUseError: As for ``encode_dataset``.
         BadSampleError: As for ``encode_dataset``.
         ValueError: A size is below one, or the cluster has too few resources for one worker.
     """
@@ -158,7 +159,7 @@ def encode_dataset_ray(
     resources = {"num_gpus": num_gpus, "num_cpus": num_cpus, "concurrency": concurrency}
     units = 0
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
-    with nothing_left_behind(folder), bar, full_disk_as_store_error(folder), _one_sentence():
+    with writing(folder), bar, full_disk_as_store_error(folder), _one_sentence():
         journal = Journal.start(folder, dataset, settings, resume=resume)
         for wave in _waves(plan_units(reader, shard_images, journal.cuts), wave_bytes):
             units += len(wave)

@@ -24,6 +24,11 @@ TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 _LOGIT_ELEMENTS = 1 << 26
 
+_NOT_FINITE = (
+    "the language model's logits are not finite: visual tokens, weights or config.json are "
+    "damaged, or the number type is too small (dtype='float32' has the largest range)"
+)
+
 
 class _GivenKeys:
     """Replaces a cache: gives the last layer the keys and values of all places."""
@@ -44,26 +49,32 @@ def run_layers(text: Any, hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> Tensor:
-    """Normed final states (R, A, D) at ``places`` (R, A), right-padded sequences.
-
-    In the last layer only the wanted places get queries and an MLP, which saves a fifth of the
-    built-in model's work.
-    """
-    cos, sin = text.rotary_emb(hidden, position_ids=positions)
+    """Normed final states (R, A, D) at ``places`` (R, A), right-padded sequences."""
+    rotary = text.rotary_emb(hidden, position_ids=positions)
     for layer in text.layers[:-1]:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+    return last_layer_at(text, hidden, rotary, places)
+
+
+def last_layer_at(
+    text: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], places: Tensor
+) -> Tensor:
+    """Normed final states (R, A, D) at ``places`` from what enters the last layer, (R, L, D).
+
+    Only the wanted places get queries and an MLP, which saves a fifth of the built-in model's
+    work.
+    """
+    cos, sin = rotary
     last = text.layers[-1]
     attention = last.self_attn
     normed = last.input_layernorm(hidden)
-    heads = (*normed.shape[:2], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(heads).transpose(1, 2)
-    keys = keys * cos[:, None] + rotate_half(keys) * sin[:, None]
-    values = attention.v_proj(normed).view(heads).transpose(1, 2)
+    keys = turned(project(attention.k_proj, attention, normed), cos, sin)
+    values = project(attention.v_proj, attention, normed)
     visible = torch.arange(hidden.shape[1], device=hidden.device) <= places[..., None]
     wanted = last(
-        _rows(hidden, places),
+        rows_at(hidden, places),
         attention_mask=visible[:, None],
-        position_embeddings=(_rows(cos, places), _rows(sin, places)),
+        position_embeddings=(rows_at(cos, places), rows_at(sin, places)),
         past_key_values=_GivenKeys(keys, values),
         use_cache=True,
     )
@@ -71,7 +82,19 @@ def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> T
     return normed_states
 
 
-def _rows(values: Tensor, places: Tensor) -> Tensor:
+def project(projection: Any, attention: Any, normed: Tensor) -> Tensor:
+    """Queries, keys or values (R, heads, L, d) of normed states, before the rotary turn."""
+    heads = (*normed.shape[:2], -1, attention.head_dim)
+    found: Tensor = projection(normed).view(heads).transpose(1, 2)
+    return found
+
+
+def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(R, heads, L, d) queries or keys, turned by the rotary angles of their positions."""
+    return vectors * cos[:, None] + rotate_half(vectors) * sin[:, None]
+
+
+def rows_at(values: Tensor, places: Tensor) -> Tensor:
     """Gather (R, A, width) from (R or 1, L, width)."""
     values = values.expand(places.shape[0], -1, -1)
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
@@ -90,6 +113,9 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
 
     Returns:
         bool (M,) and float32 (M,).
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite.
     """
     hits, log_p = [], []
     step = max(1, _LOGIT_ELEMENTS // len(head))
@@ -102,7 +128,10 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
         if len(ends) > 1:
             alone = torch.where(ending, logits[:, ends].logsumexp(-1) - total, alone)
         log_p.append(alone)
-    return torch.cat(hits), torch.cat(log_p)
+    every = torch.cat(log_p)
+    if not every.isfinite().all():
+        raise FloatingPointError(_NOT_FINITE)
+    return torch.cat(hits), every
 
 
 def greedy(
@@ -127,6 +156,9 @@ def greedy(
 
     Returns:
         Per sequence the generated ids without the end token.
+
+    Raises:
+        FloatingPointError: A logit is NaN or infinite.
     """
     cache = DynamicCache(config=text.config)
     written: list[list[int]] = [[] for _ in range(hidden.shape[0])]
@@ -139,7 +171,9 @@ def greedy(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        chosen = (states.float() @ head.T).argmax(-1)
+        best, chosen = (states.float() @ head.T).max(-1)
+        if not best.isfinite().all():
+            raise FloatingPointError(_NOT_FINITE)
         for row, token in enumerate(chosen.tolist()):
             if running[row] and token in eos_ids:
                 running[row] = False

@@ -28,6 +28,8 @@ class Layout:
         kept: Per sequence, the indices of its kept visual tokens in the full image, ascending.
         visual_at: (K,) flat places in (R, L) of the kept tokens, sequence by sequence.
         left: Whether the padding is on the left.
+        stands: Per sequence, the place in the full image that each kept token stands for; the
+            same as ``kept`` unless tokens were merged.
     """
 
     ids: npt.NDArray[np.int64]
@@ -36,6 +38,7 @@ class Layout:
     kept: list[npt.NDArray[np.int64]]
     visual_at: npt.NDArray[np.int64]
     left: bool
+    stands: list[npt.NDArray[np.int64]]
 
     @property
     def padded_tokens(self) -> int:
@@ -49,6 +52,12 @@ class Layout:
             place = place[::-1]
         return (place[None] < self.lengths[:, None]).astype(np.int64)
 
+    def image(self) -> npt.NDArray[np.int64]:
+        """(R, L) place in its full image of each visual token, -1 elsewhere."""
+        places = np.full(self.ids.size, -1, np.int64)
+        places[self.visual_at] = np.concatenate(self.stands)
+        return places.reshape(self.ids.shape)
+
 
 def layout(
     prompts: Sequence[Prompt],
@@ -57,6 +66,7 @@ def layout(
     keep: Sequence[npt.NDArray[np.bool_]] | None,
     positions: Positions,
     left: bool = False,
+    merged: Sequence[npt.NDArray[np.int64]] | None = None,
 ) -> Layout:
     """Lay out ``prompt with kept tokens + suffix`` for every row.
 
@@ -68,13 +78,19 @@ def layout(
         positions: ``"original"`` leaves gaps where tokens were dropped; ``"contiguous"`` numbers
             what is left from zero.
         left: Pad on the left (for decoding) instead of on the right.
+        merged: R arrays (m,), the place in the full image that each of m merged tokens stands for,
+            in the order of the tokens; they replace all visual tokens, and ``keep`` must be None.
 
     Raises:
         ValueError: A mask has the wrong shape or type, or ``positions`` is unknown.
     """
     if positions not in ("original", "contiguous"):
         raise ValueError(f"positions must be 'original' or 'contiguous', got {positions!r}")
-    kept = [_kept(keep[r] if keep is not None else None, n, r) for r, n in enumerate(counts)]
+    if merged is None:
+        kept = [_kept(keep[r] if keep is not None else None, n, r) for r, n in enumerate(counts)]
+        stands = kept
+    else:
+        kept, stands = [np.arange(len(places)) for places in merged], list(merged)
     lengths = np.array(
         [len(p.ids) - 1 + len(k) + len(s) for p, k, s in zip(prompts, kept, suffixes, strict=True)],
         np.int64,
@@ -84,7 +100,7 @@ def layout(
     places = np.zeros((rows, longest), np.int64)
     visual_at = []
     for r, (prompt, suffix, count, chosen) in enumerate(
-        zip(prompts, suffixes, counts, kept, strict=True)
+        zip(prompts, suffixes, counts, stands, strict=True)
     ):
         start = longest - int(lengths[r]) if left else 0
         stop = start + int(lengths[r])
@@ -98,7 +114,7 @@ def layout(
         else:
             places[r, start:stop] = np.arange(stop - start)
         visual_at.append(np.arange(r * longest + image, r * longest + after))
-    return Layout(ids, places, lengths, kept, np.concatenate(visual_at), left)
+    return Layout(ids, places, lengths, kept, np.concatenate(visual_at), left, stands)
 
 
 def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] = ()) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,17 +17,11 @@ import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from tprl_env.lvlm.execution.attention import IMPLEMENTATION, QuestionProbe, probing
-from tprl_env.lvlm.execution.decoder import greedy, judge, run_layers, states_at
-from tprl_env.lvlm.execution.sequence import (
-    Layout,
-    check_context,
-    check_rows,
-    embed,
-    layout,
-    on_device,
-)
+from tprl_env.lvlm.execution.language import LanguageModel
+from tprl_env.lvlm.execution.question_map import question_map
+from tprl_env.lvlm.execution.selection import Selection
 from tprl_env.lvlm.loading.checkpoint import check_folder, folder_fingerprint, is_local, read_config
+from tprl_env.lvlm.loading.processor import load_processor
 from tprl_env.lvlm.loading.prompts import Prompter
 from tprl_env.lvlm.loading.supported import (
     check_kinds,
@@ -39,10 +33,10 @@ from tprl_env.lvlm.loading.supported import (
     read_llava_config,
 )
 from tprl_env.lvlm.loading.vision import VisionEncoder
-from tprl_env.lvlm.loading.weights import load_model
-from tprl_env.lvlm.protocol import LVLMScores, Positions, Prompt, Visual
-
-_ATTENTION_ELEMENTS = 1 << 26
+from tprl_env.lvlm.loading.weights import check_size, load_model
+from tprl_env.lvlm.protocol import Inside, LVLMScores, Positions, Prompt, Visual
+from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
+from tprl_env.reducers.vision import VisionSignals
 
 
 class LlavaLVLM:
@@ -54,6 +48,7 @@ class LlavaLVLM:
         dtype: Weights and activations; logits are always computed in float32.
         image_backend: What prepares pictures: "pil", or "torchvision" where it is installed.
         max_positions: Places of the language model's context, visual tokens included.
+        num_layers: Decoder layers of the language model.
         token_width: D, which is also ``query_width``.
         tower_width: Dv of the features before the projector.
         cls_attention_layer: Tower layer whose CLS attention ``encode_images`` reports. It is
@@ -79,7 +74,6 @@ class LlavaLVLM:
         self._fingerprint = fingerprint
         self._model = model.eval().requires_grad_(False)
         self._text = model.model.language_model
-        self._text.set_attn_implementation(IMPLEMENTATION)
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.image_token_id = int(config.image_token_id)
@@ -89,6 +83,8 @@ class LlavaLVLM:
         self.cls_attention_layer = self._vision.cls_attention_layer
         self.image_backend = self._vision.backend
         self.max_positions = int(config.text_config.max_position_embeddings)
+        self._language = LanguageModel(self._text, model.lm_head, self._eos_ids, self.max_positions)
+        self.num_layers = self._language.num_layers
         self.token_width = self.query_width = int(config.text_config.hidden_size)
         self.tower_width = self._vision.width
 
@@ -130,8 +126,10 @@ class LlavaLVLM:
         check_kinds(plain, checkpoint)
         config = read_llava_config(LlavaConfig, source, checkpoint, **options)
         check_parts(config, checkpoint)
-        processor = LlavaProcessor.from_pretrained(source, **options)
+        processor = load_processor(LlavaProcessor, source, checkpoint, **options)
         check_vocabulary(config, processor.tokenizer, checkpoint)
+        if local:
+            check_size(LlavaForConditionalGeneration, config, local, checkpoint)
         model = load_model(
             LlavaForConditionalGeneration,
             source,
@@ -154,11 +152,9 @@ class LlavaLVLM:
             return folder_fingerprint(self._fingerprint)
         return self._fingerprint
 
-    @cached_property
+    @property
     def _head(self) -> Tensor:
-        """(V, D) float32 output embedding; bfloat16 logits would tie and flip the arg-max."""
-        weight: Tensor = self._model.lm_head.weight
-        return weight.float()
+        return self._language.head
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
@@ -171,6 +167,15 @@ class LlavaLVLM:
             One :class:`Visual` per picture, tensors on the LVLM's device.
         """
         return self._vision.encode(images)
+
+    @torch.inference_mode()
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) visual tokens for (m, Dv) features of the tower."""
+        return self._vision.project(features)
+
+    def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
+        """What methods may ask of the tower and the projector for one picture, on request."""
+        return self._vision.signals(image)
 
     def prompt(self, question: str) -> Prompt:
         """Tokenise ``question``; see :meth:`Prompter.prompt` for the errors."""
@@ -194,7 +199,8 @@ class LlavaLVLM:
         answers: Sequence[Sequence[Sequence[int]]],
         tokens: Sequence[Any],
         keep: Sequence[npt.NDArray[np.bool_]] | None = None,
-        positions: Positions = "original",
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
     ) -> LVLMScores:
         """Teacher-force every distinct answer in ONE padded forward pass.
 
@@ -209,60 +215,17 @@ class LlavaLVLM:
             answers: Per row the accepted answers as ids ending with an end token.
             tokens: Per row (n, D) visual tokens, array or tensor; one tensor may serve many rows.
             keep: Per row bool (n,), or ``None`` for all tokens. No token left is legal.
-            positions: Rotary positions of what is left.
+            positions: Rotary positions of what is left; default: the reducer's own where there is
+                one, else original.
+            **inside: What happens between the layers instead, or merged tokens; see
+                :class:`~tprl_env.lvlm.protocol.Inside`.
 
         Raises:
-            ValueError: Lengths differ, a row has no answer, a mask does not fit, or a sequence
-                does not fit into the context.
+            ValueError: Lengths differ, a row has no answer, an array does not fit, an average
+                cannot be met, or a sequence does not fit into the context.
+            FloatingPointError: The language model computes what is not a number.
         """
-        check_rows(prompts, tokens, keep, answers=answers)
-        if not prompts:
-            return LVLMScores(np.zeros(0, np.float32), np.zeros(0, np.float32))
-        distinct = [list(dict.fromkeys(self._one_end(a) for a in row)) for row in answers]
-        owner = [b for b, row in enumerate(distinct) for _ in row]
-        targets = [answer for row in distinct for answer in row]
-        visual = on_device(tokens, self.device, self.dtype, self.token_width)
-        plan = layout(
-            [prompts[b] for b in owner],
-            [target[:-1] for target in targets],
-            [len(visual[b]) for b in owner],
-            [keep[b] for b in owner] if keep is not None else None,
-            positions,
-        )
-        check_context(plan, self.max_positions, owner=owner)
-        wrong, log_likelihood = self._teacher_force(plan, [visual[b] for b in owner], targets)
-        exact = np.zeros(len(prompts), np.float32)
-        np.maximum.at(exact, owner, (wrong == 0).astype(np.float32))
-        likelihood = np.zeros(len(prompts), np.float64)
-        np.add.at(likelihood, owner, np.exp(log_likelihood))
-        clipped = np.minimum(likelihood, 1.0).astype(np.float32)
-        return LVLMScores(exact, clipped, len(targets), plan.padded_tokens)
-
-    def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
-        """The answer with the first of its possible end tokens: any of them means the same."""
-        ends = answer[-1] in self._eos_ids
-        return (*answer[:-1], self._eos_ids[0]) if ends else tuple(answer)
-
-    def _teacher_force(
-        self, plan: Layout, visual: Sequence[Tensor], targets: Sequence[tuple[int, ...]]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Per sequence the number of answer tokens that are not the arg-max, and sum of log p."""
-        sizes = np.array([len(target) for target in targets])
-        slot = np.arange(sizes.max())
-        answered = slot[None] < sizes[:, None]
-        places = np.minimum((plan.lengths - sizes)[:, None] + slot, plan.lengths[:, None] - 1)
-        states = states_at(
-            self._text,
-            embed(plan, visual, self._text.embed_tokens),
-            torch.from_numpy(plan.positions).to(self.device),
-            torch.from_numpy(places).to(self.device),
-        )[torch.from_numpy(answered).to(self.device)]
-        wanted = torch.tensor([i for target in targets for i in target], device=self.device)
-        ends = torch.tensor(self._eos_ids, device=self.device)
-        hits, log_p = judge(states, self._head, wanted, ends)
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        wrong = np.add.reduceat((~hits).cpu().numpy().astype(np.int64), starts)
-        return wrong, np.add.reduceat(log_p.cpu().numpy().astype(np.float64), starts)
+        return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
 
     def generate(
         self,
@@ -270,15 +233,18 @@ class LlavaLVLM:
         tokens: Sequence[Any],
         keep: Sequence[npt.NDArray[np.bool_]] | None = None,
         max_new_tokens: int = 20,
-        positions: Positions = "original",
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
     ) -> list[str]:
         """Answer greedily from the kept tokens; new tokens continue the prompt's positions.
 
+        Args as in :meth:`score`.
+
         Raises:
-            ValueError: Lengths differ, a mask does not fit, or prompt and ``max_new_tokens`` do
+            ValueError: Lengths differ, an array does not fit, or prompt and ``max_new_tokens`` do
                 not fit into the context.
         """
-        written = self.generate_ids(prompts, tokens, keep, max_new_tokens, positions)
+        written = self.generate_ids(prompts, tokens, keep, max_new_tokens, positions, **inside)
         return [self._prompter.decode(ids) for ids in written]
 
     @torch.inference_mode()
@@ -288,25 +254,40 @@ class LlavaLVLM:
         tokens: Sequence[Any],
         keep: Sequence[npt.NDArray[np.bool_]] | None = None,
         max_new_tokens: int = 20,
-        positions: Positions = "original",
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
     ) -> list[list[int]]:
         """As :meth:`generate`, but token ids without the end token."""
-        check_rows(prompts, tokens, keep)
-        if not prompts:
-            return []
-        visual = on_device(tokens, self.device, self.dtype, self.token_width)
-        counts = [len(t) for t in visual]
-        plan = layout(prompts, [()] * len(prompts), counts, keep, positions, left=True)
-        check_context(plan, self.max_positions, max_new_tokens)
-        return greedy(
-            self._text,
-            self._head,
-            embed(plan, visual, self._text.embed_tokens),
-            torch.from_numpy(plan.positions).to(self.device),
-            torch.from_numpy(plan.valid()).to(self.device),
-            frozenset(self._eos_ids),
-            max_new_tokens,
-        )
+        selection = Selection(keep, positions, **inside)
+        return self._language.generate_ids(prompts, tokens, max_new_tokens, selection)
+
+    @torch.inference_mode()
+    def reduce(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Any],
+        reducer: LayerPruner,
+        average: float | None = None,
+        positions: Positions | None = None,
+    ) -> list[npt.NDArray[np.uint8]]:
+        """What a reducer inside the language model drops, running only the layers that it needs.
+
+        Returns:
+            Per row uint8 (n,), the number of decoder layers that each token enters; give it to
+            :meth:`score` or :meth:`generate` as ``lives``, with the reducer's ``positions``.
+
+        Raises:
+            ValueError: As in :meth:`score`.
+        """
+        selection = Selection(None, positions, reducer=reducer, average=average)
+        return self._language.reduce(prompts, tokens, selection)
+
+    @torch.inference_mode()
+    def saliency(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Any], rule: RankingLayerPruner
+    ) -> list[npt.NDArray[np.float32]]:
+        """Per row the values (n,) that a rule ranks by at its first cut, all tokens present."""
+        return self._language.saliency(prompts, tokens, rule)
 
     @torch.inference_mode()
     def question_attention(
@@ -323,46 +304,4 @@ class LlavaLVLM:
         Raises:
             ValueError: The template puts the question before the image, where it cannot see it.
         """
-        check_rows(prompts, tokens, None)
-        if any(p.question_span[0] < p.image_at for p in prompts):
-            raise ValueError(
-                "question_attention needs the image before the question, but this checkpoint's "
-                "template puts the question first"
-            )
-        found: list[npt.NDArray[np.float32]] = []
-        visual = on_device(tokens, self.device, self.dtype, self.token_width)
-        start = 0
-        while start < len(prompts):
-            stop = start + self._rows_per_probe(prompts[start], len(visual[start]))
-            found += self._probe(prompts[start:stop], visual[start:stop])
-            start = stop
-        return found
-
-    def _rows_per_probe(self, prompt: Prompt, count: int) -> int:
-        """Rows whose (heads, question, places) attention stays within a quarter gigabyte."""
-        heads = self._model.config.text_config.num_attention_heads
-        places = len(prompt.ids) + count
-        question = prompt.question_span[1] - prompt.question_span[0]
-        return max(1, min(32, _ATTENTION_ELEMENTS // (heads * question * places)))
-
-    def _probe(
-        self, prompts: Sequence[Prompt], visual: Sequence[Tensor]
-    ) -> list[npt.NDArray[np.float32]]:
-        counts = np.array([len(t) for t in visual])
-        plan = layout(prompts, [()] * len(prompts), counts.tolist(), None, "original")
-        check_context(plan, self.max_positions)
-        spans = np.array([p.question_span for p in prompts]) + (counts - 1)[:, None]
-        rows = spans[:, :1] + np.arange((spans[:, 1] - spans[:, 0]).max())
-        valid = rows < spans[:, 1:]
-        images = np.array([p.image_at for p in prompts])[:, None]
-        columns = images + np.minimum(np.arange(counts.max()), counts[:, None] - 1)
-        probe = QuestionProbe(
-            torch.from_numpy(np.minimum(rows, spans[:, 1:] - 1)).to(self.device),
-            torch.from_numpy(valid).to(self.device),
-            torch.from_numpy(columns).to(self.device),
-        )
-        hidden = embed(plan, visual, self._text.embed_tokens)
-        with probing(probe):
-            run_layers(self._text, hidden, torch.from_numpy(plan.positions).to(self.device))
-        largest = probe.largest.cpu().numpy()
-        return [largest[i, :count] for i, count in enumerate(counts)]
+        return question_map(self._language, prompts, tokens)

@@ -115,23 +115,43 @@ def folder_fingerprint(folder: Path) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def weight_files(folder: Path) -> set[str]:
+    """Names of the files that the library reads weights from; others in the folder are not read.
+
+    Raises:
+        ValueError: The index does not name files.
+    """
+    if (folder / _WEIGHTS).is_file():
+        return {_WEIGHTS}
+    shards = _read_object(folder / _INDEX).get("weight_map")
+    named = list(shards.values()) if isinstance(shards, dict) else []
+    if not named or not all(_is_name(one) for one in named):
+        raise ValueError(
+            f"{folder / _INDEX} is damaged: weight_map must give a file name in its folder for "
+            f"each weight; save or fetch it again"
+        )
+    return set(named)
+
+
 def _loaded_files(folder: Path) -> set[str]:
     """Names of the files of a checkpoint that count."""
     names = {name for name in _LOADED if (folder / name).is_file()}
-    if (folder / _WEIGHTS).is_file():
-        names.add(_WEIGHTS)
-    else:
-        shards = _read_object(folder / _INDEX).get("weight_map", {})
-        names |= {_INDEX, *shards.values()}
+    names |= weight_files(folder)
+    if _WEIGHTS not in names:
+        names.add(_INDEX)
     if (folder / _OWN_RECORD).is_file() and "recipe" in _read_object(folder / _OWN_RECORD):
         names.add(_OWN_RECORD)
     return names
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file holds something else, which then is not ours."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from tprl_env.checks import quoted
 from tprl_env.lvlm.protocol import Prompt
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
@@ -148,8 +149,8 @@ class Prompter:
         _check_length("answer", answer)
         if not answer or not prompt.text:
             raise ValueError(
-                f"answer {answer!r} behind prompt text {prompt.text!r} cannot be tokenised; "
-                f"neither may be empty"
+                f"answer {quoted(answer)} behind prompt text {quoted(prompt.text)} cannot be "
+                f"tokenised; neither may be empty"
             )
         gap = "" if prompt.text[-1].isspace() else " "
         joint = self._ids(prompt.text + gap + answer)
@@ -161,7 +162,7 @@ class Prompter:
         decoded = self._tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
         if not "".join(decoded.split()).endswith("".join(answer.split())):
             raise ValueError(
-                f"answer {answer!r} comes back from the tokenizer as the end of "
+                f"answer {quoted(answer)} comes back from the tokenizer as the end of "
                 f"{decoded[-40:]!r}; this LVLM's vocabulary cannot express it"
             )
         return (*ids, self._eos_id)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from tprl_env.checks import quoted
 from tprl_env.lvlm.execution.decoder import TEXT_MODELS
 
 CLS_TOWERS = ("clip_vision_model",)
@@ -34,7 +35,8 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
         part = config.get(field) or {}
         if not isinstance(part, Mapping):
             raise ValueError(
-                f"{name!r}: {field} of config.json must be an object, got {part!r}; fetch it again"
+                f"{name!r}: {field} of config.json must be an object, got {quoted(part)}; "
+                f"fetch it again"
             )
         kind = part.get("model_type", default)
         if kind not in known:
@@ -90,14 +92,22 @@ def check_vocabulary(config: Any, tokenizer: Any, name: str) -> None:
     Raises:
         ValueError: The image placeholder or a word of the tokenizer lies beyond the vocabulary.
     """
-    size, image = int(config.text_config.vocab_size), int(config.image_token_id)
+    size, image = int(config.text_config.vocab_size), config.image_token_id
+    if not isinstance(image, int):
+        raise ValueError(
+            f"{name!r}: image_token_id (image_token_index in config.json) must be a whole number, "
+            f"got {quoted(image)}; set it to the id of the image placeholder"
+        )
     if not 0 <= image < min(size, len(tokenizer)):
         raise ValueError(
             f"{name!r}: image_token_id {image} (image_token_index in config.json) is beyond the "
             f"vocabulary of {size} embeddings and {len(tokenizer)} words; set it to the id of the "
             f"image placeholder"
         )
-    largest = max(tokenizer.get_vocab().values())
+    ids = tokenizer.get_vocab().values()
+    if not all(isinstance(number, int) for number in ids):
+        raise ValueError(f"{name!r}: the tokenizer has ids that are no numbers; fetch it again")
+    largest = max(ids)
     if largest >= size:
         raise ValueError(
             f"{name!r}: the tokenizer has ids up to {largest}, but text_config.vocab_size of "
@@ -109,11 +119,17 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """All end tokens, the tokenizer's own first; ids that the head cannot write are left out.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or what is listed is no id.
     """
     listed = model.generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     size = int(model.config.text_config.vocab_size)
+    for one in found:
+        if one is not None and not isinstance(one, int):
+            raise ValueError(
+                f"eos_token_id of generation_config.json must be an id or a list of ids, got "
+                f"{quoted(listed)}; fetch it again"
+            )
     ids = tuple(dict.fromkeys(int(i) for i in found if i is not None and 0 <= i < size))
     if not ids:
         raise ValueError("the checkpoint names no end token; set eos_token in its tokenizer")
@@ -124,12 +140,19 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     """The requested device, else the GPU if there is one.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: torch knows no such device, or the machine has none.
     """
     try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        wanted = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device must be like 'cpu' or 'cuda:0', got {device!r}") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        built = "" if torch.backends.cuda.is_built() else ", and this torch is built for the CPU"
+        raise ValueError(
+            f"device {str(wanted)!r} is not there: this machine shows torch "
+            f"{torch.cuda.device_count()} GPUs{built}; use 'cpu', or install torch for CUDA"
+        )
+    return wanted
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

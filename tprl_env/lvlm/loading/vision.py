@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION, ClsProbe, probing
 from tprl_env.lvlm.loading.crop import seen_box
+from tprl_env.lvlm.loading.signals import TowerSignals
 from tprl_env.lvlm.loading.supported import CLS_TOWERS
 from tprl_env.lvlm.protocol import Visual
 
@@ -81,6 +82,25 @@ class VisionEncoder:
                 box = seen_box(self._image_processor, shape, output, covered)
                 found.append(replace(visual, box=box))
         return found
+
+    def signals(self, image: npt.NDArray[np.uint8]) -> TowerSignals:
+        """The tower and the projector on one (H, W, 3) uint8 RGB picture, on request."""
+        pixels = self._image_processor(images=[Image.fromarray(image)], return_tensors="pt")
+        weight = next(self._projector.parameters())
+        return TowerSignals(
+            self._tower,
+            self._projector,
+            pixels["pixel_values"].to(weight.device, weight.dtype),
+            self._feature_layers,
+            self._probed is not None,
+            self.cls_attention_layer,
+        )
+
+    def project(self, features: Tensor) -> Tensor:
+        """(m, D) tokens for (m, Dv) features of the tower."""
+        weight = next(self._projector.parameters())
+        projected: Tensor = self._projector(features.to(weight.device, weight.dtype)[None])[0]
+        return projected
 
     def _encode(self, pixels: Tensor) -> list[Visual]:
         probe = ClsProbe(self._probed)

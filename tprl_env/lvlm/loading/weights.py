@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from tprl_env.lvlm.loading.checkpoint import weight_files
+
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMED = 3
 """Keys of a kind that a message names; the rest are counted."""
 
@@ -33,7 +39,7 @@ def load_model(
 
     Raises:
         ValueError: Weights are damaged, missing, unexpected or of another shape than config.json
-            says; the message names the first few.
+            says, or not finite; the message names the first few.
     """
     try:
         model, report = model_class.from_pretrained(
@@ -48,8 +54,84 @@ def load_model(
         raise ValueError(
             f"the weights of {checkpoint!r} are damaged ({error}); save or fetch them again"
         ) from error
+    except (TypeError, AttributeError) as error:  # of generation_config.json, the last one read
+        raise ValueError(
+            f"{checkpoint!r} cannot be loaded ({' '.join(str(error).split())[:200]}); fetch "
+            f"config.json and generation_config.json again"
+        ) from error
     check_report(report, checkpoint)
+    check_finite(model, checkpoint)
     return model
+
+
+def check_size(model_class: Any, config: Any, folder: Path, checkpoint: str) -> None:
+    """Refuse a config.json that describes a much larger model than the files hold.
+
+    A number that is wrong by orders, or a lost part that the library replaces by that of a large
+    model, would take all memory before the first weight is compared. The comparison is by the
+    number of weights alone, so that names may differ between releases of the library.
+
+    Args:
+        model_class: Builds a model from ``config``.
+        config: The library's config object.
+        folder: Local folder with safetensors files.
+        checkpoint: What the user called it.
+
+    Raises:
+        ValueError: More layers than tensors, or more than twice as many weights as in the files.
+    """
+    stored, tensors = 0, 0
+    for path in sorted(folder / name for name in weight_files(folder)):
+        header = _header(path, checkpoint)
+        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+        tensors += len(shapes)
+        stored += sum(math.prod(shape) for shape in shapes)
+    for name in ("text_config", "vision_config"):
+        layers = getattr(getattr(config, name, None), "num_hidden_layers", 0)
+        if layers > tensors:
+            raise ValueError(
+                f"{checkpoint!r}: {name}.num_hidden_layers of config.json is {layers}, but the "
+                f"files hold {tensors} tensors; fetch config.json again"
+            )
+    try:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in model_class(config).parameters())
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{checkpoint!r}: no model can be built from config.json ({reason}); fetch it again"
+        ) from error
+    if described > 2 * stored:
+        raise ValueError(
+            f"{checkpoint!r}: config.json describes {described:,} weights, but the files hold "
+            f"{stored:,}; fetch config.json and the weights again, both of one checkpoint"
+        )
+
+
+def _header(path: Path, checkpoint: str) -> dict[str, Any]:
+    """The table at the start of a safetensors file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"the weights of {checkpoint!r} lack {path.name}; fetch them again")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LONGEST_HEADER, path.stat().st_size):
+            length = 0  # read as empty, and refused below
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        for name, entry in header.items():
+            if name != "__metadata__" and not all(size >= 0 for size in entry["shape"]):
+                raise ValueError("a negative size")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the weights of {checkpoint!r} are damaged ({path.name} has no readable header); "
+            f"save or fetch them again"
+        ) from error
+    return dict(header)
 
 
 def check_report(report: Mapping[str, Any], checkpoint: str) -> None:
@@ -90,3 +172,48 @@ def _first(label: str, keys: Iterable[str]) -> str:
     names = sorted(keys)
     rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return f"{len(names)} {label}: {', '.join(names[:_NAMED])}{rest}"
+
+
+def check_finite(model: Any, checkpoint: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ValueError: Some are; the message names the first few.
+    """
+    bad = [name for name, weight in model.state_dict().items() if not _finite(weight)]
+    if bad:
+        raise ValueError(
+            f"the weights of {checkpoint!r} are not finite in {_first('tensors', bad)}; save or "
+            f"fetch them again"
+        )
+
+
+def check_weight_files(folder: Path) -> int:
+    """Read every safetensors file of a checkpoint.
+
+    Returns:
+        Number of weights.
+
+    Raises:
+        ValueError: A file is damaged, or holds weights that are not finite.
+    """
+    count, bad = 0, []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    weight = file.get_tensor(name)
+                    count += weight.numel()
+                    bad += [name] * (not _finite(weight))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); save or fetch it again") from error
+    if bad:
+        raise ValueError(
+            f"the weights in {folder} are not finite in {_first('tensors', bad)}; save or fetch "
+            f"them again"
+        )
+    return count
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    return not weight.is_floating_point() or bool(weight.isfinite().all())

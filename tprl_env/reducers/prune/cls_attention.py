@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tprl_env.reducers.interfaces import Knowledge, PruneInputs, RankingPruner, given
+from tprl_env.reducers.interfaces import Knowledge, Positions, PruneInputs, RankingPruner, given
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class ClsAttentionPruner(RankingPruner):
     name: ClassVar[str] = "cls_attention"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+    positions: ClassVar[Positions] = "contiguous"
 
     def saliency(self, inputs: PruneInputs) -> Tensor:
         """The stored [CLS] attention."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner, given
+from tprl_env.reducers.interfaces import Knowledge, Positions, PruneInputs, Pruner, given
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class DivPrune(Pruner):
     name: ClassVar[str] = "divprune"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+    positions: ClassVar[Positions] = "contiguous"
 
     def prune(self, inputs: PruneInputs, budget: int) -> Tensor:
         """Keep ``budget`` tokens that are far from each other."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tprl_env.reducers.interfaces import Knowledge, PruneInputs, Pruner, given
+from tprl_env.reducers.interfaces import Knowledge, Positions, PruneInputs, Pruner, given
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class VisPruner(Pruner):
     name: ClassVar[str] = "vispruner"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tower", "cls_attention")
+    paper: ClassVar[str] = "VisPruner, arXiv 2412.01818v2"
+    positions: ClassVar[Positions] = "contiguous"
     important_ratio: float = 0.5
     drop_per_round: int = 8
 

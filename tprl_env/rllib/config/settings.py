@@ -237,7 +237,7 @@ class ScoringSettings:
     def __post_init__(self) -> None:
         """Refuse a value outside its range."""
         read_fields(self)
-        check_at_least(self, 1, "batch_size")
+        check_at_least(self, 1, "batch_size", "max_outstanding", "max_crashes_per_row")
         check_at_least(self, 0, "cache_size")
 
 
@@ -265,4 +265,6 @@ class Limits:
         """Refuse a value outside its range."""
         read_fields(self)
         check_at_least(self, 1, "checkpoint_every", "report_every")
+        given = ("iterations", "max_scores", "max_seconds")
+        check_positive(self, *(name for name in given if getattr(self, name) is not None))
         check_at_least(self, 0, "checkpoint_seconds")

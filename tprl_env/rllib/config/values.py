@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, quoted
 
 __all__ = [
     "check_at_least",
@@ -69,7 +69,7 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
         if result is not None:
             return result
     wanted = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    raise ValueError(f"{name} must be {wanted}, got {quoted(value)}")
 
 
 def check_at_least(settings: object, least: float, *names: str) -> None:

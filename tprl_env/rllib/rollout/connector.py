@@ -47,7 +47,7 @@ class ColumnsToBatch(ConnectorV2):
         super().__init__(input_observation_space, input_action_space, **kwargs)
         self._normalize, self._shuffle = normalize, shuffle
         self._reference, self._per_token = reference, per_token
-        self._generator = np.random.default_rng(seed)
+        self.generator = np.random.default_rng(seed)
 
     def __call__(
         self,
@@ -65,7 +65,7 @@ class ColumnsToBatch(ConnectorV2):
             columns = columns | {Postprocessing.ADVANTAGES: (values - values.mean()) / scale}
         order = None
         if self._shuffle:
-            order = self._generator.permutation(len(columns[Columns.ACTION_LOGP]))
+            order = self.generator.permutation(len(columns[Columns.ACTION_LOGP]))
         device = next(iter(rl_module[DEFAULT_MODULE_ID].parameters())).device
 
         def to_tensors(table: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
     """
 
     module: TokenPruningModule
-    _rounds_done = 0
+    rounds_done = 0
 
     def make_env(self) -> None:
         """Open source and scorer instead of an environment."""
@@ -185,7 +185,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
                 asked.append(self._ask(rollout, len(rollout.live) - 1))
         if not self.scorer.concurrent:  # one request has fuller batches
             asked.append(self._ask(rollout, *range(len(rollout.live))))
-        self._rounds_done += 1
+        self.rounds_done += 1
         return rollout, asked
 
     def _step(
@@ -292,7 +292,7 @@ class TokenPruningRunner(SingleAgentEnvRunner):
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over weights; a runner that starts in mid-training draws other samples."""
         super().set_state(state)
-        if self._rounds_done == 0 and self._weights_seq_no > 0 and self._seed is not None:
+        if self.rounds_done == 0 and self._weights_seq_no > 0 and self._seed is not None:
             mixed = np.random.SeedSequence([self._seed, self._weights_seq_no])
             self.np_random = np.random.default_rng(mixed)
             self.module.generator.manual_seed(int(mixed.generate_state(1)[0]))

@@ -18,7 +18,7 @@ from tprl_env.policy.network import PruningPolicy
 from tprl_env.reducers import DivPrune, Pruner, VisPruner
 from tprl_env.rllib.config import TrainConfig, policy_config
 
-__all__ = ["HEURISTICS", "MARK", "imitate", "imitation_seconds"]
+__all__ = ["HEURISTICS", "MARK", "imitate", "imitation_counts", "imitation_seconds"]
 
 MARK = "imitated.json"  # written last, so that it marks a finished imitation
 
@@ -73,11 +73,15 @@ def imitation_seconds(folder: str | Path | None) -> float:
     return float(json.loads(mark.read_text(encoding="utf-8"))["seconds"])
 
 
-def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
+def imitation_counts(config: TrainConfig, source: TokenSource) -> tuple[int, int] | None:
+    """Least and most tokens that are demonstrated; None for the paper's keep-rates.
+
+    Raises:
+        ValueError: If the config does not say how many.
+    """
     demonstrator, budget = config.imitation.demonstrator, config.rules.budget
-    heuristic = HEURISTICS.get(demonstrator)
-    if heuristic is not None and budget is None and not config.algorithm.count_target:
-        return nested_masks(source, pruner=heuristic())  # the paper's keep-rates, .75 then .5
+    if demonstrator in HEURISTICS and budget is None and not config.algorithm.count_target:
+        return None
     if isinstance(budget, tuple):
         low, high = budget
     else:
@@ -87,6 +91,14 @@ def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
             f"imitation.demonstrator={demonstrator!r} ranks tokens and needs to know how many to "
             "keep; set rules.budget or algorithm.count_target"
         )
-    if heuristic is not None:
-        return pruner_budgets(source, heuristic(), low, min(high, source.max_tokens), config.seed)
-    return saliency_demonstrator(source, demonstrator, low, min(high, source.max_tokens))
+    return low, min(high, source.max_tokens)
+
+
+def _demonstrator(config: TrainConfig, source: TokenSource) -> Any:
+    heuristic = HEURISTICS.get(config.imitation.demonstrator)
+    counts = imitation_counts(config, source)
+    if heuristic is None:
+        return saliency_demonstrator(source, config.imitation.demonstrator, *(counts or (1, 1)))
+    if counts is None:
+        return nested_masks(source, pruner=heuristic())  # the paper's keep-rates, .75 then .5
+    return pruner_budgets(source, heuristic(), *counts, config.seed)

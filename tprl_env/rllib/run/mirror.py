@@ -14,27 +14,28 @@ import json
 import logging
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.rllib.config import TrainConfig
-from tprl_env.rllib.run.folder import KEPT_CHECKPOINTS, Progress, Resume, RunFolder
+from tprl_env.rllib.run.folder import (
+    DESCRIPTION,
+    KEPT_CHECKPOINTS,
+    OWNER,
+    Progress,
+    Resume,
+    RunFolder,
+    RunTakenOverError,
+)
 from tprl_env.rllib.run.storage import Storage, StorageError, is_uri
 
 __all__ = ["MirroredRunFolder", "RunTakenOverError", "open_run_folder"]
 
 logger = logging.getLogger(__name__)
 
-_OWNER = "owner.json"
-_DESCRIPTION = ("config.json", "run.json")
 _CHECKPOINTS = "checkpoints"
-
-
-class RunTakenOverError(OSError):
-    """Another start of the same run has taken its storage over."""
 
 
 def open_run_folder(place: str | Path | RunFolder) -> RunFolder:
@@ -42,9 +43,14 @@ def open_run_folder(place: str | Path | RunFolder) -> RunFolder:
 
     Args:
         place: A path, a URI such as ``s3://bucket/run``, or a folder that is open already.
+
+    Raises:
+        ValueError: For an empty place.
     """
     if isinstance(place, RunFolder):
         return place
+    if not str(place).strip():
+        raise ValueError("out must be a folder or a URI for the run, got nothing")
     return MirroredRunFolder(Storage.open(str(place))) if is_uri(place) else RunFolder(place)
 
 
@@ -60,12 +66,11 @@ class MirroredRunFolder(RunFolder):
         atexit.register(functools.partial(shutil.rmtree, scratch, ignore_errors=True))
         super().__init__(scratch)
         self.where, self.storage = storage.name, storage
-        self._owner = uuid.uuid4().hex
         self._fetch()
 
     def _fetch(self) -> None:
         """Bring in what a start needs: the description, the metrics, the newest whole state."""
-        for name in (*_DESCRIPTION, self.metrics.name):
+        for name in (*DESCRIPTION, self.metrics.name):
             content = self.storage.read(name)
             if content is not None:
                 (self.path / name).write_bytes(content)
@@ -89,9 +94,21 @@ class MirroredRunFolder(RunFolder):
             ValueError: As `RunFolder.begin`.
         """
         super().begin(config, resume=resume)
-        self.storage.write(_OWNER, json.dumps({"start": self._owner}).encode())
-        self._push_files(_DESCRIPTION)
+        self._push_files(DESCRIPTION)
         self.storage.drop_torn(_CHECKPOINTS)
+
+    def _claim(self) -> None:
+        self.storage.write(OWNER, json.dumps({"start": self._owner}).encode())
+
+    def _read_owner(self) -> bytes | None:
+        return self.storage.read(OWNER)
+
+    def withdraw(self) -> None:
+        """Remove what `begin` has written of a new run, here and in the storage."""
+        super().withdraw()
+        if not (self.path / DESCRIPTION[0]).exists():
+            for name in (*DESCRIPTION, OWNER):
+                self.storage.drop_file(name)
 
     def save_checkpoint(
         self,
@@ -99,13 +116,14 @@ class MirroredRunFolder(RunFolder):
         policy: PruningPolicy,
         save: Callable[[str], Any],
         record: Mapping[str, Any],
+        generators: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint here and upload it; the oldest ones go.
 
         Raises:
             RunTakenOverError: Another start owns the run now.
         """
-        final = super().save_checkpoint(progress, policy, save, record)
+        final = super().save_checkpoint(progress, policy, save, record, generators)
         self._check_owner()
         if self.imitated_policy.is_dir() and self.imitated_policy.name not in self.storage.folders(
             ""
@@ -124,12 +142,3 @@ class MirroredRunFolder(RunFolder):
         for name in names:
             if (self.path / name).is_file():
                 self.storage.write(name, (self.path / name).read_bytes())
-
-    def _check_owner(self) -> None:
-        content = self.storage.read(_OWNER)
-        owner = None if content is None else json.loads(content).get("start")
-        if owner != self._owner:
-            raise RunTakenOverError(
-                f"another start of the run in {self.where} has taken over; this one stops and "
-                "leaves the storage as it is"
-            )

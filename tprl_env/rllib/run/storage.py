@@ -185,10 +185,14 @@ class Storage:
                 )
         draft.rename(path)
 
+    def drop_file(self, name: str) -> None:
+        """Remove a file if it is there."""
+        if self.filesystem.get_file_info(self._path(name)).type == fs.FileType.File:
+            self.filesystem.delete_file(self._path(name))
+
     def drop_folder(self, name: str) -> None:
         """Remove a folder, its mark first."""
-        if self.filesystem.get_file_info(self._path(name + _MARK)).type == fs.FileType.File:
-            self.filesystem.delete_file(self._path(name + _MARK))
+        self.drop_file(name + _MARK)
         if self.filesystem.get_file_info(self._path(name)).type == fs.FileType.Directory:
             self.filesystem.delete_dir(self._path(name))
 

@@ -26,6 +26,7 @@ from tprl_env.ray_session import use_token
 __all__ = [
     "EXCLUDES",
     "checkout",
+    "dashboard_address",
     "follow",
     "runtime_env",
     "script_command",
@@ -147,7 +148,8 @@ def send(
     Args:
         command: What the job runs.
         environment: From `runtime_env`.
-        address: Of the dashboard; default RAY_API_SERVER_ADDRESS, else this machine's port 8265.
+        address: Of the dashboard; default RAY_API_SERVER_ADDRESS, else the dashboard of the cluster
+            in RAY_ADDRESS, else this machine's port 8265.
         driver_cpus: CPUs reserved for the command; with 0 it runs on the head.
 
     Returns:
@@ -161,7 +163,7 @@ def send(
     token = use_token()
     if token in json.dumps([command, dict(environment)]):
         raise ValueError("the job would carry the Ray token in clear text; remove it")
-    address = _url(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
+    address = _url(address or dashboard_address())
     _check_guarded(address)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would win over --address
     from ray.exceptions import AuthenticationError
@@ -185,6 +187,33 @@ def send(
         reason = str(error).strip().splitlines()[-1]
         raise OSError(f"the cluster at {address} refused the job: {reason}") from error
     return client, job
+
+
+def dashboard_address() -> str:
+    """The dashboard that Ray's own variables name, as `ray job submit` reads them.
+
+    RAY_API_SERVER_ADDRESS wins over RAY_ADDRESS. The latter may be the dashboard's URL, or the
+    cluster's address (``host:6379``, ``auto``, ``ray://host:10001``), whose head is asked for it.
+
+    Raises:
+        ConnectionError: No cluster answers at RAY_ADDRESS.
+    """
+    direct = os.environ.get("RAY_API_SERVER_ADDRESS", "").strip()
+    cluster = os.environ.get("RAY_ADDRESS", "").strip()
+    if direct or not cluster or cluster == "local":
+        return direct or DEFAULT_ADDRESS
+    if cluster.startswith(("http://", "https://")):
+        return cluster
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    try:
+        return str(get_address_for_submission_client(cluster))
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConnectionError(
+            f"no cluster answers at RAY_ADDRESS={cluster} ({reason}); start it, or pass the "
+            f"dashboard with --address {DEFAULT_ADDRESS}"
+        ) from error
 
 
 def _url(address: str) -> str:

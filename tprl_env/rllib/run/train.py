@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import (
-    COMPONENT_LEARNER,
-    COMPONENT_RL_MODULE,
-    DEFAULT_MODULE_ID,
-)
 
-from tprl_env.data.features import TokenSource, shared_source
+from tprl_env.data.features import shared_source
+from tprl_env.files import folder_lock
 from tprl_env.policy.imitation import ImitationReport
-from tprl_env.policy.network import PruningPolicy
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.algorithms import algorithm_config
-from tprl_env.rllib.config import TrainConfig, policy_config, scorer_spec
-from tprl_env.rllib.rollout.module import load_policy
-from tprl_env.rllib.run.folder import Progress, Resume, RunFolder, training_record
-from tprl_env.rllib.run.imitate import HEURISTICS, imitate, imitation_seconds
-from tprl_env.rllib.run.metrics_row import IterationRow, ProgressLines, iteration_row
+from tprl_env.rllib.config import TrainConfig, scorer_spec
+from tprl_env.rllib.run.folder import Progress, Resume, RunFolder
+from tprl_env.rllib.run.imitate import MARK, imitate, imitation_seconds
+from tprl_env.rllib.run.inputs import check_inputs
+from tprl_env.rllib.run.loop import Loop, OnIteration
+from tprl_env.rllib.run.metrics_row import ProgressLines
 from tprl_env.rllib.run.mirror import open_run_folder
 from tprl_env.rllib.run.placement import actor_cpus, check_room
+from tprl_env.rllib.run.termination import termination
 from tprl_env.scoring.pool import ScorerPool
 from tprl_env.scoring.spec import PoolAddress
 
 __all__ = ["TrainResult", "train"]
 
-logger = logging.getLogger(__name__)
-
-OnIteration = Callable[[dict[str, Any], PruningPolicy], None]
-
-_EMPTY_ITERATIONS = 5
 _NOISY_LOGGERS = (  # warn about RLlib's own internals at every start
     "ray._common.deprecation",
     "ray._private.authentication.authentication_token_setup",
@@ -103,7 +94,10 @@ def train(
         on_iteration: Called after each iteration with the row of metrics and the policy.
 
     Raises:
-        ValueError: For a run without an end, a folder or a policy that does not fit.
+        ValueError: For a run without an end, a folder or a policy that does not fit, a folder that
+            another process writes (`FolderInUseError`), or a run that diverged (`DivergedError`).
+        RunTakenOverError: Another start of the run has taken its folder or storage over.
+        Terminated: After SIGTERM.
         ScoringError: If the scorers cannot be started, or a mask cannot be scored.
         PlacementError: If the cluster lacks resources for the env runners or learners.
         RuntimeError: If the remote runners deliver nothing.
@@ -117,11 +111,21 @@ def train(
             "limits.max_seconds"
         )
     config = _absolute(config)
-    _check_inputs(config, init_policy)
+    check_inputs(config, init_policy)
     folder = open_run_folder(out)
-    folder.begin(config, resume=resume)
+    folder.check(config, resume=resume)
     lines = ProgressLines(config.limits.report_every if progress else 0)
-    with _quiet(), _threads(config.resources.torch_threads), ray_session(actor_cpus(config)):
+    with (
+        folder_lock(folder.path, "tprl train"),
+        _quiet(),
+        _threads(config.resources.torch_threads),
+        termination() as ending,
+        ray_session(actor_cpus(config)),
+        contextlib.ExitStack() as started,
+    ):
+        ending.listen()  # ray.init has taken the signal for itself
+        folder.begin(config, resume=resume)
+        started.push(functools.partial(_withdraw, folder))  # until the first iteration
         start, imitation = _start_policy(config, folder, init_policy, lines)
         with _scorers(config, lines) as pool:
             settings = algorithm_config(config, pool=pool, init_policy=start)
@@ -129,7 +133,8 @@ def train(
             algorithm = settings.build_algo()
             try:
                 begun = Progress(imitation_seconds=imitation_seconds(start))
-                loop = _Loop(config, folder, algorithm, lines, on_iteration, begun, preset)
+                loop = Loop(config, folder, algorithm, lines, on_iteration, begun, preset, ending)
+                started.pop_all()
                 stopped_by = loop.run()
             finally:
                 algorithm.stop()
@@ -145,6 +150,12 @@ def train(
     )
 
 
+def _withdraw(folder: RunFolder, kind: type[BaseException] | None, *rest: object) -> None:
+    """Leave no folder behind a run that was refused; one that was interrupted can resume."""
+    if kind is not None and issubclass(kind, Exception):
+        folder.withdraw()
+
+
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths as actors need them: their working folder may be another."""
     changes = {
@@ -153,53 +164,6 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         if value and Path(value).is_dir()
     }
     return config.replace(**changes)
-
-
-def _check_inputs(config: TrainConfig, init_policy: str | Path | None) -> None:
-    """Refuse a source, LVLM or policy that does not fit, before anything is written or started.
-
-    Raises:
-        ValueError: Naming what does not fit.
-        FileNotFoundError: For a missing LVLM.
-    """
-    scorer_spec(config)
-    source = shared_source(config.source)
-    wanted = policy_config(config, source)
-    if init_policy is not None:
-        load_policy(str(init_policy), wanted)
-    budget = config.rules.budget
-    if (budget if isinstance(budget, int) else (budget or (0, 0))[0]) > source.max_tokens:
-        raise ValueError(
-            f"rules.budget {budget} asks for more tokens than the {source.max_tokens} of "
-            f"{config.source}; lower it"
-        )
-    if config.scoring.scorer == "lvlm":
-        _check_lvlm(config, source)
-    free = ("none", *HEURISTICS)
-    channel = config.imitation.demonstrator
-    missing = channel not in free and not source.has_channel(channel)
-    if missing and init_policy is None:
-        raise ValueError(
-            f"imitation.demonstrator {channel!r} needs a channel that {config.source} does not "
-            f"hold; encode it with --question-attention, or set it to {', '.join(free)}"
-        )
-
-
-def _check_lvlm(config: TrainConfig, source: TokenSource) -> None:
-    """Refuse an LVLM that cannot be loaded, or another one than the store was encoded with.
-
-    Raises:
-        StoreError: The store is another LVLM's.
-        ValueError: The checkpoint is of no known family.
-        FileNotFoundError: There is no such checkpoint.
-    """
-    from tprl_env.data.features.store import FeatureStore
-    from tprl_env.lvlm import find_lvlm
-    from tprl_env.lvlm.loading.checkpoint import folder_fingerprint, is_local
-
-    place, _ = find_lvlm(config.lvlm)
-    if isinstance(source, FeatureStore) and is_local(place):
-        FeatureStore.open(source.path, lvlm_fingerprint=folder_fingerprint(Path(place)))
 
 
 def _start_policy(
@@ -214,7 +178,7 @@ def _start_policy(
     if config.imitation.demonstrator == "none":
         return None, None
     report = None
-    if not (folder.imitated_policy / "config.json").is_file():  # else a killed run had finished it
+    if not (folder.imitated_policy / MARK).is_file():  # else a killed run had finished it
         lines.say(f"imitating {config.imitation.demonstrator} for {config.imitation.steps} steps")
         report = imitate(config, source, folder.imitated_policy)
         lines.say(
@@ -222,108 +186,6 @@ def _start_policy(
             f"{report.agreement:.0%} of the demonstrated tokens"
         )
     return str(folder.imitated_policy.resolve()), report
-
-
-class _Loop:
-    """Iterations of one call of `train`."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        folder: RunFolder,
-        algorithm: Algorithm,
-        lines: ProgressLines,
-        on_iteration: OnIteration | None,
-        begun: Progress,
-        preset: str,
-    ) -> None:
-        self.config, self.folder, self.algorithm = config, folder, algorithm
-        self.lines, self.on_iteration = lines, on_iteration
-        self.progress, self.row, self.preset = begun, {"iteration": 0}, preset
-        self._saved_at = time.monotonic()
-        newest = folder.newest()
-        if newest is not None:
-            path, self.progress = newest
-            folder.load_checkpoint(path, algorithm.restore_from_path)
-            # Restoring leaves remote runners with the weights they were built with.
-            algorithm.env_runner_group.sync_weights(
-                from_worker_or_learner_group=algorithm.learner_group, inference_only=True
-            )
-            self.row = {"iteration": self.progress.iteration}
-            lines.say(f"resuming after iteration {self.progress.iteration}")
-
-    def run(self) -> str:
-        """Iterate until a limit is reached; returns its name."""
-        saved, whole = self.progress.iteration, self.folder.newest() is not None
-        with self.folder.metrics_writer(after=self.progress.iteration) as write:
-            while not (limit := self._limit()):
-                self.row = self._iterate().as_dict()
-                write(self.row)
-                self.lines.show(self.row, last=bool(self._limit()))
-                if self.on_iteration is not None:
-                    self.on_iteration(self.row, self.policy())
-                if self._due(saved):
-                    saved, whole = self._save(), True
-        if not whole or saved != self.progress.iteration:
-            self._save()
-        return limit
-
-    def _limit(self) -> str:
-        """Name of the limit that is reached, empty if none."""
-        limits, done = self.config.limits, self.progress
-        reached = {"iterations": done.iteration, "max_scores": done.scores}
-        reached["max_seconds"] = done.seconds  # type: ignore[assignment]
-        for name, value in reached.items():
-            limit = getattr(limits, name)
-            if limit is not None and value >= limit:
-                return name
-        return ""
-
-    def _iterate(self) -> IterationRow:
-        """One iteration that delivered something."""
-        for _ in range(_EMPTY_ITERATIONS):
-            begin = time.monotonic()
-            result = self.algorithm.train()
-            seconds = time.monotonic() - begin
-            self.progress.seconds += seconds
-            row = iteration_row(result, self.progress, seconds, self.config)
-            if row is not None:
-                return row
-            logger.warning("no runner delivered in this iteration; trying again")
-        raise RuntimeError(
-            f"the env runners delivered nothing in {_EMPTY_ITERATIONS} iterations; their logs say "
-            "why (ray logs), and resources.sample_timeout may be too short for the scorers"
-        )
-
-    def _due(self, saved: int) -> bool:
-        often = self.progress.iteration - saved >= self.config.limits.checkpoint_every
-        return often and time.monotonic() - self._saved_at >= self.config.limits.checkpoint_seconds
-
-    def _save(self) -> int:
-        save = self.algorithm.save_to_path
-        self.folder.save_checkpoint(self.progress, self.policy(), save, self.record())
-        self._saved_at = time.monotonic()
-        return self.progress.iteration
-
-    def record(self) -> dict[str, Any]:
-        """How the policy was trained so far."""
-        return training_record(self.config, self.progress, self.preset)
-
-    def policy(self) -> PruningPolicy:
-        """The learner's policy, on the CPU."""
-        component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}/{DEFAULT_MODULE_ID}"
-        state = self.algorithm.learner_group.get_state(components=[component])
-        weights = state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-        head = "pruning_policy."
-        policy = PruningPolicy(policy_config(self.config, shared_source(self.config.source)))
-        policy.load_state_dict(
-            {
-                name.removeprefix(head): torch.as_tensor(part)
-                for name, part in weights.items()
-                if name.startswith(head)  # GRPO's learner also holds the start policy
-            }
-        )
-        return policy.eval()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,296 @@
+"""What a reducer inside the language model sees, and doing what it chooses.
+
+Shapes: R sequences (one per sample and distinct answer), B samples, S places, M visual tokens
+still alive (the most of the batch), N visual tokens of the largest image, H query heads, Q rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from tprl_env.lvlm.execution.attention import Probe
+from tprl_env.lvlm.execution.decoder import project, rows_at, turned
+from tprl_env.lvlm.execution.layerwise import Stream
+from tprl_env.lvlm.protocol import Prompt
+from tprl_env.reducers.layer_pruner import Choice, LayerPruner, LayerView, Stage, Wants
+
+
+def attention_rows(query: Tensor, key: Tensor, places: Tensor, scaling: float) -> Tensor:
+    """Softmax rows over all places that a query sees, causal, right padding.
+
+    Args:
+        query: (B, H, Q, d), turned.
+        key: (B, Hkv, S, d), turned.
+        places: (B, Q) place of each query.
+        scaling: Of the logits.
+
+    Returns:
+        float32 (B, H, Q, S).
+    """
+    batch, heads, count, width = query.shape
+    grouped = query.float().reshape(batch, key.shape[1], -1, width)
+    logits = grouped @ key.float().transpose(-1, -2) * scaling
+    later = torch.arange(key.shape[2], device=key.device) > places[..., None]
+    return (
+        logits.reshape(batch, heads, count, -1).masked_fill(later[:, None], -torch.inf).softmax(-1)
+    )
+
+
+class _RowProbe:
+    """Keeps the rows of one attention module."""
+
+    def __init__(self, module: nn.Module, first: Tensor | None, places: Tensor) -> None:
+        self._module, self._first, self._places = module, first, places
+        self.rows: Tensor | None = None
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        if module is not self._module:
+            return
+        if self._first is not None:
+            query, key = query[self._first], key[self._first]
+        # behind a shared prefix there are fewer queries than keys; both end at the same place
+        index = self._places - (key.shape[2] - query.shape[2])
+        index = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
+        self.rows = attention_rows(query.gather(2, index), key, self._places, scaling)
+
+
+class Reduction:
+    """Runs a :class:`~tprl_env.reducers.layer_pruner.LayerPruner` in a pass over a batch.
+
+    The sequences of one sample (its answers) share the choice that is made on the first of them.
+
+    Attributes:
+        layers: Before which tokens may leave.
+        lives: uint8 (B, N), layers that each visual token enters; final when the pass is over.
+    """
+
+    def __init__(
+        self,
+        text: Any,
+        reducer: LayerPruner,
+        average: float | None,
+        prompts: Sequence[Prompt],
+        counts: Sequence[int],
+        owner: Sequence[int],
+        contiguous: bool,
+    ) -> None:
+        """Plan the stages.
+
+        Args:
+            text: The language model.
+            reducer: The method.
+            average: Wanted average of visual tokens per layer, see ``LayerPruner.stages``.
+            prompts: B prompts.
+            counts: B numbers of visual tokens.
+            owner: (R,) sample of each sequence, ascending.
+            contiguous: Close up positions after every stage.
+
+        Raises:
+            ValueError: The average cannot be met, or the rows it wants cannot see the image.
+        """
+        self._text, self._reducer, self._contiguous = text, reducer, contiguous
+        self._prompts, self._average = prompts, average
+        device = text.norm.weight.device
+        depth = len(text.layers)
+        plans = {n: reducer.stages(n, depth, average) for n in set(counts)}
+        self.layers = _common_layers(plans, reducer.label)
+        kept = [[stage.keep for stage in plans[n]] for n in counts]
+        self._keep = torch.tensor(kept, dtype=torch.int64, device=device).view(len(counts), -1)
+        self._full = torch.tensor(counts, device=device)
+        starts = [owner.index(b) for b in range(len(counts))]
+        alone = len(owner) == len(counts)
+        self._first = None if alone else torch.tensor(starts, device=device)
+        self._owner = None if alone else torch.tensor(owner, device=device)
+        most = max(counts)
+        self._lives = torch.full((len(counts), most + 1), depth, dtype=torch.uint8, device=device)
+        self._memory: dict[str, Tensor] = {}
+        self._probe: _RowProbe | None = None
+        for stage in range(len(self.layers)):
+            self._check(reducer.wants(stage), self.layers[stage])
+
+    @property
+    def lives(self) -> list[npt.NDArray[np.uint8]]:
+        """Per sample (n,) uint8."""
+        found = self._lives.cpu().numpy()
+        return [found[b, :n].copy() for b, n in enumerate(self._full.tolist())]
+
+    def _check(self, wants: Wants, layer: int) -> None:
+        name = self._reducer.label
+        if wants.rows and wants.source == "previous" and layer == 0:
+            raise ValueError(f"{name} looks at the layer below, which layer 0 does not have")
+        behind = all(p.question_span[0] > p.image_at for p in self._prompts)
+        if wants.rows == "question" and not behind:
+            raise ValueError(
+                f"{name} needs the image before the question, but this checkpoint's template puts "
+                "the question first"
+            )
+        if any(p.image_at + 1 >= len(p.ids) for p in self._prompts):
+            raise ValueError(f"{name} needs text behind the image, which a prompt here lacks")
+
+    def probe(self, stream: Stream, layer: int) -> Probe | None:
+        """A probe on the layer below, where the rule wants its rows."""
+        wants = self._reducer.wants(self.layers.index(layer))
+        self._probe = None
+        if wants.rows and wants.source == "previous":
+            alive = self._of_samples((stream.image >= 0).sum(1))
+            places, _ = self._text_places(wants.rows, alive)
+            module = self._text.layers[layer - 1].self_attn
+            self._probe = _RowProbe(module, self._first, places)
+        return self._probe
+
+    def cut(self, stream: Stream, layer: int) -> Stream:
+        """Show the layer to the rule and drop what it does not keep."""
+        stage = self.layers.index(layer)
+        image = self._of_samples(stream.image)
+        visual = image >= 0
+        alive = visual.sum(1)
+        most = int(alive.max())
+        # places of the visual tokens, first to last; behind them any place, which is not alive
+        columns = (~visual).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+        view = LayerView(
+            stage=stage,
+            layer=layer,
+            num_layers=len(self._text.layers),
+            keep=torch.minimum(self._keep[:, stage], alive),
+            plan=self._keep,
+            alive=torch.arange(most, device=image.device) < alive[:, None],
+            places=image.gather(1, columns),
+            full=self._full,
+            average=self._average,
+            memory=self._memory,
+        )
+        if not most:
+            return stream
+        self._look(view, stream, columns, alive)
+        choice = self._reducer.select(view)
+        if choice.states is None and bool((choice.keep | ~view.alive).all()):
+            return stream  # all stay, and what sequences share too
+        self._record(view, choice, layer)
+        stream = self._apply(stream, choice, view.alive, columns)
+        return stream.repacked() if self._contiguous else stream
+
+    def _of_samples(self, values: Tensor) -> Tensor:
+        return values if self._first is None else values[self._first]
+
+    def _text_places(self, rows: str, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Places (B, Q) of text behind the image, and which are valid."""
+        spans = [_span(prompt, rows) for prompt in self._prompts]
+        longest = max(stop - start for start, stop in spans)
+        limits = torch.tensor(spans, device=alive.device)
+        index = limits[:, :1] + torch.arange(longest, device=alive.device)
+        valid = index < limits[:, 1:]
+        return torch.minimum(index, limits[:, 1:] - 1) + (alive - 1)[:, None], valid
+
+    def _look(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> None:
+        """Fill in what the rule wants."""
+        wants = self._reducer.wants(view.stage)
+        if wants.rows:
+            places, view.row_valid = self._text_places(wants.rows, alive)
+            rows = self._probe.rows if self._probe is not None else None
+            if wants.source == "own":
+                rows = self._own_rows(stream, view.layer, places)
+            if rows is None:
+                raise RuntimeError(f"the layer below layer {view.layer} was not seen")
+            index = columns[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
+            view.rows = rows.gather(3, index) * view.alive[:, None, None]
+        if wants.hidden:
+            view.hidden = rows_at(self._of_samples(stream.hidden), columns)
+        if wants.text:
+            places, view.text_valid = self._text_places("text", alive)
+            view.text = rows_at(self._of_samples(stream.hidden), places)
+        if wants.vectors:
+            self._vectors(view, stream, columns)
+
+    def _own_rows(self, stream: Stream, number: int, places: Tensor) -> Tensor:
+        """Rows of a layer that has not run, from its own queries and keys."""
+        layer = self._text.layers[number]
+        attention = layer.self_attn
+        hidden = self._of_samples(stream.hidden)
+        cos, sin = self._rotary(stream, hidden)
+        asked = layer.input_layernorm(rows_at(hidden, places))
+        queries = project(attention.q_proj, attention, asked)
+        queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
+        shared = stream.shared
+        if shared is None:
+            normed = layer.input_layernorm(hidden)
+            keys = turned(project(attention.k_proj, attention, normed), cos, sin)
+        else:
+            begin, first = shared.length, shared.leaders
+            whole, sines = self._text.rotary_emb(hidden, position_ids=stream.positions)
+            whole, sines = (
+                one.expand(len(stream.hidden), -1, -1)[first, :begin] for one in (whole, sines)
+            )
+            prefix = layer.input_layernorm(stream.hidden[first, :begin])
+            before = turned(project(attention.k_proj, attention, prefix), whole, sines)
+            rest = project(attention.k_proj, attention, layer.input_layernorm(hidden[:, begin:]))
+            rest = turned(rest, cos[:, begin:], sin[:, begin:])
+            keys = torch.cat([before[self._of_samples(shared.group)], rest], 2)
+        return attention_rows(queries, keys, places, attention.scaling)
+
+    def _rotary(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor]:
+        positions = stream.positions
+        if self._first is not None:
+            positions = positions.index_select(-2, self._first)
+        cos, sin = self._text.rotary_emb(normed, position_ids=positions)
+        return cos, sin
+
+    def _vectors(self, view: LayerView, stream: Stream, columns: Tensor) -> None:
+        layer = self._text.layers[view.layer]
+        attention = layer.self_attn
+        cos, sin = self._rotary(stream, self._of_samples(stream.hidden))
+        normed = layer.input_layernorm(rows_at(self._of_samples(stream.hidden), columns))
+        view.queries = project(attention.q_proj, attention, normed)
+        view.keys = project(attention.k_proj, attention, normed)
+        view.turned_keys = turned(view.keys, rows_at(cos, columns), rows_at(sin, columns))
+
+    def _record(self, view: LayerView, choice: Choice, layer: int) -> None:
+        """Note the layer at which tokens leave; padding goes to a column of its own."""
+        spare = self._lives.shape[1] - 1
+        places = torch.where(view.alive, view.places, spare)
+        before = self._lives.gather(1, places)
+        after = torch.where(choice.keep, before, torch.full_like(before, layer))
+        self._lives.scatter_(1, places, after)
+
+    def _apply(self, stream: Stream, choice: Choice, alive: Tensor, columns: Tensor) -> Stream:
+        """Drop, and write merged states, in all sequences of each sample."""
+        keep, states, behind = choice.keep & alive, choice.states, choice.behind
+        if self._owner is not None:
+            columns, keep, alive = columns[self._owner], keep[self._owner], alive[self._owner]
+            states = None if states is None else states[self._owner]
+            behind = None if behind is None else behind[self._owner]
+        # padding of `columns` writes to a spare column behind the last place
+        spare = columns.masked_fill(~alive, stream.image.shape[1])
+        text = torch.nn.functional.pad(stream.image < 0, (0, 1))
+        stays = text.scatter(1, spare, keep)[:, :-1]
+        if states is not None:
+            hidden = stream.hidden.clone()
+            row, column = torch.nonzero(keep, as_tuple=True)
+            hidden[row, columns[row, column]] = states[row, column].to(hidden.dtype)
+            stream = replace(stream, hidden=hidden)
+        moved = None if behind is None else torch.zeros_like(text).scatter(1, spare, behind)[:, :-1]
+        return stream.take(stays, moved)
+
+
+def _span(prompt: Prompt, rows: str) -> tuple[int, int]:
+    if rows == "question":
+        return prompt.question_span
+    end = len(prompt.ids)
+    return (end - 1, end) if rows == "last" else (prompt.image_at + 1, end)
+
+
+def _common_layers(plans: dict[int, tuple[Stage, ...]], name: str) -> list[int]:
+    """The layers of the schedules, which must not depend on the number of tokens."""
+    layers = {tuple(stage.layer for stage in plan) for plan in plans.values()}
+    if len(layers) != 1:
+        raise ValueError(
+            f"{name} has other layers for other numbers of tokens, {sorted(layers)}; one batch "
+            "needs the same"
+        )
+    return list(layers.pop())

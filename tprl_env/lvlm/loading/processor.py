@@ -1,0 +1,100 @@
+"""Tokenizer and image processor of a checkpoint, and what the library only notices much later."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tprl_env.checks import quoted
+
+_FILES = "tokenizer.json, tokenizer_config.json, processor_config.json, preprocessor_config.json"
+
+
+def load_processor(processor_class: Any, source: str, checkpoint: str, **options: Any) -> Any:
+    """The checkpoint's processor, checked as far as files can be wrong without a complaint.
+
+    Args:
+        processor_class: Has the library's ``from_pretrained``.
+        source: Folder or hub id.
+        checkpoint: What the user called it.
+        **options: Passed on, such as the revision.
+
+    Raises:
+        ValueError: A file of tokenizer or image processor cannot be read, its template names
+            tokens that it does not define, or pixels would not be finite.
+        OSError: A file is missing.
+    """
+    tokenizer_file = Path(source) / "tokenizer.json"
+    if tokenizer_file.is_file():
+        _check_template(tokenizer_file, checkpoint)
+    try:
+        processor = processor_class.from_pretrained(source, **options)
+    except OSError:
+        raise
+    except Exception as error:
+        # The tokenizer's Rust side raises bare Exception for a file that it cannot read; other
+        # kinds that wrong files cause are listed, anything else is a bug and passes through.
+        known = (KeyError, TypeError, AttributeError, ValueError, OverflowError)
+        if type(error) is not Exception and not isinstance(error, known):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{checkpoint!r}: tokenizer or image processor cannot be read ({reason}); fetch "
+            f"{_FILES} again"
+        ) from error
+    _check_pixels(processor.image_processor, checkpoint)
+    return processor
+
+
+def _check_template(path: Path, checkpoint: str) -> None:
+    """Refuse a post-processor that names tokens it does not define: encoding would abort."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{checkpoint!r}: tokenizer.json is no valid JSON ({error}); fetch it again"
+        ) from error
+    parts: list[Any] = [content.get("post_processor") if isinstance(content, Mapping) else None]
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, Mapping):
+            continue
+        nested = part.get("processors")
+        parts += nested if isinstance(nested, list) else []
+        if part.get("type") != "TemplateProcessing":
+            continue
+        defined = part.get("special_tokens")
+        pieces = [*_pieces(part, "single"), *_pieces(part, "pair")]
+        for piece in pieces:
+            special = piece.get("SpecialToken") if isinstance(piece, Mapping) else None
+            name = special.get("id") if isinstance(special, Mapping) else None
+            if name is not None and not (isinstance(defined, Mapping) and name in defined):
+                raise ValueError(
+                    f"{checkpoint!r}: the post_processor of tokenizer.json puts {name!r}, which "
+                    f"its special_tokens do not define; fetch tokenizer.json again"
+                )
+
+
+def _pieces(part: Mapping[str, Any], name: str) -> list[Any]:
+    pieces = part.get(name)
+    return pieces if isinstance(pieces, list) else []
+
+
+def _check_pixels(image_processor: Any, checkpoint: str) -> None:
+    """Refuse constants that make pixels NaN or infinite, which no later step would name."""
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        value = getattr(image_processor, name, None)
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        for number in numbers:
+            if number is None:
+                continue
+            real = isinstance(number, (int, float)) and not isinstance(number, bool)
+            if not real or not math.isfinite(number) or (name == "image_std" and number <= 0):
+                wanted = "positive numbers" if name == "image_std" else "finite numbers"
+                raise ValueError(
+                    f"{checkpoint!r}: {name} of the image processor must be {wanted}, got "
+                    f"{quoted(value)}; fetch {_FILES} again"
+                )

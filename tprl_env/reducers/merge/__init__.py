@@ -1,0 +1,1 @@
+"""Methods that make new tokens before the LLM, one file each."""
