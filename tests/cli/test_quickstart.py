@@ -10,7 +10,7 @@ import pytest
 from tprl_env.cli.quickstart import run_quickstart
 from tprl_env.evaluation.builtin_stores import QuickstartSettings
 from tprl_env.evaluation.compare_on_store import training_of
-from tprl_env.evaluation.results import read_results
+from tprl_env.evaluation.result_files import read_results
 
 SMALL = {
     "limits.max_scores": "10240",

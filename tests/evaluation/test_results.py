@@ -5,7 +5,8 @@ import math
 import pytest
 
 from tprl_env.cli.commands import main
-from tprl_env.evaluation.results import check_results, read_results
+from tprl_env.evaluation.result_files import read_results
+from tprl_env.evaluation.results import check_results
 from tprl_env.files import versions, write_json
 
 GOOD = {

@@ -32,6 +32,7 @@ from tprl_env.cli.parsing import (
     place,
     resume,
 )
+from tprl_env.cli.report import add_report
 from tprl_env.cli.verify import add_verify
 from tprl_env.env.scorer import ScoringError
 
@@ -190,7 +191,7 @@ def tiny_lvlm(args: argparse.Namespace) -> int:
 
 def check_results(args: argparse.Namespace) -> int:
     """Check a results file."""
-    from tprl_env.evaluation.results import read_results
+    from tprl_env.evaluation.result_files import read_results
 
     results = read_results(args.file, args.budgets)
     print(f"{args.file}: {len(results['methods'])} rows, all that readers rely on is there")
@@ -333,6 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_submit,
         add_token,
         add_verify,
+        add_report,
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")

@@ -28,7 +28,6 @@ from tprl_env.evaluation.compare_on_store import (
     build_results,
     compare,
     write_data,
-    write_pictures,
 )
 from tprl_env.evaluation.contenders import (
     available_pruners,
@@ -37,6 +36,7 @@ from tprl_env.evaluation.contenders import (
     tune_penalty,
 )
 from tprl_env.evaluation.learning_curve import LearningCurve, curve_hook
+from tprl_env.evaluation.report_files import write_pictures
 from tprl_env.evaluation.trajectories import Examples, draw_examples
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.run.placement import actor_cpus
@@ -192,6 +192,7 @@ def _finish(
     }
     made_by = {"command": command, "config": config.flat()}
     extra = {"settings": chosen, "stages": watch.seconds, "made_by": made_by}
+    extra["curve_full_accuracy"] = round(curve.full(), 5)
     results = build_results(settings.task, rows, training, extra)
     write_data(settings.out, results, rows, test, samples)
     last = TRAJECTORY_BUDGETS[-1]
@@ -204,7 +205,7 @@ def _finish(
             run=str(results["run"]),
         )  # fmt: skip
 
-    write_pictures(settings.out, results, curve=curve.points(), curve_full=curve.full(), draw=draw)
+    results = write_pictures(settings.out, results, draw=draw)
     total = time.perf_counter() - watch.start
     print(f"[{total:6.1f} s] done: {settings.out / 'report.html'}", flush=True)
     return results

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,21 +33,11 @@ from tprl_env.evaluation.measure import (
     evaluate,
     write_per_question,
 )
-from tprl_env.evaluation.plots import (
-    PICTURE_FAILURES,
-    PictureError,
-    plot_accuracy,
-    plot_learning_curve,
-)
-from tprl_env.evaluation.report import write_report
-from tprl_env.evaluation.results import (
-    TRAINING_NAME,
-    check_results,
-    check_training,
-    made_from_numbers,
-)
+from tprl_env.evaluation.report_files import write_pictures
+from tprl_env.evaluation.result_files import SCORES_NAME, made_from_numbers, write_results
+from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
 from tprl_env.evaluation.trajectories import Examples, draw_examples
-from tprl_env.files import versions, write_json
+from tprl_env.files import versions
 from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.scoring import local_scorer
 
@@ -105,63 +95,8 @@ def write_data(
         old.unlink()
     ids = [store.id(int(sample)) for sample in samples]
     question_types = [store.question_type(int(sample)) for sample in samples]
-    path = out / "per_question.parquet"
-    write_per_question(rows, ids, question_types, path, str(results["run"]))
-    write_json(out / "results.json", dict(results))
-
-
-def write_pictures(
-    out: Path,
-    results: Mapping[str, Any],
-    *,
-    curve: Sequence[Mapping[str, Any]] = (),
-    curve_full: float | None = None,
-    draw: Callable[[], Examples] | None = None,
-) -> None:
-    """Draw the plots and the trajectories, then ``report.html`` with those that could be drawn.
-
-    Args:
-        out: Folder that `write_data` has filled.
-        results: Content of its ``results.json``.
-        curve: Points of the learning curve.
-        curve_full: Accuracy with all tokens on the questions of the curve.
-        draw: Draws the trajectories.
-
-    Raises:
-        PictureError: One could not be drawn; everything else is there.
-    """
-    failed: list[str] = []
-
-    def attempt(name: str, make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except PICTURE_FAILURES as error:
-            failed.append(f"{name} ({type(error).__name__}: {error})")
-            return None
-
-    full, run = curve_full or results["full"]["accuracy"], str(results.get("run", ""))
-    figures = [
-        (
-            attempt("accuracy.png", lambda: plot_accuracy(results, out / "accuracy.png")),
-            "Accuracy against tokens kept; bands: 95 % intervals.",
-        )
-    ]
-    if curve:
-        path = out / "learning_curve.png"
-        caption = (
-            "The policy on calibration questions while it learns, without redundancy penalty; "
-            "bands: 95 % intervals."
-        )
-        picture = attempt(path.name, lambda: plot_learning_curve(curve, full, path, run))
-        figures.append((picture, caption))
-    examples = None if draw is None else attempt("trajectories", draw)
-    drawn = [(path, caption) for path, caption in figures if path is not None]
-    attempt("report.html", lambda: write_report(results, drawn, examples, out / "report.html"))
-    if failed:
-        raise PictureError(
-            f"the numbers are safe in {out / 'results.json'}, but this could not be drawn: "
-            f"{'; '.join(failed)}"
-        )
+    write_per_question(rows, ids, question_types, out / SCORES_NAME, str(results["run"]))
+    write_results(out, results)
 
 
 def compare(
@@ -210,7 +145,6 @@ def evaluate_store(
 
     Raises:
         ValueError: Something is missing, does not fit, or is out of range.
-        PictureError: A picture failed after the numbers were written.
     """
     from tprl_env.data.features.store import FeatureStore
     from tprl_env.lvlm import load_lvlm
@@ -260,8 +194,8 @@ def evaluate_store(
             run=str(results["run"]),
         )  # fmt: skip
 
-    write_pictures(out, results, draw=draw if trained is not None and trajectories > 0 else None)
-    return results
+    drawn = draw if trained is not None and trajectories > 0 else None
+    return write_pictures(out, results, draw=drawn)
 
 
 def training_of(policy: str | Path | None) -> dict[str, Any]:

@@ -50,24 +50,43 @@ def best_heuristic(rows: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] |
 def headline(results: Mapping[str, Any]) -> str:
     """The outcome in one sentence."""
     budget, tokens = headline_budget(results), results["visual_tokens"]
-    rows = at_budget(results, budget)
+    rows, full = at_budget(results, budget), float(results["full"]["accuracy"])
     best, name = best_heuristic(rows), policy_name(results)
-    full = f"{100 * results['full']['accuracy']:.1f} %"
-    told = f"With {budget} of {tokens} visual tokens "
-    others = [f"with all tokens {full}"]
-    if name is not None:
-        told += f"the policy answers {_percent(rows[name])} of the questions right"
-        if IMITATION in rows:
-            others.append(f"imitation alone {_percent(rows[IMITATION])}")
-        if best is not None:
-            others.append(f"the best heuristic, {best['name']}, {_percent(best)}")
-    elif best is not None:
-        told += (
-            f"the best heuristic, {best['name']}, answers {_percent(best)} of the questions right"
-        )
-    else:
-        return f"All {tokens} visual tokens answer {full} of the questions right."
-    return f"{told} ({'; '.join(others)})."
+    kept = f"{budget} of {tokens} visual tokens ({100 * budget / tokens:.1f} %)"
+    if name is None and best is None:
+        return f"All {tokens} visual tokens answer {100 * full:.1f} % of the questions right."
+    if name is None:
+        assert best is not None
+        return f"With {kept} the best heuristic, {best['name']}, answers {_told(best, full)}."
+    told = f"With {kept} the policy answers {_told(rows[name], full)}"
+    if best is not None:
+        told += f"; {_against(results, name, best, budget)}the best heuristic, {best['name']}"
+        told += f" ({_percent(best)})"
+    if IMITATION in rows:
+        told += f"; imitation alone {_percent(rows[IMITATION])}"
+    return f"{told}."
+
+
+def _told(row: Mapping[str, Any], full: float) -> str:
+    """A method's accuracy and its share of the full one."""
+    told = f"{_percent(row)} of the questions right"
+    if not full:
+        return told
+    share = 100 * row["accuracy"] / full
+    return f"{told}, {share:.1f} % of the accuracy with all tokens ({100 * full:.1f} %)"
+
+
+def _against(results: Mapping[str, Any], name: str, best: Mapping[str, Any], budget: int) -> str:
+    """The paired difference to a method in points of percent, with its interval."""
+    pair = (name, best["name"], budget)
+    for row in results.get("differences", []):
+        if (row["method"], row["to"], row["budget"]) == pair:
+            low, high = row["ci95"]
+            return (
+                f"{100 * row['difference']:+.1f} points (95 % interval {100 * low:+.1f} to "
+                f"{100 * high:+.1f}) against "
+            )
+    return "compare "
 
 
 def _percent(row: Mapping[str, Any]) -> str:

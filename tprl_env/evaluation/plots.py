@@ -5,12 +5,13 @@ A method has the same colour in every plot, see `method_colors`.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tprl_env.files import write_atomically
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+Drawn = TypeVar("Drawn")
 COLORS = {
     "policy": "#c8102e",
     "policy, plain top-k": "#e8743b",
@@ -42,8 +45,16 @@ PICTURE_FAILURES = (
 """What drawing may raise, in matplotlib, Pillow or here: no picture is worth the numbers."""
 
 
-class PictureError(ValueError):
-    """A picture or the page could not be made; the numbers were written before."""
+def attempt(name: str, make: Callable[[], Drawn]) -> Drawn | None:
+    """Draw a picture; one that fails is a warning that names it, and None."""
+    try:
+        return make()
+    except PICTURE_FAILURES as error:
+        logger.warning(
+            "%s could not be drawn (%s: %s); the numbers were written before and are whole",
+            name, type(error).__name__, error,
+        )  # fmt: skip
+        return None
 
 
 def method_colors(names: Iterable[str]) -> dict[str, str]:
@@ -140,14 +151,14 @@ def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def plot_learning_curve(
-    points: Sequence[Mapping[str, Any]], full: float, path: Path, run: str = ""
+    points: Sequence[Mapping[str, Any]], full: float | None, path: Path, run: str = ""
 ) -> Path:
     """Held-out accuracy against LVLM scores used, with 95 % bands where the points hold them.
 
     Args:
         points: ``{"lvlm_scores": int, "accuracy": {"48": float, ...}, "ci95": {"48": [low, high],
             ...}}`` in order of training; ``ci95`` may be absent.
-        full: Accuracy with all tokens on the same questions.
+        full: Accuracy with all tokens on the same questions; None draws no line for it.
         path: PNG file to write.
         run: Of the results file that the picture belongs to.
 
@@ -168,7 +179,8 @@ def plot_learning_curve(
         if all(bounds):
             low, high = zip(*bounds, strict=True)
             axes.fill_between(scores, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.axhline(full, color="black", linewidth=1, linestyle="--", label="all tokens")
+    if full is not None:
+        axes.axhline(full, color="black", linewidth=1, linestyle="--", label="all tokens")
     axes.set_xlabel("LVLM scores used (thousands)")
     axes.set_ylabel("accuracy on the calibration split")
     axes.set_title("learning curve of the policy")

@@ -5,11 +5,8 @@ The file is meant to be read by scripts; :func:`check_results` is the definition
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 TRAINING_NAME = "training.json"
@@ -180,97 +177,3 @@ def check_results(results: Mapping[str, Any], budgets: Sequence[int] | None = No
         missing = sorted(wanted_budgets - seen, reverse=True)
         if missing:
             raise ValueError(f"results: method {name!r} was not measured at {missing} tokens")
-
-
-def read_results(path: str | Path, budgets: Sequence[int] | None = None) -> dict[str, Any]:
-    """Read and check a results file, and that the files beside it are of the same run.
-
-    Args:
-        path: The file.
-        budgets: Budgets that every method must have been measured at; by default those of the
-            file.
-
-    Raises:
-        ValueError: The file is missing, is not JSON, lacks something, holds a number that cannot
-            be, or stands beside files of another run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"no results file at {path}; `tprl evaluate` or `tprl quickstart` write it"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); it was not written here") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    check_results(content, budgets)
-    _check_one_run(path.parent, content.get("run"))
-    _check_scores(path.parent / "per_question.parquet", content)
-    return content
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"results: found {text}, expected finite numbers only")
-
-
-def made_from_numbers(folder: Path) -> list[Path]:
-    """The page and the pictures beside a results file that are there."""
-    names = ("report.html", "accuracy.png", "learning_curve.png")
-    strips = (folder / "trajectories").glob("trajectory-*.png")
-    return [*(path for name in names if (path := folder / name).is_file()), *sorted(strips)]
-
-
-def _check_one_run(folder: Path, run: object) -> None:
-    """Refuse files beside ``results.json`` that another run wrote."""
-    scores = folder / "per_question.parquet"
-    for path in [*([scores] if scores.is_file() else []), *made_from_numbers(folder)]:
-        other = _run_of(path)
-        if other != run:
-            raise ValueError(
-                f"{path} belongs to the run {other or 'without a name'}, results.json to "
-                f"{run or 'one without a name'}; run the evaluation again, so that all are of one"
-            )
-
-
-def _check_scores(path: Path, results: Mapping[str, Any]) -> None:
-    """Refuse single scores beside ``results.json`` that do not add up to its accuracies."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not path.is_file():
-        return
-    try:
-        table = pq.read_table(path, columns=["method", "budget", "score"])
-        means = table.group_by(["method", "budget"]).aggregate([("score", "mean")]).to_pylist()
-    except (pa.ArrowException, KeyError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run the evaluation again") from error
-    found = {(row["method"], row["budget"]): row["score_mean"] for row in means}
-    for row in results["methods"]:
-        mean = found.get((row["name"], row["budget"]))
-        if mean is None or not abs(mean - row["accuracy"]) < 1e-4:
-            raise ValueError(
-                f"results: {row['name']!r} at {row['budget']} tokens has the accuracy "
-                f"{row['accuracy']}, {path} {'no scores' if mean is None else mean}; run the "
-                "evaluation again, so that both are of one"
-            )
-
-
-def _run_of(path: Path) -> str | None:
-    """Which run a file beside ``results.json`` says it belongs to."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        if path.suffix == ".parquet":
-            value = (pq.read_schema(path).metadata or {}).get(RUN_KEY)
-            return None if value is None else value.decode("utf-8", "replace")
-        if path.suffix == ".png":
-            with Image.open(path) as picture:
-                return picture.info.get(RUN_KEY.decode())
-        match = re.search(r"<meta name=run content=(\w+)>", path.read_text("utf-8", "replace"))
-        return match[1] if match else None
-    except (pa.ArrowException, UnidentifiedImageError, SyntaxError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); run the evaluation again") from error
