@@ -31,13 +31,16 @@ h1{font-size:1.5em;line-height:1.25}h2{font-size:1.2em;margin-top:2em}
 .headline{font-size:1.25em;font-weight:600;border-left:5px solid #c8102e;padding-left:.7em}
 .wide{overflow-x:auto}table{border-collapse:collapse;margin:.6em 0;font-size:.92em}
 td,th{padding:.25em .6em;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left;min-width:9em}
-tr.policy td{font-weight:600;background:#fdf0f1}
+td:first-child,th:first-child{text-align:left;min-width:9em;position:sticky;left:0;background:#fff}
+tr.policy td,tr.policy td:first-child{font-weight:600;background:#fdf0f1}
+.hint{display:none;color:#555}
 .ci{color:#666;font-size:.85em;font-weight:400;white-space:nowrap}
 img{max-width:100%}figure{margin:1.5em 0}figcaption{color:#555}
 .strip img{max-width:none;width:1040px}.plot img{max-width:none;width:100%;min-width:680px}
 @media(min-width:1100px){.strip img{width:100%;max-width:1080px}}
 @media(min-width:1100px){.plot img{width:auto;max-width:100%}}
+@media(max-width:760px){.hint{display:block}.accuracy td:nth-child(2){display:none}
+.accuracy th:nth-child(2){display:none}td:first-child,th:first-child{min-width:7.5em}}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
 code,pre{background:#f4f4f4;padding:0 .3em;overflow-wrap:anywhere;white-space:pre-wrap}
 dt{font-weight:600}dd{margin:0 0 .5em 0}
@@ -90,7 +93,8 @@ def results_table(results: Mapping[str, Any]) -> str:
         knowledge = html.escape(group[0]["knowledge"])
         columns = [_accuracy_cell(cells[b], full) if b in cells else "" for b in budgets]
         rows.append((knowledge, [_named(results, name), knowledge, *columns]))
-    return _table(["method", "knowledge", *(f"{budget} tokens" for budget in budgets)], rows)
+    head = ["method", "knowledge", *(f"{budget} tokens" for budget in budgets)]
+    return f"<div class=accuracy>{_table(head, rows)}</div>"
 
 
 def differences_table(results: Mapping[str, Any]) -> str:
@@ -158,11 +162,14 @@ def cost_section(results: Mapping[str, Any]) -> str:
 
 
 def _training_sentence(training: Mapping[str, Any]) -> str:
+    resumed = training.get("resumed")
+    note = f" Resumed {resumed} times, so an undisturbed run may differ." if resumed else ""
     return (
         f"Policy: {html.escape(training['algorithm'])}, preset "
         f"<code>{html.escape(training['preset'])}</code>, seed {training['seed']}, "
         f"{training['lvlm_scores']:,} LVLM scores, {training['env_steps']:,} environment steps, "
         f"{training['seconds']:.0f} s of training with the imitation it began from."
+        f"{note}"
     )
 
 
@@ -227,8 +234,9 @@ def write_report(
     glossary = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in GLOSSARY.items())
     body = [
         f"<h1>{title}</h1>",
-        f"<p class=headline>{html.escape(headline(results)).replace(' %', '&nbsp;%')}</p>",
+        f"<p class=headline>{html.escape(headline(results))}</p>",
         _introduction(results),
+        "<p class=hint>Wide tables and pictures scroll sideways.</p>",
         "<h2>Accuracy</h2><p>Small: share of the accuracy with all tokens, and the 95 % interval "
         "in brackets. Rows with a threshold keep a number of tokens that varies by question: their "
         "mean is printed where it differs from the column's.</p>",
@@ -240,13 +248,13 @@ def write_report(
         *(_embed(file, caption, "strip") for file, caption in drawn),
         cost_section(results),
         f"<h2>Glossary</h2><dl>{glossary}</dl>",
-        origin_section(results),
     ]
+    text = "".join(body).replace(" %", "&nbsp;%") + origin_section(results)
     run = html.escape(str(results.get("run", "")))
     page = (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f"{f'<meta name=run content={run}>' if run else ''}<title>tprl-env report</title>"
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        f"<style>{STYLE}</style></head><body>{text}</body></html>\n"
     )
     return write_text(path, page)
