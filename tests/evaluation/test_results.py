@@ -104,11 +104,19 @@ def test_every_edit_of_every_value_is_refused_in_one_sentence_or_harmless(bad):
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1e400"])
 def test_numbers_that_cannot_be_are_refused_by_the_command(text, tmp_path, capsys):
-    for name in ('"accuracy": 0.97', '"seconds": 200.5', '"mean_tokens": 14.0', "0.88"):
+    fields = {
+        '"accuracy": 0.97': "'accuracy'",
+        '"seconds": 200.5': "'seconds'",
+        '"mean_tokens": 14.0': "'mean_tokens'",
+        "0.88": "'ci95'",
+    }
+    for name, field in fields.items():
         wrong = json.dumps(GOOD).replace(name, f"{name.rpartition(' ')[0]} {text}", 1)
         (tmp_path / "results.json").write_text(wrong)
         assert main(["check-results", str(tmp_path / "results.json")]) == 2
-        assert capsys.readouterr().err.startswith("tprl: results")
+        sentence = capsys.readouterr().err
+        assert sentence.startswith(f"tprl: {tmp_path / 'results.json'}: ")
+        assert field.strip("'") in sentence and sentence.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", '"x"', "{}", "{", "[" * 100_000, "\x00"])

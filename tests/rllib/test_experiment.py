@@ -232,6 +232,16 @@ def test_files_are_tidy_and_complete(tmp_path):
     assert not list(folder.glob("*.tmp"))
 
 
+def test_a_failed_plot_costs_no_table(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tprl_env.evaluation.experiment_plots.plot_budgets", fails)
+    folder = write_tables(finished(tmp_path / "x"))
+    assert f"{folder / 'crowded-tokens.png'} could not be drawn (OSError: disk full)" in caplog.text
+    assert (folder / "crowded-scores.png").is_file() and (folder / "tables.md").is_file()
+
+
 def test_unfinished_unequal_and_foreign_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no experiment in"):
         read_records(tmp_path)

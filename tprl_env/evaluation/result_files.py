@@ -56,12 +56,16 @@ def read_results(
             f"no results file at {path}; `tprl evaluate` or `tprl quickstart` write it"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); it was not written here") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    check_results(content, budgets)
+    try:
+        check_results(content, budgets)
+    except ValueError as error:
+        reason = str(error).removeprefix("results: ")
+        raise ValueError(f"{path}: {reason}") from error
     if path.name == RESULTS_NAME:
         made = made_from_numbers(path.parent) if pictures else []
         _check_one_run(path.parent, made, content.get("run"))
@@ -69,10 +73,6 @@ def read_results(
         _check_files(path, content.get("files", {}), pictures)
     check_seal(path, content, "restore it from a copy or run the evaluation again")
     return content
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"results: found {text}, expected finite numbers only")
 
 
 def made_from_numbers(folder: Path) -> list[Path]:
