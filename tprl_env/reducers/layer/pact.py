@@ -49,7 +49,7 @@ class PACT(LayerPruner):
     name: ClassVar[str] = "pact"
     paper: ClassVar[str] = (
         "PACT: Pruning and Clustering-Based Token Reduction for Faster Visual Language Models, "
-        "CVPR 2025, arXiv 2504.08966"
+        "CVPR 2025"
     )
     larger_model: ClassVar[bool] = True
     merges: ClassVar[bool] = True
