@@ -126,8 +126,8 @@ class PruMergePlus(PruMerge):
 
 def _spread(centres: list[int], n: int) -> list[int]:
     """Further places for centres of share ``len(centres) / n``, without those."""
-    step = n // len(centres) // 3
-    return [place for place in range(0, n - 1, step) if place not in centres] if step else []
+    step, taken = n // len(centres) // 3, set(centres)
+    return [place for place in range(0, n - 1, step) if place not in taken] if step else []
 
 
 def _last_block(vision: VisionSignals) -> tuple[Tensor, Tensor]:
