@@ -34,7 +34,8 @@ class PACT(LayerPruner):
 
     The number of clusters follows from the image. Where an average is asked for, the cutoff is
     searched for each sample instead, by at most 16 bisections, so that no more clusters are left
-    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Our
+    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Each
+    clustering is O(n^2) and as many rounds as centres wait for one another. Our
     reading: a cluster counts once in later attention, while the authors add the logarithm of its
     size to the logits (proportional attention), which needs a mask in every later layer.
 

@@ -26,7 +26,8 @@ class HiPrune(Pruner):
     anchors receive most in the object block; each brings the places one to the left and right and
     one row up and down, clamped to the image's first and last place and not aware of row ends.
     The rest of the budget k goes to the patches that receive most in the late block. Ties go to
-    the lowest index. Needs no CLS token.
+    the lowest index. Needs no CLS token. Attention over all pairs in two
+    blocks, O(n^2) each: as long as the built-in LVLM's prefill at 576 tokens.
 
     Attributes:
         alpha: Share of the budget for anchors and their neighbours.
