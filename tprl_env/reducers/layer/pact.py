@@ -142,21 +142,38 @@ class PACT(LayerPruner):
         """Cutoffs that leave ``wanted`` clusters, or the fewest less that bisection finds."""
         low = torch.zeros(len(distance), dtype=torch.float64, device=distance.device)
         high = low + (2.0 + 1e-6)  # of cosine distances
-        place = torch.arange(distance.shape[1], device=distance.device)
-        found = clusters(distance, density, high)
+        denser = _denser(density)
         searching = torch.ones_like(low, dtype=torch.bool)
         for _ in range(16):
             middle = (low + high) / 2
-            cluster = clusters(distance, density, middle)
-            count = (cluster == place).sum(1)
+            count = _number_of_clusters(distance, denser, middle)
             fits = searching & (count <= wanted)
             low = torch.where(searching & ~fits, middle, low)
             high = torch.where(fits, middle, high)
-            found = torch.where(fits[:, None], cluster, found)
             searching = searching & (count != wanted)
             if not bool(searching.any()):
                 break
-        return high, found
+        return high, clusters(distance, density, high)
+
+
+def _denser(density: Tensor) -> Tensor:
+    """Bool (G, m, m): whether the second token is denser; of equal ones the lower index is."""
+    place = torch.arange(density.shape[1], device=density.device)
+    ahead, behind = density[:, None], density[..., None]
+    return (ahead > behind) | ((ahead == behind) & (place < place[:, None]))
+
+
+def _number_of_clusters(distance: Tensor, denser: Tensor, cutoff: Tensor) -> Tensor:
+    """Int64 (G,), as :func:`clusters` finds; products of zeros and ones are faster than `any`."""
+    within = (distance <= cutoff.to(distance.dtype)[:, None, None]).float()
+    rival = within * denser
+    free = torch.ones(*distance.shape[:2], 1, device=distance.device)
+    count = torch.zeros(len(distance), dtype=torch.int64, device=distance.device)
+    while bool((free > 0).any()):
+        new = free * (rival @ free == 0)
+        count += new.sum((1, 2)).long()
+        free = free * (within @ new == 0) * (1 - new)
+    return count
 
 
 def clusters(distance: Tensor, density: Tensor, cutoff: Tensor) -> Tensor:
@@ -173,9 +190,7 @@ def clusters(distance: Tensor, density: Tensor, cutoff: Tensor) -> Tensor:
     """
     place = torch.arange(density.shape[1], device=density.device).expand_as(density)
     limit = cutoff.to(distance.dtype)[:, None]
-    ahead, behind = density[:, None], density[..., None]
-    denser = (ahead > behind) | ((ahead == behind) & (place[:, None] < place[..., None]))
-    rival = denser & (distance <= limit[..., None])
+    rival = _denser(density) & (distance <= limit[..., None])
     centre_of = torch.where(limit < 0, place, -1)
     while bool((free := centre_of < 0).any()):
         new = free & ~(rival & free[:, None]).any(2)
