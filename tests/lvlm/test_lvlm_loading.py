@@ -68,7 +68,7 @@ def test_prompt_is_what_the_template_gives(lvlm, folder):
         assert prompt.text.strip() == text
         ids = list(prompt.ids)
         assert ids == [1, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        assert ids.count(1) == 1 and ids.count(4) == 1 and ids[prompt.image_at] == 4
+        assert ids.count(1) == 1 and ids.count(4) == 1 and ids[prompt.visual_at[0]] == 4
         start, stop = prompt.question_span
         assert tokenizer.decode(ids[start:stop]).strip() == question
         assert "USER" not in tokenizer.decode(ids[start:stop])
@@ -95,12 +95,12 @@ def test_ids_are_those_of_the_checkpoint_s_own_processor(tmp_path, bos, template
             tokenize=True,
             return_dict=True,
         )
-    at = found.image_at
+    at = found.visual_at[0]
     expanded = [*found.ids[:at], *[4] * NUM_TOKENS, *found.ids[at + 1 :]]
     assert [expanded] == [list(ids) for ids in batch["input_ids"]]
     begins = {"prepended": True, "named": template == "with", "none": template == "with"}[bos]
     assert (found.ids[0] == 1) == begins
-    assert found.ids[found.image_at] == 4
+    assert found.ids[found.visual_at[0]] == 4
     start, stop = found.question_span
     assert processor.tokenizer.decode(found.ids[start:stop]) == QUESTIONS[0]
 
@@ -141,9 +141,9 @@ def test_prompt_and_answer_errors(word_lvlm):
     with pytest.raises(ValueError, match="neither may be empty"):
         word_lvlm.answer_ids(prompt, "")
     with pytest.raises(ValueError, match="covers the image placeholder"):
-        Prompt((1, 4, 5), 1, (1, 3))
+        Prompt((1, 4, 5), (1,), (1, 3))
     with pytest.raises(ValueError, match="must lie inside"):
-        Prompt((1, 4, 5), 1, (2, 2))
+        Prompt((1, 4, 5), (1,), (2, 2))
 
 
 def test_fingerprint_follows_weights_and_config(word_folder, tmp_path):

@@ -114,7 +114,7 @@ class Prompter:
         asked = [ids[i] for i in inside]
         self._check_words(question, asked)
         span = (inside[0], inside[-1] + 1)
-        return Prompt(ids, ids.index(self._image_token_id), span, text)
+        return Prompt(ids, (ids.index(self._image_token_id),), span, text)
 
     def _check_words(self, question: str, ids: list[int]) -> None:
         """Refuse a question that would steer the model, or that it cannot read.
