@@ -66,7 +66,10 @@ def test_rules_see_the_eager_attention(kind, rule):
     model, plain = (random_model(kind, name, LAYERS) for name in (IMPLEMENTATION, "eager"))
     language = LanguageModel(model.model, model.lm_head, (2,), 256)
     generator = torch.Generator().manual_seed(3)
-    prompts = [Prompt((1, 7, 4, 9, 11, 12, 6, 5), (2,), (3, 6)), Prompt((1, 4, 8, 13, 6), (1,), (2, 4))]
+    prompts = [
+        Prompt((1, 7, 4, 9, 11, 12, 6, 5), (2,), (3, 6)),
+        Prompt((1, 4, 8, 13, 6), (1,), (2, 4)),
+    ]
     tokens = [torch.randn(n, 48, generator=generator) for n in (14, 14)]
     lives = language.reduce(prompts, tokens, Selection(reducer=reducer))
     stages = {stage.layer: stage.keep for stage in reducer.stages(14, LAYERS)}

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "llava": ("tprl_env.lvlm.families.llava", "LlavaLVLM"),
+    **dict.fromkeys(
+        (
+            *("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
+            *("smolvlm", "idefics3"),
+        ),
+        ("tprl_env.lvlm.families.library", "LibraryLVLM"),
+    ),
 }
 """Module and class by the ``model_type`` of a checkpoint's config.json."""
 

@@ -186,7 +186,7 @@ class Reduction:
         limits = torch.tensor(spans, device=alive.device)
         index = limits[:, :1] + torch.arange(longest, device=alive.device)
         valid = index < limits[:, 1:]
-        runs = torch.tensor([len(prompt.visual_at) for prompt in self._prompts], device=alive.device)
+        runs = torch.tensor([len(p.visual_at) for p in self._prompts], device=alive.device)
         return torch.minimum(index, limits[:, 1:] - 1) + (alive - runs)[:, None], valid
 
     def _look(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> None:

@@ -92,9 +92,10 @@ def layout(
         stands = kept
     else:
         kept, stands = [np.arange(len(places)) for places in merged], list(merged)
+    closed = positions == "contiguous"
     rows = [
-        _Row(*one, positions == "contiguous")
-        for one in zip(prompts, suffixes, counts, kept, stands, range(len(counts)), strict=True)
+        _Row(prompts[r], suffixes[r], counts[r], kept[r], stands[r], r, closed)
+        for r in range(len(prompts))
     ]
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     longest = int(lengths.max())

@@ -105,6 +105,16 @@ def make_tokenizer(
     return made
 
 
+def _id(words: Any, token: str) -> int:
+    found: int = words.convert_tokens_to_ids(token)
+    return found
+
+
+def _config(name: str, **fields: Any) -> Any:
+    """A configuration of the library, whose older field names its own types still list."""
+    return getattr(transformers, name)(**fields)
+
+
 def _clip(sizes: Sizes) -> Any:
     return transformers.CLIPVisionConfig(**sizes.for_tower(projection_dim=16))
 
@@ -124,10 +134,11 @@ def _clip_images(kind: Any, tower: Any, **more: Any) -> Any:
 def _llava(sizes: Sizes, text: Any, tower: Any) -> Parts:
     words = make_tokenizer(_VICUNA, ("<image>",), text.vocab_size, image_token="<image>")
     clip = tower.model_type == "clip_vision_model"
-    config = transformers.LlavaConfig(
+    config = _config(
+        "LlavaConfig",
         vision_config=tower,
         text_config=text,
-        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_id=_id(words, "<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if clip else "full",
         image_seq_length=(tower.image_size // tower.patch_size) ** 2,
@@ -161,10 +172,11 @@ def llava_next(sizes: Sizes) -> Parts:
     words = make_tokenizer(_VICUNA, ("<image>",), TEXT["vocab_size"], image_token="<image>")
     tower = _clip(sizes)
     points = [[tower.image_size * n // TILE for n in pair] for pair in _PINPOINTS]
-    config = transformers.LlavaNextConfig(
+    config = _config(
+        "LlavaNextConfig",
         vision_config=tower,
         text_config=transformers.MistralConfig(**sizes.for_text(sliding_window=None)),
-        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_id=_id(words, "<image>"),
         vision_feature_layer=-2,
         image_grid_pinpoints=points,
     )
@@ -186,11 +198,12 @@ def llava_onevision(sizes: Sizes) -> Parts:
     )
     tower = _siglip(sizes)
     points = [[tower.image_size * n // TILE for n in pair] for pair in _PINPOINTS]
-    config = transformers.LlavaOnevisionConfig(
+    config = _config(
+        "LlavaOnevisionConfig",
         vision_config=tower,
         text_config=transformers.Qwen2Config(**sizes.for_text()),
-        image_token_id=words.convert_tokens_to_ids(extra[0]),
-        video_token_id=words.convert_tokens_to_ids(extra[1]),
+        image_token_id=_id(words, extra[0]),
+        video_token_id=_id(words, extra[1]),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_grid_pinpoints=points,
@@ -204,7 +217,7 @@ def llava_onevision(sizes: Sizes) -> Parts:
 def _qwen(config: Any, model: Any, sizes: Sizes, tower: dict[str, Any], **text: Any) -> Parts:
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     words = make_tokenizer(_CHATML.replace("IMAGE", image), _QWEN, TEXT["vocab_size"])
-    ids = words.convert_tokens_to_ids(list(_QWEN))
+    ids = [_id(words, token) for token in _QWEN]
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     full = sizes.for_text(rope_parameters=_MROPE, **text)
     vision = {
@@ -281,13 +294,14 @@ def internvl(sizes: Sizes) -> Parts:
     fields = sizes.for_tower()
     fields["image_size"] = [fields["image_size"]] * 2
     fields["patch_size"] = [fields["patch_size"]] * 2
-    tower = transformers.InternVLVisionConfig(**fields)
+    tower = _config("InternVLVisionConfig", **fields)
     side = tower.image_size[0]
-    config = transformers.InternVLConfig(
+    config = _config(
+        "InternVLConfig",
         vision_config=tower,
         text_config=transformers.Qwen2Config(**sizes.for_text()),
         image_seq_length=(side // tower.patch_size[0] // 2) ** 2,
-        image_token_id=words.convert_tokens_to_ids(extra[0]),
+        image_token_id=_id(words, extra[0]),
         downsample_ratio=0.5,
     )
     images = transformers.GotOcr2ImageProcessorPil(
@@ -311,11 +325,12 @@ def smolvlm(sizes: Sizes) -> Parts:
     )
     words = make_tokenizer(template, extra, TEXT["vocab_size"])
     tower = sizes.for_tower()
-    config = transformers.SmolVLMConfig(
+    config = _config(
+        "SmolVLMConfig",
         vision_config=tower,
         text_config=transformers.LlamaConfig(**sizes.for_text()).to_dict(),
         scale_factor=2,
-        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_token_id=_id(words, "<image>"),
         pad_token_id=3,
     )
     side = tower["image_size"]
