@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tprl_env.lvlm import load_lvlm
-from tprl_env.lvlm.tiny.families import RANDOM_FAMILIES, save_random
+from tprl_env.lvlm import FAMILIES, load_lvlm
+from tprl_env.lvlm.families.library import LIBRARY_FAMILIES
+from tprl_env.lvlm.tiny.families import RANDOM_FAMILIES, Sizes, save_random
 from tprl_env.reducers import make_reducer
 
 SIZES = ((40, 70), (28, 28), (90, 33))
@@ -279,3 +280,25 @@ def test_question_attention_is_that_of_the_library(case: Case) -> None:
             np.testing.assert_allclose(found[row], wanted.numpy(), atol=1e-5)
     finally:
         text.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("gemma3", "sliding layers count places"),
+        ("qwen3_5", "linear-attention layers"),
+        ("mllama", "cross-attention"),
+        ("qwen2_vll", r"did you mean 'qwen2_vl'\?"),
+    ],
+)
+def test_relatives_are_refused_with_the_reason(kind: str, why: str, tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"model_type '{kind}', which cannot be run.*{why}"):
+        load_lvlm(tmp_path)
+
+
+def test_every_family_is_tested_here(tmp_path: Any) -> None:
+    tested = {RANDOM_FAMILIES[name](Sizes())[0].config.model_type for name in RANDOM_FAMILIES}
+    assert set(FAMILIES) - tested == {"idefics3"}  # SmolVLM's classes under another name
+    assert set(LIBRARY_FAMILIES) | {"llava"} == set(FAMILIES)

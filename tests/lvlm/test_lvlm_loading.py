@@ -21,7 +21,7 @@ from lvlm_fixtures import (
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from tprl_env.lvlm import FAMILIES, load_lvlm
+from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.families.llava import LlavaLVLM
 from tprl_env.lvlm.loading.checkpoint import folder_fingerprint
 from tprl_env.lvlm.protocol import Prompt
@@ -208,7 +208,9 @@ def test_refusals(word_folder, tmp_path):
             load(pickled)
     bert = shutil.copytree(word_folder, tmp_path / "bert")
     (bert / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="model_type 'bert'; known families: llava"):
+    with pytest.raises(
+        ValueError, match="model_type 'bert', which cannot be run; known are .*llava"
+    ):
         load_lvlm(bert)
     with pytest.raises(ValueError, match="model_type 'bert', but LlavaLVLM loads 'llava'"):
         LlavaLVLM.from_pretrained(bert)
@@ -217,7 +219,6 @@ def test_refusals(word_folder, tmp_path):
         load_lvlm(bert)
     with pytest.raises(ValueError, match="dtype must be like 'float32' or 'bfloat16', got 'int8'"):
         load_lvlm(word_folder, device="cpu", dtype="int8")
-    assert set(FAMILIES) == {"llava"}
 
 
 SMALL_VOCABULARY = {"text_config": {"model_type": "llama", "vocab_size": 20, "hidden_size": 64}}
