@@ -17,16 +17,18 @@ import numpy.typing as npt
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tprl_env.lvlm.flops import LanguageSizes, language_flops
+from tprl_env.lvlm.flops import LANGUAGE_MODELS, LanguageSizes, language_flops
 
 
-def mean_flops(config: Any, lengths: npt.NDArray[np.int64]) -> float:
-    """Of the decoder layers, mean over questions.
+def mean_flops(config: Any, lengths: npt.NDArray[np.int64]) -> float | None:
+    """Of the decoder layers, mean over questions; ``None`` where there is no closed form for them.
 
     Args:
         config: The text model's configuration.
         lengths: (B, L) places that enter each layer.
     """
+    if config.model_type not in LANGUAGE_MODELS:
+        return None
     sizes = LanguageSizes.from_config(config)
     rows, counts = np.unique(lengths, axis=0, return_counts=True)
     found = [language_flops(sizes, row) for row in rows.tolist()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.evaluation.report import save_figure
+from tprl_env.evaluation.plots import save_figure
 from tprl_env.evaluation.trajectories import choose_examples
 from tprl_env.files import write_text
 
@@ -55,7 +55,7 @@ def table(content: Mapping[str, Any]) -> str:
         f"{content['questions']} questions, {content['visual_tokens']} visual tokens, "
         f"{content['num_layers']} decoder layers; with all tokens {full['accuracy']:.3f} "
         f"({full['ci95'][0]:.3f}, {full['ci95'][1]:.3f}), {full['ms_llm']:.2f} ms and "
-        f"{full['flops_llm'] / 1e6:.1f} MFLOPs per question; the vision tower's "
+        f"{_mega(full['flops_llm'])} MFLOPs per question; the vision tower's "
         f"{full['flops_tower'] / 1e6:.1f} are in no row but those of ToMe and FlowCut, which run "
         "it in another form.",
         "",
@@ -74,14 +74,23 @@ def _line(row: Mapping[str, Any]) -> str:
     low, high = row["ci95"]
     paired = row.get("minus_policy")
     difference = "" if paired is None else f"{paired[0]:+.3f} ({paired[1]:+.3f}, {paired[2]:+.3f})"
-    flops = (row["flops_llm"] + row["flops_reducer"]) / 1e6
     name = row["name"].removesuffix(_KEPT)
     return (
         f"| {row['budget']} | {name}{marks(row)} | {row['positions']} | "
         f"{row['average_tokens']:.2f} | {row['entering_tokens']:.1f} | {row['accuracy']:.3f} "
         f"({low:.3f}, {high:.3f}) | {difference} | {row['ms_reducer']:.2f} | {row['ms_llm']:.2f} "
-        f"| {flops:.1f} |"
+        f"| {_mega(total_flops(row))} |"
     )
+
+
+def total_flops(row: Mapping[str, Any]) -> float | None:
+    """Of LLM and reducer; ``None`` where the LLM's are not known."""
+    known = row["flops_llm"] is not None
+    return float(row["flops_llm"] + row["flops_reducer"]) if known else None
+
+
+def _mega(flops: float | None) -> str:
+    return "-" if flops is None else f"{flops / 1e6:.1f}"
 
 
 def refusals(rows: Rows) -> list[str]:
@@ -170,7 +179,7 @@ def _lines(axes: Axes, content: Mapping[str, Any], what: str, panel: int) -> Non
     ink = colors(content["rows"])
     ticks: set[float] = set()
     for name, group in by_name(content["rows"]).items():
-        rows = [row for row in group if row["feasible"]]
+        rows = [row for row in group if row["feasible"] and _x(row, what) > 0]
         if not rows or panel not in panel_of(rows[0]):
             continue
         x = [_x(row, what) for row in rows]
@@ -200,7 +209,7 @@ def _lines(axes: Axes, content: Mapping[str, Any], what: str, panel: int) -> Non
 def _x(row: Mapping[str, Any], what: str) -> float:
     if what == "tokens":
         return float(row["average_tokens"])
-    return float(row["flops_llm"] + row["flops_reducer"]) / 1e6
+    return (total_flops(row) or 0.0) / 1e6
 
 
 def draw_examples(measured: Sequence[Measured], bench: Bench, path: Path) -> Path:

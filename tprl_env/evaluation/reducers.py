@@ -102,9 +102,10 @@ class Bench:
         texts = [len(store.prompt_ids(int(sample))) - 1 for sample in samples]
         self._texts: IntArray = np.array(texts, np.int64)
 
-    def flops(self, visual: IntArray, part: slice = slice(None)) -> float:
-        """Mean of the LLM's operations per question for visual lengths (B, L)."""
-        return mean_flops(self.lvlm.text_config, visual + self._texts[part, None])
+    def flops(self, visual: IntArray, part: slice = slice(None)) -> int | None:
+        """Mean of the LLM's operations per question for visual lengths (B, L), where known."""
+        found = mean_flops(self.lvlm.text_config, visual + self._texts[part, None])
+        return None if found is None else round(found)
 
     def full_row(self) -> dict[str, Any]:
         """The LLM with all tokens."""
@@ -119,7 +120,7 @@ class Bench:
             "by_type": self._by_type(self.full),
             "average_tokens": round(float(visual.mean()), 3),
             "ms_llm": round(1000 * seconds / len(self.samples), 3),
-            "flops_llm": round(self.flops(visual)),
+            "flops_llm": self.flops(visual),
             "flops_tower": self._tower_flops(),
         }
 
@@ -265,7 +266,7 @@ class Bench:
             "entering_tokens": round(float(visual[:, 0].mean()), 3),
             "ms_reducer": round(1000 * sum(p.reducer_seconds for p in parts) / count, 3),
             "ms_llm": round(1000 * sum(p.llm_seconds for p in parts) / count, 3),
-            "flops_llm": round(self.flops(visual)),
+            "flops_llm": self.flops(visual),
             "flops_reducer": round(self._reducer_flops(contender, reducer, row["budget"])),
         }
         return Measured(row, scores, np.concatenate([part.lives for part in parts]))
