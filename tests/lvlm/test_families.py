@@ -15,7 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.sample import Sample
 from tprl_env.lvlm import FAMILIES, load_lvlm
+from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.lvlm.families.library import LIBRARY_FAMILIES
 from tprl_env.lvlm.tiny.families import RANDOM_FAMILIES, Sizes, save_random
 from tprl_env.reducers import make_reducer
@@ -261,6 +264,52 @@ def test_reducers_inside_equal_the_replay_of_what_they_dropped(case: Case, name:
         log_likelihoods(case, lives=lives, positions=positions),
         atol=TOLERANCE,
     )
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "pact", "question_rows"])
+def test_a_budget_is_about_tokens_that_show_the_picture(case: Case, name: str) -> None:
+    reducer: Any = make_reducer(name)
+    droppable = [
+        prompt.droppable(len(tokens))
+        for prompt, tokens in zip(case.prompts, case.tokens, strict=True)
+    ]
+    tiles = case.name in ("llava_next", "llava_onevision")
+    assert all(one.all() for one in droppable) is not tiles, "only these have newlines"
+    average = 0.6 * min(int(one.sum()) for one in droppable)
+    how = {"average": average}
+    lives = case.lvlm.reduce(case.prompts, case.tokens, reducer, **how)
+    depth = case.lvlm.num_layers
+    for row, shown in zip(lives, droppable, strict=True):
+        assert (row[~shown] == depth).all()
+        assert row[shown].min() < depth
+        assert abs(row[shown].sum() / depth - average) < 1
+    if not reducer.merges:
+        positions = reducer.positions
+        np.testing.assert_allclose(
+            log_likelihoods(case, reducer=reducer, **how),
+            log_likelihoods(case, lives=lives, positions=positions),
+            atol=TOLERANCE,
+        )
+
+
+def test_saliency_is_zero_where_nothing_of_the_picture_is_shown(case: Case) -> None:
+    rule: Any = make_reducer("question_rows")
+    found = case.lvlm.saliency(case.prompts, case.tokens, rule)
+    for values, prompt, tokens in zip(found, case.prompts, case.tokens, strict=True):
+        assert values.shape == (len(tokens),)
+        assert ((values > 0) == prompt.droppable(len(tokens))).all()
+
+
+def test_prompts_without_their_pictures_are_refused(case: Case, tmp_path: Any) -> None:
+    if not case.lvlm.placed:
+        assert case.lvlm.prompt("yes or no").visual_at
+        return
+    with pytest.raises(ValueError, match=r"depend on their pictures.*prompt\(question, visuals\)"):
+        case.lvlm.prompt("yes or no")
+    sample = Sample("s", case.pictures[0], "yes or no", ("yes",), "i")
+    with pytest.raises(StoreError, match="cannot be encoded"):
+        encode_dataset(case.lvlm, [sample], tmp_path / "store", progress=False)
+    assert not (tmp_path / "store").exists()
 
 
 def test_question_attention_is_that_of_the_library(case: Case) -> None:

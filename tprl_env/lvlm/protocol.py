@@ -171,6 +171,10 @@ class Prompt:
                 f"visual tokens; it needs one per run"
             )
 
+    def droppable(self, count: int) -> npt.NDArray[np.bool_]:
+        """Bool (count,): which of its visual tokens a budget is about; see ``Placement``."""
+        return np.ones(count, bool) if self.placement is None else self.placement.droppable
+
     @property
     def behind_images(self) -> int:
         """First index behind the last placeholder; 0 in a prompt without pictures."""
@@ -188,7 +192,9 @@ class LVLMScores:
         padded_tokens: Padding places among them.
         lives: With a reducer, per row uint8 (n,): the number of decoder layers that each visual
             token entered, 0 = dropped before the language model. Its sum over the number of layers
-            is the row's average of visual tokens per layer.
+            is the row's average of visual tokens per layer. Tokens that show no place of the
+            picture (see :attr:`Placement.droppable`) enter all layers and are no part of a
+            reducer's budget.
     """
 
     exact: npt.NDArray[np.float32]
@@ -309,7 +315,10 @@ class LVLM(Protocol):
     def saliency(
         self, prompts: Sequence[Prompt], tokens: Sequence[Any], rule: RankingLayerPruner
     ) -> list[npt.NDArray[np.float32]]:
-        """Per row the values (n,) of a rule at its first cut, all tokens present before it."""
+        """Per row the values (n,) of a rule at its first cut, all tokens present before it.
+
+        Tokens that show no place of the picture, which no budget is about, have zero.
+        """
         ...
 
     def question_attention(

@@ -79,7 +79,7 @@ class LayerView:
         average: The average that was asked for; ``None`` for the authors' own schedule.
         alive: bool (B, M), False at padding.
         places: int64 (B, M), the place in the full image of each token, in sequence order.
-        full: int64 (B,), visual tokens of the full image.
+        full: int64 (B,), visual tokens of the full image, those that always stay left out.
         rows: float32 (B, H, R, M), softmax over ALL places that the row's query sees, columns of
             the visual tokens; zero at padding.
         row_valid: bool (B, R).

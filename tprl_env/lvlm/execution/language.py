@@ -178,8 +178,10 @@ class LanguageModel:
         """See ``LVLM.saliency``."""
         recorder = _Recorder(rule)
         self.reduce(prompts, tokens, Selection(reducer=recorder))
-        found = recorder.values
-        return [] if found is None else [found[b, : len(t)] for b, t in enumerate(tokens)]
+        rows = [np.zeros(len(one), np.float32) for one in tokens]
+        for row, places, values in zip(rows, recorder.places, recorder.values, strict=True):
+            row[places] = values
+        return rows
 
     def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
         """The answer with the first of its possible end tokens: any of them means the same."""
@@ -218,13 +220,13 @@ class LanguageModel:
         """What happens between layers; ``None`` where nothing does."""
         contiguous = selection.positions == "contiguous"
         if selection.reducer is not None:
-            counts = [len(one) for one in visual]
+            droppable = [p.droppable(len(one)) for p, one in zip(prompts, visual, strict=True)]
             return Reduction(
                 self.text,
                 selection.reducer,
                 selection.average,
                 prompts,
-                counts,
+                droppable,
                 owner,
                 contiguous,
             )
@@ -293,7 +295,8 @@ class _Recorder(LayerPruner):
 
     def __init__(self, rule: RankingLayerPruner) -> None:
         self._rule = rule
-        self.values: npt.NDArray[np.float32] | None = None
+        self.places: list[npt.NDArray[np.int64]] = []
+        self.values: list[npt.NDArray[np.float32]] = []
 
     def stages(
         self, num_tokens: int, num_layers: int, average: float | None = None
@@ -305,7 +308,11 @@ class _Recorder(LayerPruner):
         return self._rule.wants(stage)
 
     def select(self, view: LayerView) -> Choice:
-        self.values = self._rule.saliency(view).float().cpu().numpy()
+        alive = view.alive.cpu().numpy()
+        saliency = self._rule.saliency(view).float().cpu().numpy()
+        self.values = [row[mask] for row, mask in zip(saliency, alive, strict=True)]
+        places = view.places.cpu().numpy()
+        self.places = [row[mask] for row, mask in zip(places, alive, strict=True)]
         return Choice(view.alive)
 
 

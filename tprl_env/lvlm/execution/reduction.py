@@ -77,7 +77,7 @@ class Reduction:
         reducer: LayerPruner,
         average: float | None,
         prompts: Sequence[Prompt],
-        counts: Sequence[int],
+        droppable: Sequence[npt.NDArray[np.bool_]],
         owner: Sequence[int],
         contiguous: bool,
     ) -> None:
@@ -88,7 +88,8 @@ class Reduction:
             reducer: The method.
             average: Wanted average of visual tokens per layer, see ``LayerPruner.stages``.
             prompts: B prompts.
-            counts: B numbers of visual tokens.
+            droppable: Per sample bool (n,), the visual tokens that the budget is about; the
+                others stay, and count as text.
             owner: (R,) sample of each sequence, ascending.
             contiguous: Close up positions after every stage.
 
@@ -99,6 +100,7 @@ class Reduction:
         self._prompts, self._average = prompts, average
         device = text.norm.weight.device
         depth = len(text.layers)
+        counts, self._sizes = [int(one.sum()) for one in droppable], [len(d) for d in droppable]
         plans = {n: reducer.stages(n, depth, average) for n in set(counts)}
         self.layers = _common_layers(plans, reducer.label)
         kept = [[stage.keep for stage in plans[n]] for n in counts]
@@ -108,7 +110,16 @@ class Reduction:
         alone = len(owner) == len(counts)
         self._first = None if alone else torch.tensor(starts, device=device)
         self._owner = None if alone else torch.tensor(owner, device=device)
-        most = max(counts)
+        fixed = np.subtract(self._sizes, counts)
+        runs = [len(prompt.visual_at) for prompt in prompts]
+        self._shift = torch.from_numpy(fixed - runs).to(device)
+        most = max(self._sizes)
+        self._fixed: Tensor | None = None
+        if fixed.any():
+            table = np.zeros((len(counts), most), np.bool_)
+            for row, one in zip(table, droppable, strict=True):
+                row[: len(one)] = ~one
+            self._fixed = torch.from_numpy(table[list(owner)]).to(device)
         self._lives = torch.full((len(counts), most + 1), depth, dtype=torch.uint8, device=device)
         self._memory: dict[str, Tensor] = {}
         self._probe: _RowProbe | None = None
@@ -119,7 +130,7 @@ class Reduction:
     def lives(self) -> list[npt.NDArray[np.uint8]]:
         """Per sample (n,) uint8."""
         found = self._lives.cpu().numpy()
-        return [found[b, :n].copy() for b, n in enumerate(self._full.tolist())]
+        return [found[b, :n].copy() for b, n in enumerate(self._sizes)]
 
     def _check(self, wants: Wants, layer: int) -> None:
         name = self._reducer.label
@@ -134,8 +145,16 @@ class Reduction:
         if any(p.behind_images >= len(p.ids) for p in self._prompts):
             raise ValueError(f"{name} needs text behind the image, which a prompt here lacks")
 
+    def _offered(self, stream: Stream) -> Stream:
+        """The stream with the tokens that always stay as text."""
+        if self._fixed is None:
+            return stream
+        stays = self._fixed.gather(1, stream.image.clamp(min=0))
+        return replace(stream, image=stream.image.masked_fill(stays, -1))
+
     def probe(self, stream: Stream, layer: int) -> Probe | None:
         """A probe on the layer below, where the rule wants its rows."""
+        stream = self._offered(stream)
         wants = self._reducer.wants(self.layers.index(layer))
         self._probe = None
         if wants.rows and wants.source == "previous":
@@ -147,6 +166,7 @@ class Reduction:
 
     def cut(self, stream: Stream, layer: int) -> Stream:
         """Show the layer to the rule and drop what it does not keep."""
+        stream = self._offered(stream)
         stage = self.layers.index(layer)
         image = self._of_samples(stream.image)
         visual = image >= 0
@@ -186,8 +206,7 @@ class Reduction:
         limits = torch.tensor(spans, device=alive.device)
         index = limits[:, :1] + torch.arange(longest, device=alive.device)
         valid = index < limits[:, 1:]
-        runs = torch.tensor([len(p.visual_at) for p in self._prompts], device=alive.device)
-        return torch.minimum(index, limits[:, 1:] - 1) + (alive - runs)[:, None], valid
+        return torch.minimum(index, limits[:, 1:] - 1) + (alive + self._shift)[:, None], valid
 
     def _look(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> None:
         """Fill in what the rule wants."""

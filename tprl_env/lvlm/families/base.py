@@ -31,6 +31,7 @@ class VisionPart(Protocol):
 
     backend: str
     width: int
+    placed: bool
 
     def encode(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
         """Encode (H, W, 3) uint8 RGB pictures."""
@@ -59,6 +60,8 @@ class FrozenLVLM:
         query_width: D, width of the language model's input embeddings.
         tower_width: Dv of the features before the projector.
         image_token_id: The placeholder's id.
+        placed: Whether prompts need their pictures, because tokens stand otherwise than in one run
+            at consecutive positions, or with text between them.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class FrozenLVLM:
         self._eos_ids = end_ids(model, processor.tokenizer)
         self._prompter = Prompter(processor, self.image_token_id, self._eos_ids[0])
         self._vision = vision
-        self.image_backend = vision.backend
+        self.image_backend, self.placed = vision.backend, vision.placed
         words = config.get_text_config()
         self.max_positions = int(words.max_position_embeddings)
         self._language = LanguageModel(
@@ -143,7 +146,17 @@ class FrozenLVLM:
         return self._vision.signals(image)
 
     def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
-        """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""
+        """Tokenise ``question`` about pictures.
+
+        Raises:
+            ValueError: As :meth:`Prompter.prompt`, or pictures are not given where the family's
+                text and positions depend on them.
+        """
+        if visuals is None and self.placed:
+            raise ValueError(
+                f"{self.name} is a {self._model.config.model_type!r}, whose prompts depend on "
+                f"their pictures; pass them as encode_images gave them: prompt(question, visuals)"
+            )
         return self._prompter.prompt(question, visuals)
 
     def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:

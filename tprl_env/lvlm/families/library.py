@@ -116,7 +116,10 @@ class LibraryVision:
     Attributes:
         backend: "pil" or "torchvision", which differ by a grey level here and there.
         width: 0: the library hands out projected tokens only.
+        placed: Prompts need their pictures.
     """
+
+    placed = True
 
     def __init__(self, model: Any, parts: Any, family: Family) -> None:
         """Use a model, its image processor and its family's row of the table."""
