@@ -196,7 +196,7 @@ def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] =
         raise ValueError(
             f"row {owner[row] if len(owner) else row}: prompt, visual tokens and answer need "
             f"{needed[row]} places, the language model has {limit} (max_position_embeddings); "
-            f"ask a shorter question, or allow a shorter answer"
+            f"ask a shorter question, about fewer or smaller pictures, or allow a shorter answer"
         )
 
 
