@@ -15,10 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tprl_env.data.features.manifest import StoreError
-from tprl_env.data.sample import Sample
 from tprl_env.lvlm import FAMILIES, load_lvlm
-from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.lvlm.families.library import LIBRARY_FAMILIES
 from tprl_env.lvlm.tiny.families import RANDOM_FAMILIES, Sizes, save_random
 from tprl_env.reducers import make_reducer
@@ -300,16 +297,25 @@ def test_saliency_is_zero_where_nothing_of_the_picture_is_shown(case: Case) -> N
         assert ((values > 0) == prompt.droppable(len(tokens))).all()
 
 
-def test_prompts_without_their_pictures_are_refused(case: Case, tmp_path: Any) -> None:
-    if not case.lvlm.placed:
-        assert case.lvlm.prompt("yes or no").visual_at
-        return
-    with pytest.raises(ValueError, match=r"depend on their pictures.*prompt\(question, visuals\)"):
-        case.lvlm.prompt("yes or no")
-    sample = Sample("s", case.pictures[0], "yes or no", ("yes",), "i")
-    with pytest.raises(StoreError, match="cannot be encoded"):
-        encode_dataset(case.lvlm, [sample], tmp_path / "store", progress=False)
-    assert not (tmp_path / "store").exists()
+def test_prompts_made_without_their_pictures_are_refused(case: Case) -> None:
+    tokens = [case.visuals[0].tokens]
+    bare = [case.lvlm.prompt("yes or no")]
+    runs = {
+        "score": lambda: case.lvlm.score(bare, [[ANSWERS[0]]], tokens),
+        "generate": lambda: case.lvlm.generate(bare, tokens, max_new_tokens=2),
+        "reduce": lambda: case.lvlm.reduce(bare, tokens, make_reducer("fastv")),
+        "question_attention": lambda: case.lvlm.question_attention(bare, tokens),
+    }
+    for run in runs.values():
+        if case.lvlm.placed:
+            with pytest.raises(ValueError, match="row 0: the prompt was made without its pictures"):
+                run()
+        else:
+            run()
+    assert case.lvlm.placed is not case.name.startswith("llava") or case.name in (
+        "llava_next",
+        "llava_onevision",
+    )
 
 
 def test_question_attention_is_that_of_the_library(case: Case) -> None:

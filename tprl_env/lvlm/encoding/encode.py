@@ -75,12 +75,10 @@ def write_unit(
         skip_bad: Leave out samples that the LVLM cannot be asked; the entry lists them.
 
     Raises:
-        StoreError: A value is not finite or has the wrong shape, and the sample is named; or the
-            store cannot hold this LVLM's prompts.
+        StoreError: A value is not finite or has the wrong shape; the sample is named.
         BadSampleError: The LVLM cannot be asked a sample and ``skip_bad`` is off.
         OSError: The disk is full.
     """
-    check_storable(lvlm)
     image_file, sample_file = (folder / name for name in unit_names(unit.number))
     skipped: list[Skipped] = []
     texts: dict[int, Texts] = {}
@@ -196,20 +194,6 @@ def lvlm_identity(lvlm: LVLM) -> dict[str, Any]:
         "dtype": str(lvlm.dtype).removeprefix("torch."),
         "image_backend": lvlm.image_backend,
     }
-
-
-def check_storable(lvlm: LVLM) -> None:
-    """Refuse LVLMs whose prompts a store cannot hold, before anything is computed.
-
-    Raises:
-        StoreError: Its tokens stand in several runs, on several rotary axes or between texts.
-    """
-    if getattr(lvlm, "placed", False):
-        raise StoreError(
-            f"{lvlm.name} cannot be encoded: stores hold prompts whose picture is one run of "
-            f"tokens at consecutive positions, as in checkpoints of model_type 'llava'. Take such "
-            f"a checkpoint, or call encode_images, prompt and score yourself"
-        )
 
 
 def check_sizes(batch_size: int, shard_images: int) -> None:

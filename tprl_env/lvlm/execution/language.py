@@ -61,6 +61,7 @@ class LanguageModel:
         max_positions: Places of its context.
         num_layers: Decoder layers L.
         levels: DeepStack levels: visual tokens bring as many additions to later states.
+        placed: Prompts must say where their visual tokens stand.
     """
 
     def __init__(
@@ -70,12 +71,13 @@ class LanguageModel:
         eos_ids: Sequence[int],
         max_positions: int,
         levels: int = 0,
+        placed: bool = False,
     ) -> None:
         """Take a frozen model; attention goes through the probe's wrapper from here on."""
         text.set_attn_implementation(IMPLEMENTATION)
         self.text, self._output = text, head
         self.eos_ids = tuple(eos_ids)
-        self.max_positions, self.levels = max_positions, levels
+        self.max_positions, self.levels, self.placed = max_positions, levels, placed
         self.num_layers = len(text.layers)
 
     @cached_property
@@ -105,7 +107,7 @@ class LanguageModel:
         selection: Selection,
     ) -> LVLMScores:
         """See ``LVLM.score``."""
-        _check(prompts, tokens, selection, self.num_layers, answers)
+        self._check(prompts, tokens, selection, answers)
         if not prompts:
             return LVLMScores(np.zeros(0, np.float32), np.zeros(0, np.float32))
         distinct = [list(dict.fromkeys(self._one_end(a) for a in row)) for row in answers]
@@ -132,7 +134,7 @@ class LanguageModel:
         selection: Selection,
     ) -> list[list[int]]:
         """Greedy answers as ids without the end token; see ``LVLM.generate``."""
-        _check(prompts, tokens, selection, self.num_layers)
+        self._check(prompts, tokens, selection)
         if not prompts:
             return []
         visual = self.visual(tokens)
@@ -159,7 +161,7 @@ class LanguageModel:
         self, prompts: Sequence[Prompt], tokens: Sequence[Any], selection: Selection
     ) -> list[npt.NDArray[np.uint8]]:
         """See ``LVLM.reduce``."""
-        _check(prompts, tokens, selection, self.num_layers)
+        self._check(prompts, tokens, selection)
         if not prompts:
             return []
         visual = self.visual(tokens)
@@ -182,6 +184,23 @@ class LanguageModel:
         for row, places, values in zip(rows, recorder.places, recorder.values, strict=True):
             row[places] = values
         return rows
+
+    def _check(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Any],
+        selection: Selection,
+        answers: Any = None,
+    ) -> None:
+        """Refuse arguments that do not fit together."""
+        check_rows(prompts, tokens, selection.keep, answers, self.placed)
+        for name in ("lives", "places", "sizes"):
+            value = getattr(selection, name)
+            if value is not None and len(value) != len(prompts):
+                raise ValueError(
+                    f"{name} has {len(value)} rows, expected {len(prompts)} as prompts"
+                )
+        selection.check([len(one) for one in tokens], self.num_layers)
 
     def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
         """The answer with the first of its possible end tokens: any of them means the same."""
@@ -314,19 +333,3 @@ class _Recorder(LayerPruner):
         places = view.places.cpu().numpy()
         self.places = [row[mask] for row, mask in zip(places, alive, strict=True)]
         return Choice(view.alive)
-
-
-def _check(
-    prompts: Sequence[Prompt],
-    tokens: Sequence[Any],
-    selection: Selection,
-    num_layers: int,
-    answers: Any = None,
-) -> None:
-    """Refuse arguments that do not fit together."""
-    check_rows(prompts, tokens, selection.keep, answers=answers)
-    for name in ("lives", "places", "sizes"):
-        value = getattr(selection, name)
-        if value is not None and len(value) != len(prompts):
-            raise ValueError(f"{name} has {len(value)} rows, expected {len(prompts)} as prompts")
-    selection.check([len(one) for one in tokens], num_layers)

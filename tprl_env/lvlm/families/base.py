@@ -60,8 +60,8 @@ class FrozenLVLM:
         query_width: D, width of the language model's input embeddings.
         tower_width: Dv of the features before the projector.
         image_token_id: The placeholder's id.
-        placed: Whether prompts need their pictures, because tokens stand otherwise than in one run
-            at consecutive positions, or with text between them.
+        placed: Whether prompts need their pictures before they can be run, because tokens stand
+            otherwise than in one run at consecutive positions, or with text between them.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class FrozenLVLM:
         words = config.get_text_config()
         self.max_positions = int(words.max_position_embeddings)
         self._language = LanguageModel(
-            text, model.lm_head, self._eos_ids, self.max_positions, levels
+            text, model.lm_head, self._eos_ids, self.max_positions, levels, self.placed
         )
         self.num_layers = self._language.num_layers
         self.query_width = int(words.hidden_size)
@@ -146,17 +146,7 @@ class FrozenLVLM:
         return self._vision.signals(image)
 
     def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
-        """Tokenise ``question`` about pictures.
-
-        Raises:
-            ValueError: As :meth:`Prompter.prompt`, or pictures are not given where the family's
-                text and positions depend on them.
-        """
-        if visuals is None and self.placed:
-            raise ValueError(
-                f"{self.name} is a {self._model.config.model_type!r}, whose prompts depend on "
-                f"their pictures; pass them as encode_images gave them: prompt(question, visuals)"
-            )
+        """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""
         return self._prompter.prompt(question, visuals)
 
     def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
