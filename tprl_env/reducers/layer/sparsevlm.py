@@ -92,7 +92,7 @@ class SparseVLM(LayerPruner):
         self, num_tokens: int, num_layers: int, average: float | None = None
     ) -> tuple[Stage, ...]:
         """A first stage before layer 0, where raters are found and nothing leaves, and the cuts."""
-        layers = at_depth(self.layers, self.depth, num_layers, first=1)
+        layers = tuple(at_depth(self.layers, self.depth, num_layers, first=1))
         if average is None:
             counts = [round(num_tokens * count / FULL) for count in LISTS[self.version][192]]
             cuts = merged_stages(layers, counts)
