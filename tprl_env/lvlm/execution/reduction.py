@@ -246,12 +246,10 @@ class Reduction:
         attention = layer.self_attn
         hidden = stream.hidden
         cos, sin = self._text.rotary_emb(hidden, position_ids=stream.positions)
-        asked = layer.input_layernorm(rows_at(hidden, places))
-        queries = project(attention.q_proj, attention, asked)
-        queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
         shared = stream.shared
         if shared is None:
             normed = layer.input_layernorm(hidden)
+            asked = rows_at(normed, places)
             keys = turned(project(attention.k_proj, attention, normed), cos, sin)
         else:
             begin, first = shared.length, shared.leaders
@@ -259,9 +257,13 @@ class Reduction:
             whole, sines = cos[first, :begin], sin[first, :begin]
             prefix = layer.input_layernorm(hidden[first, :begin])
             before = turned(project(attention.k_proj, attention, prefix), whole, sines)
-            rest = project(attention.k_proj, attention, layer.input_layernorm(hidden[:, begin:]))
+            normed = layer.input_layernorm(hidden[:, begin:])
+            asked = rows_at(normed, places - begin)  # text behind the image, behind the prefix too
+            rest = project(attention.k_proj, attention, normed)
             rest = turned(rest, cos[:, begin:], sin[:, begin:])
             keys = shared.spread(before, rest, 2)
+        queries = project(attention.q_proj, attention, asked)
+        queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
         return attention_rows(queries, keys, places, attention.scaling)
 
     def _vectors(self, view: LayerView, stream: Stream, columns: Tensor) -> None:

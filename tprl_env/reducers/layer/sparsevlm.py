@@ -39,8 +39,8 @@ class SparseVLM(LayerPruner):
       the place of its cluster's centre. v1.5 computes the raters' rows beside a fused attention,
       as everything does here, and has a list for 96 tokens.
     * v2 (SparseVLM+) keeps positions, merges nothing and takes only the heads whose text looks most
-      at the image, 14 of 32. Our reading leaves out its "gravity correction" of the rotary bias,
-      which needs logits before the softmax.
+      at the image, 14 of 32. Our reading leaves out its "gravity correction", which divides
+      the logits by a bias of the rotary distance: a rule here is shown rows behind the softmax.
 
     Between and beyond the authors' lists the shares of the tokens are interpolated. Their names do
     not count as this package does: the list called 192 has an average of (2 * 576 + 4 * 300
