@@ -53,6 +53,29 @@ def test_scorer_equals_the_lvlm_row_by_row(word_lvlm):
     np.testing.assert_array_equal(everything, full)
 
 
+def test_lives_where_a_scorer_is_asked(word_lvlm):
+    """Of 0 and L they are the mask to the bit; others are what `score_inside` gives."""
+    store, depth = memory_store(word_lvlm), word_lvlm.num_layers
+    rng = np.random.default_rng(1)
+    samples = rng.integers(0, len(store), 40)
+    keep = rng.random((40, NUM_TOKENS)) < 0.5
+    plain = LVLMScorer(word_lvlm, store, "likelihood")
+    scorer = LVLMScorer(word_lvlm, store, "likelihood")
+    lives = keep.astype(np.uint8) * depth
+    np.testing.assert_array_equal(scorer(samples, lives), plain(samples, keep))
+    assert scorer.stats.padded_tokens == plain.stats.padded_tokens
+    lives[::2] = rng.integers(0, depth + 1, lives[::2].shape)
+    mixed = scorer(samples, lives)
+    inside = plain.score_inside(samples[::2], lives=lives[::2]).likelihood
+    np.testing.assert_array_equal(mixed[::2], inside)
+    np.testing.assert_allclose(mixed[1::2], plain(samples[1::2], keep[1::2]), rtol=1e-4)
+    assert (mixed[::2] != plain(samples, keep)[::2]).any()
+    cached = CachedScorer(scorer, store, "likelihood")
+    partial = lives.copy()
+    partial[partial.all(1), 0] = 1  # all tokens are answered from the store
+    np.testing.assert_array_equal(cached(samples, partial), scorer(samples, partial))
+
+
 def test_buckets_pad_less(word_lvlm):
     store = memory_store(word_lvlm)
     rng = np.random.default_rng(1)

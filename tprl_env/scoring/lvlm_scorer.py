@@ -29,6 +29,7 @@ from tprl_env.env.scorer import (
     ScorerStats,
     check_request,
     check_scores,
+    split_lives,
 )
 from tprl_env.lvlm.protocol import LVLM, Inside, Positions, Prompt
 from tprl_env.reducers.layer_pruner import LayerPruner
@@ -117,14 +118,35 @@ class LVLMScorer:
         self._lock = threading.Lock()
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
-        """Score a request with ``score_kind``; see :class:`~tprl_env.scoring.cache.Scorer`.
+        """Score a request with ``score_kind``; see :class:`~tprl_env.env.scorer.Scorer`.
+
+        Of a request of lives, rows that say no more than a mask are scored as masks.
 
         Raises:
             ValueError: The request is malformed.
             ScoringError: The LVLM failed; the message names the samples.
         """
-        exact, likelihood = self.score_both(samples, keep)
-        return exact if self.score_kind == "exact" else likelihood
+        entered, lives = split_lives(keep, self.num_layers)
+        if lives is None:
+            exact, likelihood = self.score_both(samples, entered)
+            return exact if self.score_kind == "exact" else likelihood
+        numbers, masks, exists = check_request(samples, entered, self.store)
+        lives = lives * exists.astype(np.uint8)
+        inside = ((lives > 0) & (lives != self.num_layers)).any(1)
+        found = np.zeros(len(numbers), np.float32)
+        if not inside.all():
+            found[~inside] = self(numbers[~inside], masks[~inside])
+        if inside.any():
+            scores = self.score_inside(
+                numbers[inside], lives=lives[inside], positions=self._positions
+            )
+            found[inside] = scores.exact if self.score_kind == "exact" else scores.likelihood
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, the largest value of lives."""
+        return self.lvlm.num_layers
 
     def score_both(
         self, samples: IntArray, keep: BoolArray | None = None

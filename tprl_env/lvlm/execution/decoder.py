@@ -98,9 +98,11 @@ def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rows_at(values: Tensor, places: Tensor) -> Tensor:
-    """Gather (R, A, width) from (R or 1, L, width)."""
-    values = values.expand(places.shape[0], -1, -1)
-    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+    """Gather (R, A, width) from (R or 1, L, width); whole rows, faster than a gather by entry."""
+    rows, width = values.shape[0], values.shape[-1]
+    first = torch.arange(rows, device=values.device)[:, None] * values.shape[1]
+    flat = (places + first).flatten()
+    return values.reshape(-1, width).index_select(0, flat).view(*places.shape, width)
 
 
 def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,16 @@ class Stream:
             tuple(_gather(one, order) for one in self.deep),
         )
 
+    def only(self, sequences: Tensor) -> Stream:
+        """Some of the sequences, as they are; without what they share."""
+        return Stream(
+            self.hidden[sequences],
+            self.positions.index_select(-2, sequences),
+            self.lengths[sequences],
+            self.image[sequences],
+            tuple(one[sequences] for one in self.deep),
+        )
+
     def repacked(self) -> Stream:
         """The same with positions closed up, from zero."""
         places = torch.arange(self.image.shape[1], device=self.image.device)
