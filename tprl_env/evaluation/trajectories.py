@@ -221,7 +221,10 @@ def _answers(
     """What the LVLM says with each mask."""
     import torch
 
-    tokens = torch.from_numpy(np.array(store.tokens(sample)))
-    prompt = lvlm.prompt(store.question(sample))
-    keep = [mask[: len(tokens)] for mask in masks]
+    from tprl_env.lvlm.stored import stored_prompt, with_fixed
+
+    tokens = torch.from_numpy(np.array(store.visual(sample).tokens))
+    prompt = stored_prompt(store, sample)
+    count = len(store.tokens(sample))
+    keep = [with_fixed(store, sample, mask[:count], True) for mask in masks]
     return lvlm.generate([prompt] * len(masks), [tokens] * len(masks), keep)

@@ -105,7 +105,7 @@ class TokenSource(Protocol):
         ...
 
     def grid(self, sample: int) -> tuple[int, int]:
-        """Return rows and columns of the token grid."""
+        """Return rows and columns of the token grid; ``(1, n)`` where it is not one grid."""
         ...
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
