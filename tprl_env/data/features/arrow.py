@@ -79,7 +79,7 @@ class ArrowRows:
         """As :meth:`lengths`, 0 in files that were written without that column."""
         parts = [
             np.diff(self._list(name, i)[1])
-            if name in batch.schema.names
+            if batch.schema.get_field_index(name) >= 0
             else np.zeros(batch.num_rows, np.int64)
             for i, batch in enumerate(self.batches)
         ]

@@ -29,9 +29,8 @@ from tprl_env.data.features.channels import (
     write_channel,
 )
 from tprl_env.data.features.manifest import Manifest, StoreError, Verify, check_file, default_verify
-from tprl_env.data.features.placement import Placement, StoredVisual, raster
-from tprl_env.data.features.rows import read_placement, read_visual
 from tprl_env.data.features.source import Box, TokenSource
+from tprl_env.data.features.stored_images import StoredImages
 from tprl_env.data.features.toy import ToyStore
 from tprl_env.data.features.validation import check_rows
 from tprl_env.files import folder_lock
@@ -69,7 +68,7 @@ def shared_source(location: str) -> TokenSource:
     return open_source(location)
 
 
-class FeatureStore:
+class FeatureStore(StoredImages):
     """A folder of encoded samples, memory-mapped; make one with ``tprl encode``.
 
     Images are stored once (``images-*.arrow``) and shared by the questions about them
@@ -95,12 +94,10 @@ class FeatureStore:
         self._images = self._rows("images-")
         self._samples = self._rows("samples-")
         check_rows(path, manifest, self._images, self._samples)
-        self._counts = self._images.vector("count")
+        super().__init__(manifest, self._images)
         self._image_numbers = self._samples.vector("image")
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
-        self._fixed_counts = self._images.list_lengths("fixed") // max(self.token_width, 1)
-        self._placements: dict[int, Placement | None] = {}
         self._channels = self._load_channels(verify=verify)
         self.fingerprint = self._fingerprint()
 
@@ -218,48 +215,6 @@ class FeatureStore:
         """Return the number of the sample's image."""
         return int(self._image_numbers[self._numbers([sample])[0]])
 
-    def image_id(self, image: int) -> str:
-        """Return the id of an image."""
-        return str(self._images.value("image_id", image))
-
-    def image_tokens(self, image: int) -> npt.NDArray[np.float16]:
-        """Return the visual tokens of an image, ``(n, D)``."""
-        return self._images.view("tokens", image).reshape(-1, self.token_width)
-
-    def image_tower(self, image: int) -> npt.NDArray[np.float16] | None:
-        """Return the vision-tower features of an image, ``(n, Dv)``, or None."""
-        if not self.manifest.tower_width:
-            return None
-        return self._images.view("tower", image).reshape(-1, self.manifest.tower_width)
-
-    def image_count(self, image: int) -> int:
-        """Return the number of visual tokens n of an image."""
-        return int(self._counts[image])
-
-    def placement(self, image: int) -> Placement | None:
-        """Return where an image's tokens stand; None for one grid at consecutive positions.
-
-        Raises:
-            StoreError: It is damaged.
-        """
-        if image not in self._placements:
-            placed = self._images.optional("coords", image) is not None
-            found = read_placement(self._images, image) if placed else None
-            self._placements[image] = found
-        return self._placements[image]
-
-    def visual(self, sample: int) -> StoredVisual:
-        """Return all tokens of the sample's image, those that are always kept included.
-
-        Raises:
-            StoreError: The image's placement is damaged.
-        """
-        return read_visual(self._images, self.image_number(sample), self.token_width)
-
-    def fixed_count(self, image: int) -> int:
-        """Return the number of an image's tokens that are always kept, beside its n."""
-        return int(self._fixed_counts[image])
-
     def tokens(self, sample: int) -> npt.NDArray[np.float16]:
         """Return the droppable visual tokens as the LLM gets them, ``(n, D)``."""
         return self.image_tokens(self.image_number(sample))
@@ -277,24 +232,6 @@ class FeatureStore:
         """Return the dataset's answer-blind relevance, ``(n,)``, or None when unknown."""
         values = self._samples.view("relevance", sample)
         return values if len(values) else None
-
-    def grid(self, sample: int) -> tuple[int, int]:
-        """Return rows and columns of the token grid; ``(1, n)`` where it is not one grid."""
-        image, value = self.image_number(sample), self._images.value
-        return value("grid_rows", image), value("grid_columns", image)
-
-    def coords(self, sample: int) -> npt.NDArray[np.int64]:
-        """Return tile or frame, row and column in it of each token, ``(n, 3)``."""
-        placement = self.placement(self.image_number(sample))
-        if placement is None:
-            return raster(*self.grid(sample))
-        return placement.coords[placement.droppable]
-
-    def areas(self, sample: int) -> npt.NDArray[np.float32]:
-        """Return picture, top, left, bottom, right of each token, ``(n, 5)`` shares."""
-        placement = self.placement(self.image_number(sample))
-        placed = Placement.in_line(raster(*self.grid(sample))) if placement is None else placement
-        return placed.areas()
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture as it was encoded, ``(H, W, 3)``.

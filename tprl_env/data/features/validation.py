@@ -59,9 +59,10 @@ def check_columns(
         StoreError: One is missing, of another type, or holds nulls where it must not.
     """
     for batch in rows.batches:
+        names = _names(where, batch, wanted, cure)
         for name, types in wanted.items():
             place = batch.schema.get_field_index(name)
-            if place < 0 and name in LATER and name not in batch.schema.names:
+            if place < 0 and name in LATER and name not in names:
                 continue
             if place < 0:
                 raise StoreError(f"{where} is damaged: its rows have no {name!r}; {cure}")
@@ -74,6 +75,22 @@ def check_columns(
                 )
             if _nulls(column, name in OPTIONAL):
                 raise StoreError(f"{where} is damaged: {name!r} has empty cells; {cure}")
+
+
+def _names(where: Path, batch: Any, wanted: Mapping[str, object], cure: str) -> list[str]:
+    """Names of a batch's columns: an unknown one may be the damaged name of one that is missed.
+
+    Raises:
+        StoreError: One is unknown.
+    """
+    try:
+        names: list[str] = batch.schema.names
+    except UnicodeDecodeError:
+        names = ["a name that is no text"]
+    for name in names:
+        if name not in wanted:
+            raise StoreError(f"{where} is damaged: its rows have {name!r}; {cure}")
+    return names
 
 
 def _type_name(kind: Any) -> str:
