@@ -197,8 +197,9 @@ class PrunedLVLM:
             else visual.cls_attention.float().cpu()[dropped],
             grid=visual.grid,
             coords=None
-            if visual.placement is None
+            if visual.placement is None or visual.grid[0] != 1
             else torch.from_numpy(visual.placement.coords[dropped]),
+            areas=None if visual.placement is None else torch.from_numpy(visual.placement.areas()),
             query=embeddings.mean(0),
             query_tokens=embeddings,
             codes=self.autoencoder.encode(tokens) if self.autoencoder is not None else None,

@@ -6,6 +6,7 @@ Shapes: n droppable tokens of one image, m that are always kept, D token width, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,14 @@ class StoredImages(ABC):
         """Return rows and columns of the token grid; ``(1, n)`` where it is not one grid."""
         image, value = self.image_number(sample), self._images.value
         return value("grid_rows", image), value("grid_columns", image)
+
+    @cached_property
+    def one_grid(self) -> bool:
+        """Whether all images have the same grid, so that a token's index says where it is."""
+        if self._images.list_lengths("coords").any():
+            return False
+        sides = (self._images.vector(name) for name in ("grid_rows", "grid_columns"))
+        return all(bool((side == side[0]).all()) for side in sides)
 
     def coords(self, sample: int) -> npt.NDArray[np.int64]:
         """Return tile or frame, row and column in it of each token, ``(n, 3)``."""
