@@ -12,6 +12,7 @@ import damage
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 
 from tprl_env.cli.commands import main
@@ -130,6 +131,31 @@ def test_areas_lie_in_the_picture_and_cover_it(case: Case) -> None:
             assert size[tiles != overview].sum() == pytest.approx(1.0, abs=0.35)
             assert (cut[:, 1:3] > -0.2).all() and (cut[:, 3:] < 1.2).all()
             assert len(np.unique(cut.round(4), axis=0)) == len(cut)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "llava_onevision", "internvl"])
+@pytest.mark.parametrize("size", [(112, 56), (60, 112)])
+def test_areas_are_where_tokens_look(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """What changes in the picture changes the token over it most, in the tiles and in the whole."""
+    save_random(name, tmp_path)
+    lvlm: Any = load_lvlm(tmp_path)
+    picture = np.full((*size, 3), 128, np.uint8)
+    (before,) = lvlm.encode_images([picture])
+    shown = before.placement.droppable
+    areas, tiles = before.placement.areas()[:, 1:], before.placement.coords[shown, 0]
+    right = total = 0
+    for token in range(0, len(areas), 3):
+        changed = picture.copy()
+        edges = areas[token] * np.array([*size, *size])
+        middle, third = (edges[:2] + edges[2:]) / 2, (edges[2:] - edges[:2]) / 3
+        (top, left), (bottom, last) = (middle - third).clip(0), middle + third
+        changed[int(top) : round(bottom), int(left) : round(last)] = (255, 0, 0)
+        (after,) = lvlm.encode_images([changed])
+        moved = (after.tokens - before.tokens)[torch.from_numpy(shown)].norm(dim=1).numpy()
+        mine = np.flatnonzero(tiles == tiles[token])
+        right += int(mine[moved[mine].argmax()] == token)
+        total += 1
+    assert right >= 0.9 * total, (right, total)
 
 
 def test_episodes_and_pictures(case: Case) -> None:
