@@ -184,6 +184,8 @@ def test_pruners_and_the_table(case: Case, tmp_path: Path) -> None:
         budgets=(8, 3), trajectories=0,
     )  # fmt: skip
     assert len(results["methods"]) == 6
+    fixed = [case.store.fixed_count(case.store.image_number(i)) for i in range(len(case.store))]
+    assert results.get("always_kept", 0) == pytest.approx(np.mean(fixed), abs=1e-3)
     least = min(int(case.store.exists([i]).sum()) for i in range(len(case.store)))
     kept = {row["budget"]: row["mean_tokens"] for row in results["methods"]}
     assert kept[3] == 3 and (kept[8] == 8) == (least >= 8)
