@@ -115,7 +115,7 @@ class JsonlDataset:
             raise BadSampleError(
                 f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
             )
-        if "images" in record or isinstance(record.get("image"), list):
+        if "images" in record:
             raise BadSampleError(
                 f"{where}: a sample has one picture, given as a text in 'image'; write a line per "
                 f"picture, or ask about several with load_lvlm and prompt(question, visuals), see "

@@ -153,7 +153,9 @@ def keep_masks(
     """
     keep = store.exists(samples)
     tokens = keep.sum(1)
-    rows = np.flatnonzero(tokens >= budget)  # smaller pictures keep all they have
+    rows = np.arange(len(samples))  # of a budget that nothing can meet: the pruner refuses it
+    if isinstance(budget, (int, np.integer)) and budget <= store.max_tokens:
+        rows = np.flatnonzero(tokens >= budget)  # smaller pictures keep all they have
     inputs = [prune_inputs(store, int(samples[row]), _reads(pruner), vision) for row in rows]
     masks = pruner.prune_batch(inputs, budget) if len(rows) else []
     if not isinstance(masks, Sequence) or len(masks) != len(rows):
