@@ -106,6 +106,10 @@ def test_nothing_but_bad_samples(tmp_path: Path):
         (["{"], "line 1 is not JSON"),
         (["[1]"], "line 1 is not a JSON object"),
         ([row("1"), {"id": "2"}], r"line 2 lacks \['image', 'question', 'answers'\]"),
+        (
+            [row("1", images=["a.png", "b.png"])],
+            "line 1: a sample has one picture.*write a line per",
+        ),
         ([row("1", extra=1)], r"unknown fields \['extra'\]"),
         ([row("1"), row("2", metric="vqa")], "line 2: the field 'metric' is now 'grader'"),
         ([row("1", kind="color")], "line 1: the field 'kind' is now 'question_type'"),

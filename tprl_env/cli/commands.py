@@ -73,6 +73,7 @@ def encode(args: argparse.Namespace) -> int:
     )
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
+        "tower": args.tower,
         "skip_bad": args.skip_bad,
         "resume": not args.restart,
         "description": description,
@@ -222,6 +223,10 @@ def _add_encode(commands: Any) -> None:
     sub.add_argument("--dtype")
     sub.add_argument("--out", type=path, required=True)
     sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument(
+        "--tower", action=argparse.BooleanOptionalAction, default=True,
+        help="also the vision tower's features, where the LVLM hands them out",
+    )  # fmt: skip
     sub.add_argument(
         "--restart", action="store_true", help="remove the store in --out first, do not continue it"
     )

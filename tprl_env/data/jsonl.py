@@ -115,6 +115,12 @@ class JsonlDataset:
             raise BadSampleError(
                 f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
             )
+        if "images" in record:
+            raise BadSampleError(
+                f"{where}: a sample has one picture, given as a text in 'image'; write a line per "
+                f"picture, or ask about several with load_lvlm and prompt(question, visuals), see "
+                f"docs/families.md"
+            )
         missing = [name for name in _REQUIRED if name not in record]
         unknown = [name[:50] for name in record if name not in _KNOWN]
         if missing or unknown:

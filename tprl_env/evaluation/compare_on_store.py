@@ -178,6 +178,9 @@ def evaluate_store(
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     rows = compare(opened, scorer, entries, budgets, samples)
     extra: dict[str, Any] = {"made_by": {"command": command, "config": options}}
+    fixed = [opened.fixed_count(opened.image_number(int(sample))) for sample in samples]
+    if any(fixed):  # beside every budget: tokens that show no place of the picture
+        extra["always_kept"] = round(float(np.mean(fixed)), 3)
     if tuned is not None:
         extra["settings"] = {"redundancy_penalty": penalties(tuned)}
     results = build_results(str(Path(store).name), rows, training, extra)

@@ -75,6 +75,16 @@ class ArrowRows:
         """Return how many numbers each list cell holds."""
         return np.concatenate([np.diff(self._list(name, i)[1]) for i in range(len(self.batches))])
 
+    def list_lengths(self, name: str) -> npt.NDArray[np.int64]:
+        """As :meth:`lengths`, 0 in files that were written without that column."""
+        parts = [
+            np.diff(self._list(name, i)[1])
+            if batch.schema.get_field_index(name) >= 0
+            else np.zeros(batch.num_rows, np.int64)
+            for i, batch in enumerate(self.batches)
+        ]
+        return np.concatenate(parts)
+
     def value(self, name: str, row: int) -> Any:
         """Return one cell as a Python value."""
         block, local = self._locate(row)

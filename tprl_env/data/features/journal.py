@@ -27,7 +27,6 @@ from tprl_env.data.features.manifest import (
     MANIFEST_NAME,
     PACKAGES,
     SEAL,
-    VERSION,
     FileEntry,
     Manifest,
     StoreError,
@@ -155,8 +154,11 @@ class Journal:
         if not self.lvlm:
             self.lvlm = lvlm
             return
-        before = {k: v for k, v in self.lvlm.items() if k not in COMPUTING}
-        if before != {k: v for k, v in lvlm.items() if k not in COMPUTING}:
+        skipped = set(COMPUTING)
+        if not self.lvlm.get("model_type"):  # not recorded by the first releases
+            skipped.add("model_type")
+        before = {k: v for k, v in self.lvlm.items() if k not in skipped}
+        if before != {k: v for k, v in lvlm.items() if k not in skipped}:
             raise StoreError(
                 f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
                 f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
@@ -296,7 +298,7 @@ class DatasetHash:
     """Running hash over samples in order: ids, texts and pictures."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256(f"samples v{VERSION}".encode())
+        self._hash = hashlib.sha256(b"samples v1")
 
     def add(self, sample: Sample, picture_digest: bytes) -> None:
         """Add one sample."""

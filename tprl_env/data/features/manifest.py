@@ -20,7 +20,9 @@ from typing import Any, Literal
 from tprl_env.files import write_json
 
 FORMAT = "tprl-features"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Version 1 knows one grid at consecutive positions only: what it holds means the same."""
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "encoding.json"
 _LATER = ("dtype", "image_backend")
@@ -157,10 +159,11 @@ class Manifest:
                 f"{folder} is not a feature store ({MANIFEST_NAME} belongs to something else); "
                 f"give a folder written by `tprl encode`"
             )
-        if content.get("version") != VERSION:
+        if content.get("version") not in READABLE:
             raise StoreError(
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
-                f"package reads version {VERSION}; encode it again with --restart"
+                f"package reads versions {' and '.join(map(str, READABLE))}; encode it again with "
+                f"--restart"
             )
         check_seal(path, {"format": FORMAT, **content}, CURE)
         content.pop(SEAL, None)

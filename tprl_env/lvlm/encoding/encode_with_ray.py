@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from tprl_env.data.features.journal import Journal, UnitEntry
 from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.placement import StoredVisual
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
@@ -96,11 +97,13 @@ class UnitWorker:
                 self._lvlm, unit, self._folder, self._batch_size, self._tower, again, self._skip_bad
             )
 
-    def _again(self, unit: Unit, image: int) -> npt.NDArray[np.float16]:
+    def _again(self, unit: Unit, image: int) -> StoredVisual:
         """Encode an image of an earlier unit again: that unit may not be written yet."""
         sample = unit.samples[unit.images.index(image)]
         (visual,) = self._lvlm.encode_images([sample.image])
-        return to_numpy(visual.tokens).astype(np.float16)
+        tokens = to_numpy(visual.tokens).astype(np.float16)
+        placement = getattr(visual, "placement", None)
+        return StoredVisual(tokens, visual.grid, placement, getattr(visual, "placeholder", ""))
 
 
 def encode_dataset_ray(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.placement import Pictured
 from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.question_map import question_map
 from tprl_env.lvlm.execution.selection import Selection
@@ -59,6 +60,7 @@ class FrozenLVLM:
         query_width: D, width of the language model's input embeddings.
         tower_width: Dv of the features before the projector.
         image_token_id: The placeholder's id.
+        model_type: The checkpoint's family.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class FrozenLVLM:
         """
         config = model.config
         self.name = name
+        self.model_type = str(getattr(config, "model_type", ""))
         self._fingerprint = fingerprint
         self._model = model.eval().requires_grad_(False)
         self._text = text
@@ -142,7 +145,7 @@ class FrozenLVLM:
         """What methods may ask of the tower and the projector for one picture, on request."""
         return self._vision.signals(image)
 
-    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""
         return self._prompter.prompt(question, visuals)
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tprl_env.data.features.source import TokenSource
+from tprl_env.env.observations import has_areas
 from tprl_env.rllib.config.train_config import TrainConfig
 from tprl_env.scoring.spec import ScorerSpec
 
@@ -41,7 +42,10 @@ def policy_config(config: TrainConfig, source: TokenSource) -> PolicyConfig:
     from tprl_env.policy.network import PolicyConfig  # torch: a config alone never needs it
 
     table = policy_fields(config)
-    table["position_slots"] = source.max_tokens if config.policy.positions else 0
+    # an index says where a token is only where all pictures have one grid
+    table["coordinates"] = has_areas(source)
+    slots = config.policy.positions and not table["coordinates"]
+    table["position_slots"] = source.max_tokens if slots else 0
     table |= {"token_width": source.code_width, "query_width": source.query_width}
     return PolicyConfig(**table, trained_steps=config.rules.max_steps)
 
