@@ -171,8 +171,8 @@ class LibraryVision:
         if lacking:
             raise ValueError(
                 f"the image processor {type(self._image_processor).__name__} does not fit "
-                f"model_type {self._model.config.model_type!r}: it gives no {', '.join(lacking)}; fetch "
-                f"preprocessor_config.json of the same checkpoint again"
+                f"model_type {self._model.config.model_type!r}: it gives no "
+                f"{', '.join(lacking)}; fetch preprocessor_config.json of the same checkpoint again"
             )
         weight = next(self._model.parameters())
         inputs = {name: prepared[name] for name in self._known if name in prepared}
