@@ -6,6 +6,8 @@ Checkpoints have random weights in exactly the published format; see ``lvlm.tiny
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -296,6 +298,19 @@ def test_relatives_are_refused_with_the_reason(kind: str, why: str, tmp_path: An
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=f"model_type '{kind}', which cannot be run.*{why}"):
         load_lvlm(tmp_path)
+
+
+def test_the_pages_blocks_run_in_order(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+    assert len(blocks) == 2 and len(names["prompt"].visual_at) == 2
+    assert capsys.readouterr().out
 
 
 def test_every_family_is_tested_here(tmp_path: Any) -> None:
