@@ -31,6 +31,9 @@ rotary embedding folds them.
 
 _LOGIT_ELEMENTS = 1 << 26
 
+_HEAD_ELEMENTS = 1 << 24
+"""Weights of the output embedding that are in float32 at a time: 64 MB."""
+
 _NOT_FINITE = (
     "the language model's logits are not finite: visual tokens, weights or config.json are "
     "damaged, or the number type is too small (dtype='float32' has the largest range)"
@@ -105,6 +108,26 @@ def rows_at(values: Tensor, places: Tensor) -> Tensor:
     return values.reshape(-1, width).index_select(0, flat).view(*places.shape, width)
 
 
+def logits(states: Tensor, head: Tensor) -> Tensor:
+    """(M, V) float32 logits; logits in bfloat16 would tie and flip the arg-max.
+
+    A head that is not float32 is widened a chunk of words at a time: a float32 copy of the whole
+    would take 2.5 GB beside the weights where the vocabulary has 150 000 words.
+
+    Args:
+        states: (M, D) final states.
+        head: (V, D) output embedding in the model's type.
+    """
+    states = states.to(head.device, torch.float32)
+    if head.dtype == torch.float32:
+        return states @ head.T
+    found = states.new_empty(len(states), len(head))
+    step = max(1, _HEAD_ELEMENTS // head.shape[1])
+    for start in range(0, len(head), step):
+        found[:, start : start + step] = states @ head[start : start + step].float().T
+    return found
+
+
 def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """Whether each wanted token is the arg-max at its place, and its log-probability.
 
@@ -112,7 +135,7 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
 
     Args:
         states: (M, D) final states.
-        head: (V, D) float32 output embedding.
+        head: (V, D) output embedding.
         wanted: (M,) ids.
         ends: (E,) ids of the end tokens.
 
@@ -125,13 +148,13 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
     hits, log_p = [], []
     step = max(1, _LOGIT_ELEMENTS // len(head))
     for state, target in zip(states.split(step), wanted.split(step), strict=True):
-        logits = state.float() @ head.T
-        best, total = logits.argmax(-1), logits.logsumexp(-1)
+        rated = logits(state, head)
+        best, total = rated.argmax(-1), rated.logsumexp(-1)
         ending = torch.isin(target, ends)
         hits.append((best == target) | (torch.isin(best, ends) & ending))
-        alone = logits.gather(1, target[:, None])[:, 0] - total
+        alone = rated.gather(1, target[:, None])[:, 0] - total
         if len(ends) > 1:
-            alone = torch.where(ending, logits[:, ends].logsumexp(-1) - total, alone)
+            alone = torch.where(ending, rated[:, ends].logsumexp(-1) - total, alone)
         log_p.append(alone)
     every = torch.cat(log_p)
     if not every.isfinite().all():
@@ -152,7 +175,7 @@ def greedy(
 
     Args:
         text: The language model.
-        head: (V, D) float32 output embedding.
+        head: (V, D) output embedding.
         hidden: (R, L, D) LEFT-padded input embeddings.
         positions: (R, L) rotary positions; the next token continues from the last one.
         valid: (R, L) 1 where not padding.
@@ -176,7 +199,7 @@ def greedy(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        best, chosen = (states.float() @ head.T).max(-1)
+        best, chosen = logits(states, head).max(-1)
         if not best.isfinite().all():
             raise FloatingPointError(_NOT_FINITE)
         for row, token in enumerate(chosen.tolist()):

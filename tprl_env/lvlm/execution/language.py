@@ -10,7 +10,6 @@ D token width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,11 +77,11 @@ class LanguageModel:
         self.max_positions, self.levels = max_positions, levels
         self.num_layers = len(text.layers)
 
-    @cached_property
+    @property
     def head(self) -> Tensor:
-        """(V, D) float32 output embedding; bfloat16 logits would tie and flip the arg-max."""
+        """(V, D) output embedding, the model's own; see ``decoder.logits``."""
         weight: Any = self._output.weight
-        found: Tensor = weight.float()
+        found: Tensor = weight
         return found
 
     @property

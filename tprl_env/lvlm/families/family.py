@@ -26,8 +26,10 @@ class Family:
         place: From the model, the image processor's output for one picture, and the placeholder
             to the placement and the text of its tokens.
         prepare: More arguments of the image processor.
+        needs: What the image processor must give for that, beside pixels.
     """
 
     model: str
     place: Callable[[Any, Mapping[str, Any], str], Placed]
     prepare: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()

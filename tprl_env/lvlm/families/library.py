@@ -37,14 +37,22 @@ from tprl_env.reducers.vision import VisionSignals
 _ROWS_AND_COLUMNS = {"return_row_col_info": True}
 
 LIBRARY_FAMILIES: Mapping[str, Family] = {
-    "llava_next": Family("LlavaNextForConditionalGeneration", anyres.place),
-    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", anyres.place),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen_vl.place),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen_vl.place),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", qwen_vl.place),
-    "internvl": Family("InternVLForConditionalGeneration", internvl.place),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS),
-    "idefics3": Family("Idefics3ForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS),
+    "llava_next": Family("LlavaNextForConditionalGeneration", anyres.place, needs=("image_sizes",)),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration", anyres.place, needs=("image_sizes",)
+    ),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen_vl.place, needs=("image_grid_thw",)),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration", qwen_vl.place, needs=("image_grid_thw",)
+    ),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", qwen_vl.place, needs=("image_grid_thw",)),
+    "internvl": Family("InternVLForConditionalGeneration", internvl.place, needs=("num_patches",)),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS, ("rows", "cols")
+    ),
+    "idefics3": Family(
+        "Idefics3ForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS, ("rows", "cols")
+    ),
 }
 """Family by the ``model_type`` of config.json."""
 
@@ -160,6 +168,13 @@ class LibraryVision:
         prepared = self._image_processor(
             images=[picture], return_tensors="pt", **self._family.prepare
         )
+        lacking = [name for name in self._family.needs if name not in prepared]
+        if lacking:
+            raise ValueError(
+                f"the image processor {type(self._image_processor).__name__} does not fit "
+                f"model_type {self._model.config.model_type!r}: it gives no "
+                f"{', '.join(lacking)}; fetch preprocessor_config.json of the same checkpoint again"
+            )
         weight = next(self._model.parameters())
         inputs = {name: prepared[name] for name in self._known if name in prepared}
         inputs = {
