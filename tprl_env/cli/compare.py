@@ -92,11 +92,17 @@ def add_compare(commands: Any) -> None:
         "compare", help="run, resume or report an experiment over arms and seeds"
     )
     sub.add_argument(
-        "config", type=place, nargs="?", help="name in rllib_configs/experiments/ or a .py file"
+        "config", type=place, nargs="?", help="one of `tprl list experiments` or a .py file"
     )
     sub.add_argument("--out", type=path, help="default: runs/compare/NAME")
-    sub.add_argument("--shared", type=path, help="folder of stores and runs that experiments share")
-    sub.add_argument("--concurrent", type=int, help="runs at the same time")
+    sub.add_argument(
+        "--shared",
+        type=path,
+        help="folder of stores and runs that experiments share (default: in --out)",
+    )
+    sub.add_argument(
+        "--concurrent", type=int, help="runs at the same time (default: as many as fit)"
+    )
     sub.add_argument(
         "--log", action="append", default=[], help="mlflow[=URI] or wandb[=PROJECT], repeatable"
     )

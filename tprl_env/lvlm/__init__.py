@@ -20,6 +20,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 """Module and class by the ``model_type`` of a checkpoint's config.json."""
 
+SUPPORTED = "CLIP and SigLIP towers with Llama, Mistral and Qwen2 language models"
+"""Parts of a LLaVA checkpoint that the package reproduces, in words."""
+
 _BUILTIN = "builtin:"
 
 
@@ -86,7 +89,8 @@ def find_lvlm(checkpoint: str | Path, revision: str | None = None) -> tuple[str,
         kind = read_config(source, revision).get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
-            f"{source!r} has model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))}"
+            f"{source!r} has model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))} "
+            f"({SUPPORTED})"
         )
     return source, kind
 

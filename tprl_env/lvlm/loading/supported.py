@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from tprl_env.checks import quoted
+from tprl_env.lvlm import SUPPORTED
 from tprl_env.lvlm.execution.decoder import TEXT_MODELS
 
 CLS_TOWERS = ("clip_vision_model",)
@@ -17,7 +18,7 @@ CLS_TOWERS = ("clip_vision_model",)
 TOWERS = (*CLS_TOWERS, "siglip_vision_model")
 """Vision towers that give one token per patch, in raster order."""
 
-WORKS = "LlavaLVLM runs CLIP and SigLIP towers with Llama, Mistral and Qwen2 language models"
+WORKS = f"LlavaLVLM runs {SUPPORTED}"
 
 
 def check_kinds(config: Mapping[str, Any], name: str) -> None:
