@@ -19,6 +19,7 @@ import numpy as np
 __all__ = ["check_choice", "check_fields", "check_integer", "check_types", "did_you_mean", "quoted"]
 
 _QUOTED = 200
+_NEAR = 0.65  # below, half of the letters agree by chance: `top` is not `tome`
 
 
 def quoted(value: object) -> str:
@@ -27,16 +28,21 @@ def quoted(value: object) -> str:
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}... ({len(text)} characters)"
 
 
-def did_you_mean(value: object, known: Iterable[str], most: int = 1) -> str:
+def did_you_mean(value: object, known: Iterable[str]) -> str:
     """``"; did you mean 'width'?"`` for a misspelt name, empty where nothing is near.
 
     Args:
         value: What was given.
         known: The names there are.
-        most: How many to suggest.
     """
-    near = difflib.get_close_matches(str(value), list(known), n=most, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    plain = {_plain(name): name for name in known}
+    near = difflib.get_close_matches(_plain(value), plain, n=1, cutoff=_NEAR)
+    return f"; did you mean {plain[near[0]]!r}?" if near else ""
+
+
+def _plain(name: object) -> str:
+    """A name without what is often typed otherwise; what is not a name is cut."""
+    return str(name)[:_QUOTED].lower().replace("-", "_")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

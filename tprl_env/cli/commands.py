@@ -35,6 +35,7 @@ from tprl_env.cli.parsing import (
 )
 from tprl_env.cli.scenes import add_scenes
 from tprl_env.cli.verify import add_verify
+from tprl_env.cli.words import ShellWords, shell_words, unknown_arguments
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
@@ -271,17 +272,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a mistake of the user, which is printed as one sentence.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(ShellWords("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are not the user's
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options: Sequence[str] = ()
     try:
         words, script = split_script(sys.argv[1:] if argv is None else argv)
         args, rest = build_parser().parse_known_args(words)
         if rest and not getattr(args, "takes_fields", False):
-            raise ValueError(
-                f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
-            )
+            raise ValueError(unknown_arguments(args.parser, rest))
+        options = [one.dest for one in args.parser._actions if one.option_strings]
         args.overrides, args.script = rest, script
         from tprl_env.data.features.manifest import trust_files
 
@@ -295,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        sentence = " ".join(str(error).split())
+        sentence = shell_words(" ".join(str(error).split()), options)
         cut = "..." if len(sentence) > _LONGEST_SENTENCE else ""
         print(f"tprl: {sentence[:_LONGEST_SENTENCE]}{cut}", file=sys.stderr)
         return 2

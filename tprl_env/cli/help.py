@@ -53,7 +53,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         value = action.default
         if isinstance(value, tuple | list):
             value = ",".join(map(str, value))
-        return f"{text} (default: {'none' if value in (None, '') else value})"
+        return f"{text} (default: {'none' if value in (None, '', False) else value})"
 
 
 def sub_commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -74,6 +74,7 @@ def complete(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give every sub-command the formatter and its example."""
     for words, sub in sub_commands(parser):
         sub.formatter_class = HelpFormatter
+        sub.set_defaults(parser=sub)
         if words in EXAMPLES:
             sub.epilog = f"example:\n  {EXAMPLES[words]}"
     return parser

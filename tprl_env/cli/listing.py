@@ -93,8 +93,9 @@ def _methods(table: dict[str, Any]) -> list[Entry]:
 
 def _defaults(method: type[Any]) -> dict[str, Any]:
     return {
-        each.name: None if each.default is dataclasses.MISSING else each.default
+        each.name: each.default
         for each in dataclasses.fields(method)
+        if each.default is not dataclasses.MISSING
     }
 
 

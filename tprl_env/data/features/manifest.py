@@ -28,7 +28,7 @@ _LATER = ("dtype", "image_backend")
 PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
 
 
-CURE = "encode the store again with --restart"
+CURE = "encode the store again with resume=False"
 _DATA_FILE = re.compile(r"(images|samples)-[0-9]{5,9}\.arrow")
 _TEXTS = ("lvlm", "lvlm_fingerprint", "model_type", "dataset", "dataset_fingerprint")
 _COUNTS = (
@@ -160,7 +160,7 @@ class Manifest:
         if content.get("version") != VERSION:
             raise StoreError(
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
-                f"package reads version {VERSION}; encode it again with --restart"
+                f"package reads version {VERSION}; encode it again with resume=False"
             )
         check_seal(path, {"format": FORMAT, **content}, CURE)
         content.pop(SEAL, None)
@@ -169,7 +169,7 @@ class Manifest:
         if wrong:
             raise StoreError(
                 f"{path} is damaged: fields {sorted(wrong)} are missing or unknown; encode the "
-                f"store again with --restart"
+                f"store again with resume=False"
             )
         try:
             for name, entry in content["files"].items():
@@ -180,7 +180,7 @@ class Manifest:
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"{path} is damaged: its table of files is malformed; encode the store again with "
-                f"--restart"
+                f"resume=False"
             ) from error
         check_numbers(path, content, _COUNTS, CURE)
         odd = [name for name in _TEXTS if not isinstance(content[name], str)]
@@ -200,11 +200,11 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # numbers of 5000 digits too
         raise StoreError(
-            f"{path} is damaged or unreadable ({error}); encode the store again with --restart"
+            f"{path} is damaged or unreadable ({error}); encode the store again with resume=False"
         ) from error
     if not isinstance(content, dict):
         raise StoreError(
-            f"{path} is damaged: expected a JSON object; encode the store again with --restart"
+            f"{path} is damaged: expected a JSON object; encode the store again with resume=False"
         )
     return content
 
