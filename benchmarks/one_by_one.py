@@ -41,7 +41,7 @@ def by_transformers(spec: str) -> Answer:
 
     @torch.inference_mode()
     def answer(prompt: Prompt, visual: npt.NDArray[np.float16], keep: BoolArray) -> str:
-        at, after = prompt.image_at, prompt.image_at + len(visual)
+        at, after = prompt.visual_at[0], prompt.visual_at[0] + len(visual)
         kept = torch.from_numpy(np.flatnonzero(keep))
         text = embedding(torch.tensor(prompt.ids))
         tokens = torch.from_numpy(np.array(visual)).float()[kept]

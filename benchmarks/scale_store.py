@@ -52,7 +52,7 @@ class MadeLVLM:
     def prompt(self, question: str) -> Prompt:
         """One id per word."""
         words = tuple(3 + len(word) for word in question.split())
-        return Prompt((1, 2, *words), 1, (2, 2 + len(words)), question)
+        return Prompt((1, 2, *words), (1,), (2, 2 + len(words)), question)
 
     def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:
         """One id per character."""

@@ -102,3 +102,12 @@ def test_house() -> None:
     assert {"rllib/rollout/runner.py", "policy/network.py"} <= set(sample["files"])
     for count in (episode, sample):
         assert len(count["files"]) <= count["functions"] and 0 < count["classes"]
+
+
+def test_reducers(tmp_path: Path) -> None:
+    out = tmp_path / "reducers.json"
+    result = last_line("reducers", "--sides", "6", "--repeats", "1", "--out", str(out))
+    assert json.loads(out.read_text("utf-8")) == result
+    rows = result["tokens"]["36"]
+    assert {"prefill", "random", "scope", "prumerge_plus", "tome", "flowcut"} <= rows.keys()
+    assert rows["prefill"]["to_prefill"] == 1 and all(row["seconds"] > 0 for row in rows.values())

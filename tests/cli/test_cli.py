@@ -401,6 +401,7 @@ PLACES = {
     "submit": ("config", "--storage", "--working-dir"),
     "token": ("path",),
     "check-results": ("file",),
+    "report": ("out",),
 }
 
 

@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from tprl_env.cli.commands import main
 from tprl_env.cli.quickstart import run_quickstart
 from tprl_env.evaluation.builtin_stores import QuickstartSettings
 from tprl_env.evaluation.compare_on_store import training_of
-from tprl_env.evaluation.results import read_results
+from tprl_env.evaluation.result_files import read_results
 
 SMALL = {
     "limits.max_scores": "10240",
@@ -48,6 +49,22 @@ def test_everything_that_people_read_is_there(finished):
     page = (settings.out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 + 10
     assert (settings.out / "train" / "policy" / "model.safetensors").is_file()
+
+
+def test_its_report_is_drawn_again_and_the_curve_belongs_to_it(finished, capsys):
+    settings, results = finished
+    curve, page = settings.out / "learning_curve.jsonl", settings.out / "report.html"
+    before, whole = page.read_text(), curve.read_bytes()
+    page.unlink()
+    assert main(["report", str(settings.out)]) == 0
+    assert page.read_text() == before
+    assert read_results(settings.out / "results.json")["files"].keys() == results["files"].keys()
+    assert main(["verify", str(settings.out)]) == 0
+    curve.write_bytes(whole + whole.splitlines(keepends=True)[-1])  # as a run killed after it does
+    capsys.readouterr()
+    assert main(["report", str(settings.out)]) == 2
+    assert f"{curve} is not as it was written" in capsys.readouterr().err
+    curve.write_bytes(whole)
 
 
 def test_exact_methods_keep_exactly_the_budget(finished):

@@ -12,7 +12,7 @@ from tprl_env.policy.network import PolicyConfig, PruningPolicy
 def curve(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tprl_env.evaluation.learning_curve.evaluate_method",
-        lambda *args: SimpleNamespace(accuracy=0.5),
+        lambda *args: SimpleNamespace(accuracy=0.5, ci95=(0.25, 0.75)),
     )
 
     class Store:

@@ -57,7 +57,7 @@ class FakeLVLM:
     def prompt(self, question: str) -> Any:
         words = [int(hashlib.md5(w.encode()).hexdigest()[:4], 16) for w in question.split()]
         return SimpleNamespace(
-            ids=(1, 2, *words, 3), image_at=1, question_span=(2, 2 + len(words)), text=question
+            ids=(1, 2, *words, 3), visual_at=(1,), question_span=(2, 2 + len(words)), text=question
         )
 
     def answer_ids(self, prompt: Any, answer: str) -> tuple[int, ...]:

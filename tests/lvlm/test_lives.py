@@ -66,12 +66,15 @@ def test_rules_see_the_eager_attention(kind, rule):
     model, plain = (random_model(kind, name, LAYERS) for name in (IMPLEMENTATION, "eager"))
     language = LanguageModel(model.model, model.lm_head, (2,), 256)
     generator = torch.Generator().manual_seed(3)
-    prompts = [Prompt((1, 7, 4, 9, 11, 12, 6, 5), 2, (3, 6)), Prompt((1, 4, 8, 13, 6), 1, (2, 4))]
+    prompts = [
+        Prompt((1, 7, 4, 9, 11, 12, 6, 5), (2,), (3, 6)),
+        Prompt((1, 4, 8, 13, 6), (1,), (2, 4)),
+    ]
     tokens = [torch.randn(n, 48, generator=generator) for n in (14, 14)]
     lives = language.reduce(prompts, tokens, Selection(reducer=reducer))
     stages = {stage.layer: stage.keep for stage in reducer.stages(14, LAYERS)}
     for prompt, visual, found in zip(prompts, tokens, lives, strict=True):
-        at = prompt.image_at
+        at = prompt.visual_at[0]
         embedded = model.model.embed_tokens(torch.tensor(prompt.ids))
         embeds = torch.cat([embedded[:at], visual, embedded[at + 1 :]])
         image = torch.full((len(embeds),), -1)
@@ -295,7 +298,7 @@ def test_bad_requests_are_refused(lvlm):
     score("places need sizes", places=[np.arange(len(t)) for t in tokens])
     bad = [np.arange(len(t)) + 1 for t in tokens]
     score(r"places of row 0 must lie in \[0, 15\]", places=bad, sizes=[len(t) for t in tokens])
-    first = Prompt((1, 7, 8, 4, 6), 3, (1, 3))
+    first = Prompt((1, 7, 8, 4, 6), (3,), (1, 3))
     with pytest.raises(ValueError, match="question_rows needs the image before the question"):
         lvlm.reduce([first], [torch.zeros(NUM_TOKENS, 48)], QuestionRows())
     with pytest.raises(ValueError, match="fastv before layer 0, 4 kept looks at the layer below"):

@@ -65,7 +65,7 @@ def word_lvlm(word_folder):
 
 def expanded(prompt, count=NUM_TOKENS):
     """The prompt's ids with one placeholder per visual token."""
-    at = prompt.image_at
+    at = prompt.visual_at[0]
     return [*prompt.ids[:at], *[prompt.ids[at]] * count, *prompt.ids[at + 1 :]]
 
 
@@ -82,7 +82,7 @@ def reference_logits(plain, prompt, tokens, keep, answer, positions):
     """Cache-free forward over the FULL sequence, dropped columns hidden by a 4-D mask."""
     ids = torch.tensor([expanded(prompt, len(tokens)) + list(answer[:-1])])
     embeds = plain.get_input_embeddings()(ids)
-    at = prompt.image_at
+    at = prompt.visual_at[0]
     embeds[0, at : at + len(tokens)] = tokens
     alive = torch.ones(ids.shape[1], dtype=torch.bool)
     alive[at : at + len(tokens)] = torch.from_numpy(keep)
@@ -362,7 +362,7 @@ def test_question_attention_is_the_eager_one(lvlm, plain, monkeypatch):
     found = lvlm.question_attention(prompts, tokens)
     np.testing.assert_array_equal(lvlm.score(prompts, answers, tokens).likelihood, before)
     for i, prompt in enumerate(prompts):
-        count, at = len(tokens[i]), prompt.image_at
+        count, at = len(tokens[i]), prompt.visual_at[0]
         embeds = plain.get_input_embeddings()(torch.tensor([expanded(prompt, count)]))
         embeds[0, at : at + count] = tokens[i]
         out = plain(inputs_embeds=embeds, output_attentions=True)
@@ -377,6 +377,6 @@ def test_question_attention_is_the_eager_one(lvlm, plain, monkeypatch):
 
 
 def test_question_before_image_has_no_attention(word_lvlm):
-    prompt = Prompt((1, 7, 8, 4, 6), 3, (1, 3))
+    prompt = Prompt((1, 7, 8, 4, 6), (3,), (1, 3))
     with pytest.raises(ValueError, match="image before the question"):
         word_lvlm.question_attention([prompt], [torch.zeros(4, 48)])

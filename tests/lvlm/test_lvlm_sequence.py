@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 def test_layout_in_numbers():
-    prompt = Prompt((1, 5, 4, 7, 8), 2, (3, 4))
+    prompt = Prompt((1, 5, 4, 7, 8), (2,), (3, 4))
     keep = [np.array([False, True, False, True]), np.array([False, False, True, False])]
     gaps = layout([prompt] * 2, [(9,), ()], [4, 4], keep, "original")
     assert gaps.ids.tolist() == [[1, 5, 0, 0, 7, 8, 9], [1, 5, 0, 7, 8, 0, 0]]

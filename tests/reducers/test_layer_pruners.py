@@ -237,6 +237,18 @@ def test_make_layer_pruner():
 
 # ---------- by hand
 
+
+def clustered(distance, density, cutoff):
+    """One sample's clusters, the same beside another that needs more rounds."""
+    other = torch.stack([distance, distance.flip(0, 1)])
+    densities = torch.stack([density, density.flip(0)])
+    cutoffs = torch.tensor([cutoff, 0.01], dtype=torch.float64)
+    both = clusters(other, densities, cutoffs)
+    alone = clusters(distance[None], density[None], cutoffs[:1])
+    assert torch.equal(both[:1], alone)
+    return alone[0].tolist()
+
+
 TWO_HEADS = [
     [[0.1, 0.5, 0.1, 0.0], [0.3, 0.0, 0.2, 0.1]],
     [[0.2, 0.0, 0.1, 0.6], [0.1, 0.0, 0.3, 0.1]],
@@ -363,20 +375,24 @@ def test_pact_by_hand():
     points = torch.tensor([0.0, 0.1, 0.2, 1.0])
     distance = (points[:, None] - points[None]).abs()
     density = (-(distance / 2).square()).exp().sum(1)
-    assert clusters(distance, density, 0.15).tolist() == [0, 2, 2, 3]
-    assert clusters(distance, density, -1.0).tolist() == [0, 1, 2, 3]
+    assert clustered(distance, density, 0.15) == [0, 2, 2, 3]
+    assert clustered(distance, density, -1.0) == [0, 1, 2, 3]
     # 2 is denser than 0, yet not within .05 of anything: all are centres
-    assert clusters(distance, density, 0.05).tolist() == [0, 1, 2, 3]
+    assert clustered(distance, density, 0.05) == [0, 1, 2, 3]
     # a chain: the middle takes both ends; what is free afterwards is clustered among itself
     chain = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8])
     far = (chain[:, None] - chain[None]).abs()
-    assert clusters(far, torch.tensor([1.0, 2.0, 3.0, 2.5, 2.4]), 0.25).tolist() == [0, 2, 2, 2, 4]
+    assert clustered(far, torch.tensor([1.0, 2.0, 3.0, 2.5, 2.4]), 0.25) == [0, 2, 2, 2, 4]
     hidden = torch.tensor([[1.0], [2.0], [3.0], [10.0], [99.0]])
     apart = torch.tensor([0.0, 0.1, 0.2, 1.0, 0.3])
     all_apart = (apart[:, None] - apart[None]).abs()
     chosen = torch.tensor([0, 1, 3])  # 2 and 4 were pruned; only 2 is within .15 of a centre
-    found = means(hidden, all_apart, chosen, torch.tensor([1, 1, 2]), 0.15)
-    assert found.tolist() == [[2.0], [10.0]]
+    centre, found = means(
+        *(hidden[None], all_apart[None], chosen[None], torch.tensor([[1, 1, 2]])),
+        torch.tensor([0.15]),
+    )
+    assert centre.tolist() == [[False, True, False, True, False]]
+    assert found[centre].tolist() == [[2.0], [10.0]]
 
 
 def test_pact_meets_an_average_by_its_cutoff():
@@ -401,8 +417,12 @@ def test_btp_by_hand():
     assert spread_on_grid(5, 2) == (0, 2)  # three to a row, the second not full
     assert spread_on_grid(1, 3) == (0,) and spread_on_grid(9, 0) == ()
     chosen = torch.tensor([True, False, False, False])
-    fill_by_diversity(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]), chosen, 3)
-    assert chosen.tolist() == [True, False, True, True]
+    states = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]])
+    # a second sample that lacks nothing stays as it is, and an empty one starts with token 0
+    both = torch.stack([chosen, torch.tensor([False, True, True, True]), torch.zeros(4) > 0])
+    fill_by_diversity(states.expand(3, -1, -1), both, 3)
+    full = [True, False, True, True]
+    assert both.tolist() == [full, [False, True, True, True], full]
     # all by attention (stage 3): of ceil(1.2 * 2) candidates 3, 0 the early ones come first
     rows = torch.tensor([0.2, 0.0, 0.3, 0.5]).expand(1, 1, -1)
     literal = BTP(layers=(1, 1, 2, 3), depth=None)
@@ -415,5 +435,5 @@ def test_btp_by_hand():
 def test_rebalancing_prefers_early_candidates():
     """Five of six candidates (1.2 times five): the four with an index below five, then the best."""
     saliency = torch.tensor([0.3, 0.31, 0.32, 0.33, 0.0, 0.5, 0.6, 0.0, 0.0, 0.0])
-    chosen = BTP()._choose(2, saliency, 5, ())
+    (chosen,) = BTP()._choose(2, saliency[None], 5)
     assert chosen.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 6]

@@ -205,10 +205,22 @@ def test_tables_hold_means_intervals_and_paired_differences(tmp_path):
     assert "| *random* | 0.200 (25.0%) | 0.100 (12.5%) | |" in text
 
 
+def test_a_resumed_run_is_marked_with_a_footnote(tmp_path):
+    definition, records = read_records(finished(tmp_path / "x"))
+    assert "†" not in markdown(definition, records)
+    (one,) = [r for r in records if (r["arm"], r["seed"]) == ("b", 1)]
+    one["resumed"] = 2
+    text = markdown(definition, records)
+    assert "| b † |" in text and "| a |" in text and "| b: imitation only |" in text
+    assert "† Resumed after an interruption" in text and "would have given: b seed 1 (2 x)." in text
+    table = results(definition, records)
+    assert set(table[table.resumed > 0].arm) == {"b"} and set(table.resumed) == {0, 2}
+
+
 def test_files_are_tidy_and_complete(tmp_path):
     folder = write_tables(finished(tmp_path / "x"))
     table = pq.read_table(folder / "results.parquet")
-    assert tuple(table.column_names) == RESULTS and len(RESULTS) == 15
+    assert tuple(table.column_names) == RESULTS and len(RESULTS) == 16
     frame = table.to_pylist()
     assert {row["method"] for row in frame} == {"policy", "imitation"}
     chosen = [r for r in frame if (r["arm"], r["seed"], r["method"]) == ("b", 1, "policy")]
@@ -218,6 +230,16 @@ def test_files_are_tidy_and_complete(tmp_path):
     assert (folder / "crowded-tokens.png").stat().st_size > 5000
     assert (folder / "crowded-scores.png").stat().st_size > 5000
     assert not list(folder.glob("*.tmp"))
+
+
+def test_a_failed_plot_costs_no_table(tmp_path, monkeypatch, caplog):
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tprl_env.evaluation.experiment_plots.plot_budgets", fails)
+    folder = write_tables(finished(tmp_path / "x"))
+    assert f"{folder / 'crowded-tokens.png'} could not be drawn (OSError: disk full)" in caplog.text
+    assert (folder / "crowded-scores.png").is_file() and (folder / "tables.md").is_file()
 
 
 def test_unfinished_unequal_and_foreign_runs_are_refused(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from tprl_env.cli.parsing import (
     place,
     resume,
 )
+from tprl_env.cli.report import add_report
 from tprl_env.cli.scenes import add_scenes
 from tprl_env.cli.verify import add_verify
 from tprl_env.cli.words import ShellWords, shell_words, unknown_arguments
@@ -52,7 +54,7 @@ def quickstart(args: argparse.Namespace) -> int:
     settings = QuickstartSettings(
         task=args.task, out=args.out, preset=args.preset, seed=args.seed, scale=args.scale
     )
-    run_quickstart(settings, overrides=overrides(args.overrides))
+    run_quickstart(settings, overrides=overrides(args.overrides), command=args.line)
     return 0
 
 
@@ -116,6 +118,7 @@ def evaluate(args: argparse.Namespace) -> int:
         budgets=args.budgets,
         limit=args.limit,
         trajectories=args.trajectories,
+        command=args.line,
     )
     return 0
 
@@ -139,7 +142,7 @@ def tiny_lvlm(args: argparse.Namespace) -> int:
 
 def check_results(args: argparse.Namespace) -> int:
     """Check a results file."""
-    from tprl_env.evaluation.results import read_results
+    from tprl_env.evaluation.result_files import read_results
 
     results = read_results(args.file, args.budgets)
     print(f"{args.file}: {len(results['methods'])} rows, all that readers rely on is there")
@@ -257,11 +260,14 @@ def build_parser() -> argparse.ArgumentParser:
         add_submit,
         add_token,
         add_verify,
+        add_report,
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
     sub.add_argument("file", type=path, help="a results.json")
-    sub.add_argument("--budgets", type=counts, default=BUDGETS, help="counts that must be there")
+    sub.add_argument(
+        "--budgets", type=counts, help="counts that must be there (default: those in the file)"
+    )
     sub.set_defaults(run=check_results)
     return complete(parser)
 
@@ -285,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and not getattr(args, "takes_fields", False):
             raise ValueError(unknown_arguments(args.parser, rest))
         options = [one.dest for one in args.parser._actions if one.option_strings]
-        args.overrides, args.script = rest, script
+        args.overrides, args.script, args.line = rest, script, shlex.join(["tprl", *words])
         from tprl_env.data.features.manifest import trust_files
 
         with trust_files(getattr(args, "trust", False)):

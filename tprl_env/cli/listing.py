@@ -114,14 +114,17 @@ def _datasets() -> list[Entry]:
 
 def _lvlms() -> list[Entry]:
     from tprl_env.data.scenes import TASKS
-    from tprl_env.lvlm import FAMILIES, SUPPORTED
+    from tprl_env.lvlm import FAMILIES
 
     built_in = [
         Entry(f"builtin:{task}", f"Ships with the package, trained on scenes-{task}.")
         for task in TASKS
     ]
-    kinds = ", ".join(sorted(FAMILIES))
-    return [*built_in, Entry("FOLDER or HUB/ID", f"Checkpoint of model_type {kinds}: {SUPPORTED}.")]
+    kinds = ", ".join(FAMILIES)
+    return [
+        *built_in,
+        Entry("FOLDER or HUB/ID", f"A checkpoint of one of these families: {kinds}."),
+    ]
 
 
 KINDS: dict[str, Callable[[], list[Entry]]] = {
@@ -168,9 +171,8 @@ def _list(args: argparse.Namespace) -> int:
     for one in found:
         print(f"{one.name}\n    {one.about}")
         if one.defaults:
-            print(
-                "    " + "  ".join(f"{key}={_word(value)}" for key, value in one.defaults.items())
-            )
+            shown = (f"{key}={_word(value)}" for key, value in one.defaults.items())
+            print(f"    {'  '.join(shown)}")
     return 0
 
 

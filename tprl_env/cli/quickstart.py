@@ -24,7 +24,11 @@ from tprl_env.evaluation.builtin_stores import (
     all_threads,
     encode_all,
 )
-from tprl_env.evaluation.compare_on_store import build_results, compare, write_comparison
+from tprl_env.evaluation.compare_on_store import (
+    build_results,
+    compare,
+    write_data,
+)
 from tprl_env.evaluation.contenders import (
     available_pruners,
     penalties,
@@ -32,7 +36,8 @@ from tprl_env.evaluation.contenders import (
     tune_penalty,
 )
 from tprl_env.evaluation.learning_curve import LearningCurve, curve_hook
-from tprl_env.evaluation.trajectories import choose_examples, draw_examples
+from tprl_env.evaluation.report_files import write_pictures
+from tprl_env.evaluation.trajectories import Examples, draw_examples
 from tprl_env.ray_session import ray_session
 from tprl_env.rllib.run.placement import actor_cpus
 from tprl_env.scoring import local_scorer
@@ -65,13 +70,16 @@ def imitated(config: TrainConfig, store: FeatureStore, folder: Path) -> PruningP
 
 
 def run_quickstart(
-    settings: QuickstartSettings, overrides: Mapping[str, str] | None = None
+    settings: QuickstartSettings,
+    overrides: Mapping[str, str] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Chain encode, autoencoder, imitation, PPO, comparison and report.
 
     Args:
         settings: Size and place.
         overrides: Fields of the training preset.
+        command: The command line, for the report; empty for a call from Python.
 
     Returns:
         Content of ``results.json``.
@@ -127,7 +135,7 @@ def run_quickstart(
     policies = {"policy": PruningPolicy.from_pretrained(result.policy_path)}
     if imitation is not None:
         policies["imitation only"] = imitation
-    return _finish(settings, config, lvlm, stores, policies, result.record, curve, watch)
+    return _finish(settings, config, lvlm, stores, policies, result.record, curve, watch, command)
 
 
 @contextmanager
@@ -158,6 +166,7 @@ def _finish(
     training: Mapping[str, Any],
     curve: LearningCurve,
     watch: Stopwatch,
+    command: str,
 ) -> dict[str, Any]:
     """Evaluate on the test split and write everything that people read."""
     test = stores["test"]
@@ -176,32 +185,27 @@ def _finish(
     with watch.stage("evaluation", f"comparison on {len(test)} test questions"):
         with _scorer(config, lvlm, test) as scorer:
             rows = compare(test, scorer, entries, BUDGETS, samples)
-            drawn = draw_examples(
-                test,
-                scorer,
-                best[TRAJECTORY_BUDGETS[-1]],
-                choose_examples(test, samples, TRAJECTORIES),
-                TRAJECTORY_BUDGETS,
-                settings.out / "trajectories",
-                lvlm,
-            )
     chosen = {
         "scale": settings.scale,
         "code_width": settings.code_width,
         "redundancy_penalty": penalties(best),
     }
-    extra = {"settings": chosen}
-    results = build_results(settings.task, rows, training, {**extra, "stages": watch.seconds})
-    write_comparison(
-        settings.out,
-        results,
-        rows,
-        test,
-        samples,
-        curve=curve.points(),
-        curve_full=curve.full(),
-        trajectories=drawn,
-    )
+    made_by = {"command": command, "config": config.flat()}
+    extra = {"settings": chosen, "stages": watch.seconds, "made_by": made_by}
+    extra["curve_full_accuracy"] = round(curve.full(), 5)
+    results = build_results(settings.task, rows, training, extra)
+    write_data(settings.out, results, rows, test, samples)
+    last = TRAJECTORY_BUDGETS[-1]
+    scores = next(row.scores for row in rows if (row.name, row.budget) == ("policy", last))
+
+    def draw() -> Examples:
+        own, place = local_scorer(lvlm, test), settings.out / "trajectories"
+        return draw_examples(
+            test, own, best[last], samples, scores, TRAJECTORIES, TRAJECTORY_BUDGETS, place, lvlm,
+            run=str(results["run"]),
+        )  # fmt: skip
+
+    results = write_pictures(settings.out, results, draw=draw)
     total = time.perf_counter() - watch.start
     print(f"[{total:6.1f} s] done: {settings.out / 'report.html'}", flush=True)
     return results

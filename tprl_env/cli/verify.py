@@ -12,7 +12,7 @@ from tprl_env.files import JsonLog
 
 __all__ = ["add_verify", "verify_path"]
 
-_LOGS = ("metrics.jsonl", "skipped.jsonl")
+_LOGS = ("metrics.jsonl", "skipped.jsonl", "learning_curve.jsonl")
 _MARK = ".whole.json"
 _POLICY, _AUTOENCODER = "pruning-policy", "token-autoencoder"
 Check = tuple[Path, str, Callable[[Path], str]]
@@ -205,7 +205,7 @@ def _check_dataset(path: Path) -> str:
 
 
 def _check_results(path: Path) -> str:
-    from tprl_env.evaluation.results import read_results
+    from tprl_env.evaluation.result_files import read_results
 
     try:
         return f"{len(read_results(path, ())['methods'])} rows"

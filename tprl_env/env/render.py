@@ -122,9 +122,12 @@ def draw_trajectory(
     question: str,
     answer: str | None = None,
     size: int = 280,
+    columns: int | None = None,
     box: Box | None = None,
 ) -> Picture:
     """Draw a whole episode as panels side by side (the content of TPRL fig. 4).
+
+    Text is at least 12 pixels high where five panels in a row are shown 1040 pixels wide.
 
     Args:
         picture: uint8 (H, W, 3).
@@ -133,6 +136,7 @@ def draw_trajectory(
         question: Printed once above the panels.
         answer: Reference answer, printed beside the question, or None.
         size: Side of one panel in pixels, at least 120.
+        columns: Panels in a row, then the next row begins; all in one row by default.
         box: As in `draw_step`.
 
     Returns:
@@ -148,10 +152,11 @@ def draw_trajectory(
     top, left, bottom, right = frame(rgb.shape, box)
     panel = min(_check_size(size), max(round(size * (bottom - top) / (right - left)), 1))
     areas = [token_picture(rgb, mask, (panel, size), box) for mask in masks]
-    font, small = _font(size / 18), _font(size / 21)
+    font, small = _font(size / 15), _font(size / 16)
     line = _line_height(font)
     gap = line // 2
-    width = len(steps) * (size + gap) + gap
+    across = min(columns or len(steps), len(steps))
+    width = across * (size + gap) + gap
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     header = [(text, _INK) for text in _wrap(probe, question, font, width - 2 * gap, lines=2)]
     if answer is not None:
@@ -162,14 +167,16 @@ def draw_trajectory(
         header.append((text, _FAINT))
     head = gap + len(header) * line + gap // 2
     captions = 2 + any(part.answer is not None for part in steps)
-    canvas = Image.new("RGB", (width, head + panel + captions * line + gap), PAPER)
+    row_height = panel + captions * line + gap
+    rows = -(-len(steps) // across)
+    canvas = Image.new("RGB", (width, head + rows * row_height), PAPER)
     draw = ImageDraw.Draw(canvas)
     for number, (text, colour) in enumerate(header):
         draw.text((gap, gap // 2 + number * line), text, colour, font)
     for number, (part, mask, area) in enumerate(zip(steps, masks, areas, strict=True)):
-        at = gap + number * (size + gap)
-        canvas.paste(Image.fromarray(area), (at, head))
-        centre, below = at + size // 2, head + panel + gap // 3
+        at, above = gap + number % across * (size + gap), head + number // across * row_height
+        canvas.paste(Image.fromarray(area), (at, above))
+        centre, below = at + size // 2, above + panel + gap // 3
         _centred(draw, (centre, below), f"T = {number}     {_score_text(part.score)}", font)
         texts = [_count_text(int(mask.sum()), mask.size)]
         if part.answer is not None:

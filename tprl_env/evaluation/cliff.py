@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tprl_env.checks import check_choice, did_you_mean
 from tprl_env.evaluation.intervals import mean_interval
 from tprl_env.evaluation.measure import by_type, check_budgets, iterate_chunks, keep_masks
-from tprl_env.evaluation.report import new_figure, save_figure
+from tprl_env.evaluation.plots import new_figure, save_figure
 from tprl_env.files import versions, write_json
 from tprl_env.lvlm.protocol import Positions
 from tprl_env.reducers import PRUNERS, make_pruner

@@ -2,12 +2,13 @@
 
 Also used by the quickstart: builds the pruners that a store allows, evaluates
 them at matched budgets and writes ``results.json``, ``per_question.parquet``, the plots, drawn
-trajectories and ``report.html``.
+trajectories and ``report.html``. The numbers are written first: a picture that fails costs none.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,18 @@ from tprl_env.evaluation.contenders import (
     policy_entries,
     tune_penalty,
 )
+from tprl_env.evaluation.findings import differences, policy_name
 from tprl_env.evaluation.measure import (
     MethodResult,
     check_budgets,
     evaluate,
     write_per_question,
 )
-from tprl_env.evaluation.report import plot_accuracy, plot_learning_curve, write_report
+from tprl_env.evaluation.report_files import write_pictures
+from tprl_env.evaluation.result_files import SCORES_NAME, made_from_numbers, write_results
 from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
-from tprl_env.evaluation.trajectories import choose_examples, draw_examples
-from tprl_env.files import versions, write_json
+from tprl_env.evaluation.trajectories import Examples, draw_examples
+from tprl_env.files import versions
 from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.scoring import local_scorer
 
@@ -58,6 +61,7 @@ def build_results(
     """``results.json`` from the evaluated rows, the unpruned model first."""
     full, *methods = rows
     return {
+        "run": secrets.token_hex(8),
         "task": task,
         "visual_tokens": full.budget,
         "full": {
@@ -67,37 +71,32 @@ def build_results(
             "by_type": {name: round(value, 5) for name, value in full.by_type.items()},
         },
         "methods": [row.as_dict() for row in methods],
+        "differences": differences(methods),
         "training": dict(training),
         "versions": versions(),
         **extra,
     }
 
 
-def write_comparison(
+def write_data(
     out: Path,
-    results: dict[str, Any],
+    results: Mapping[str, Any],
     rows: Sequence[MethodResult],
     store: FeatureStore,
     samples: npt.NDArray[np.int64],
-    *,
-    curve: Sequence[Mapping[str, Any]] = (),
-    curve_full: float | None = None,
-    trajectories: Sequence[tuple[Path, str]] = (),
 ) -> None:
-    """Write ``results.json``, ``per_question.parquet``, the plots and ``report.html``."""
+    """Write the numbers: ``per_question.parquet``, then ``results.json``, before any picture.
+
+    Page and pictures of an older comparison are removed first: they tell of other numbers.
+    """
     out.mkdir(parents=True, exist_ok=True)
     check_results(results, sorted({row.budget for row in rows[1:]}))
+    for old in made_from_numbers(out):
+        old.unlink()
     ids = [store.id(int(sample)) for sample in samples]
     question_types = [store.question_type(int(sample)) for sample in samples]
-    write_per_question(rows, ids, question_types, out / "per_question.parquet")
-    figures = [(plot_accuracy(results, out / "accuracy.png"), "Accuracy against tokens kept.")]
-    if curve:
-        path = plot_learning_curve(
-            curve, curve_full or results["full"]["accuracy"], out / "learning_curve.png"
-        )
-        figures.append((path, "Learning curve on the calibration split."))
-    write_report(results, figures, trajectories, out / "report.html")
-    write_json(out / "results.json", results)
+    write_per_question(rows, ids, question_types, out / SCORES_NAME, str(results["run"]))
+    write_results(out, results)
 
 
 def compare(
@@ -123,6 +122,7 @@ def evaluate_store(
     budgets: Sequence[int] = (48, 29, 14, 7, 4),
     limit: int | None = None,
     trajectories: int = 10,
+    command: str = "",
 ) -> dict[str, Any]:
     """Compare pruners on a store and write the files that people read (``tprl evaluate``).
 
@@ -138,6 +138,7 @@ def evaluate_store(
         budgets: Token counts.
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
+        command: The command line, for the report; empty for a call from Python.
 
     Returns:
         Content of ``results.json``.
@@ -152,6 +153,12 @@ def evaluate_store(
         raise ValueError("calibration and threshold belong to a policy; give its folder as policy")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
+    options = {
+        **{"store": str(store), "lvlm": lvlm, "policy": None if policy is None else str(policy)},
+        "calibration": None if calibration is None else str(calibration),
+        **{"threshold": threshold, "pruners": pruners and list(pruners)},
+        **{"budgets": list(budgets), "limit": limit, "trajectories": trajectories},
+    }
     model = load_lvlm(lvlm)
     opened = FeatureStore.open(store, lvlm_fingerprint=model.fingerprint)
     check_budgets(budgets, opened.max_tokens)
@@ -170,16 +177,25 @@ def evaluate_store(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     rows = compare(opened, scorer, entries, budgets, samples)
-    drawn: list[tuple[Path, str]] = []
-    if trained is not None and trajectories > 0:
-        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
-        chosen = choose_examples(opened, samples, trajectories)
-        steps = sorted(budgets, reverse=True)
-        drawn = draw_examples(opened, scorer, best, chosen, steps, out / "trajectories", model)
-    extra = {} if tuned is None else {"settings": {"redundancy_penalty": penalties(tuned)}}
+    extra: dict[str, Any] = {"made_by": {"command": command, "config": options}}
+    if tuned is not None:
+        extra["settings"] = {"redundancy_penalty": penalties(tuned)}
     results = build_results(str(Path(store).name), rows, training, extra)
-    write_comparison(out, results, rows, opened, samples, trajectories=drawn)
-    return results
+    write_data(out, results, rows, opened, samples)
+
+    def draw() -> Examples:
+        assert trained is not None
+        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
+        steps, name = sorted(budgets, reverse=True), policy_name(results)
+        scores = next(r.scores for r in rows if (r.name, r.budget) == (name, steps[-1]))
+        place = out / "trajectories"
+        return draw_examples(
+            opened, scorer, best, samples, scores, trajectories, steps, place, model,
+            run=str(results["run"]),
+        )  # fmt: skip
+
+    drawn = draw if trained is not None and trajectories > 0 else None
+    return write_pictures(out, results, draw=drawn)
 
 
 def training_of(policy: str | Path | None) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from tprl_env.evaluation.report import OTHER_COLORS, POLICY_COLORS, new_figure, save_figure
-
-COLORS = (*POLICY_COLORS, *OTHER_COLORS)
+from tprl_env.evaluation.plots import method_colors, new_figure, save_figure
 
 
 def plot_budgets(table: pd.DataFrame, arms: Sequence[str], path: Path, task: str) -> Path:
@@ -22,7 +20,7 @@ def plot_budgets(table: pd.DataFrame, arms: Sequence[str], path: Path, task: str
         task: For the title.
     """
     figure, axes = new_figure()
-    for color, arm in zip(COLORS, arms, strict=False):
+    for arm, color in method_colors(arms).items():
         for method, style in (("policy", "-"), ("imitation", ":")):
             own = table[(table["arm"] == arm) & (table["method"] == method)]
             if own.empty:
@@ -58,7 +56,7 @@ def plot_scores(table: pd.DataFrame, arms: Sequence[str], path: Path, task: str)
     """
     figure, axes = new_figure()
     budget = table["budget"].min()
-    for color, arm in zip(COLORS, arms, strict=False):
+    for arm, color in method_colors(arms).items():
         own = table[(table["arm"] == arm) & (table["budget"] == budget)]
         # a resumed run measures the scores after its checkpoint again: the last one counts
         points = own.pivot_table(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from tprl_env.evaluation.plots import attempt
 from tprl_env.files import write_atomically, write_text
 
 __all__ = ["check_experiment", "curves", "markdown", "read_records", "results", "write_tables"]
@@ -22,7 +23,7 @@ __all__ = ["check_experiment", "curves", "markdown", "read_records", "results", 
 RUN = ("experiment", "task", "arm", "seed", "algorithm")
 RESULTS = (
     *RUN, "method", "budget", "tokens", "accuracy", "ci_low", "ci_high", "full_accuracy",
-    "relative", "lvlm_scores", "seconds",
+    "relative", "lvlm_scores", "seconds", "resumed",
 )  # fmt: skip
 CURVES = (*RUN, "lvlm_scores", "budget", "accuracy")
 
@@ -131,12 +132,13 @@ def _measured(
                 cost = {
                     "lvlm_scores": record["lvlm_scores"] if trained else 0,
                     "seconds": record["seconds"] if trained else measured["seconds"],
+                    "resumed": record.get("resumed", 0) if trained else 0,
                 }
                 yield place | cost | {"method": method}, measured, measured["full_accuracy"]
     for task, untrained in definition["untrained"].items():
         for name, measured in untrained["pruners"].items():
             place = dict(zip(RUN, (definition["name"], task, name, 0, "none"), strict=True))
-            place |= {"method": "untrained", "lvlm_scores": 0}  # seconds are each row's own
+            place |= {"method": "untrained", "lvlm_scores": 0, "resumed": 0}  # each row has seconds
             yield place, measured, untrained["full_accuracy"]
 
 
@@ -182,9 +184,26 @@ def markdown(definition: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
             "",
             *_accuracy_lines(own, definition, measured["full_accuracy"]),
             "",
+            *_resumed_lines([record for record in records if record["task"] == task]),
             *_difference_lines(own, definition),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _resumed_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A footnote on the runs that an interruption may have changed; empty without any."""
+    names = [
+        f"{record['arm']} seed {record['seed']} ({record['resumed']} x)"
+        for record in records
+        if record.get("resumed")
+    ]
+    if not names:
+        return []
+    return [
+        f"† Resumed after an interruption, so not to the bit what an undisturbed run would have "
+        f"given: {', '.join(names)}.",
+        "",
+    ]
 
 
 def _lines(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
@@ -205,6 +224,7 @@ def _accuracy_lines(own: pd.DataFrame, definition: Mapping[str, Any], full: floa
     """Untrained pruners, then of each arm the imitation, where it has one, and the policy."""
     by_seed, budgets = _by_seed(own), definition["budgets"]
     seconds = own.groupby(["method", "arm"])["seconds"].mean()
+    resumed = own.groupby(["method", "arm"])["resumed"].sum()
     labels = {
         ("untrained", name): f"*{name}*" for name in own.query("method == 'untrained'").arm.unique()
     }
@@ -219,7 +239,7 @@ def _accuracy_lines(own: pd.DataFrame, definition: Mapping[str, Any], full: floa
             for mean, half in seed_intervals(by_seed[key]).loc[budgets].to_numpy()
         ]
         cost = "" if key[0] == "untrained" else f"{seconds[key]:.0f}"  # pruners have no seeds
-        body.append([label, *cells, cost])
+        body.append([f"{label} †" if resumed[key] else label, *cells, cost])
     return _lines(["arm", *(f"{budget} tokens" for budget in budgets), "seconds"], body)
 
 
@@ -276,6 +296,7 @@ def write_tables(folder: Path) -> Path:
     for task in definition["tasks"]:
         own = {name: table[table["task"] == task] for name, table in tables.items()}
         trained = own["results"].query("method != 'untrained'")
-        plot_budgets(trained, arms, folder / f"{task}-tokens.png", task)
-        plot_scores(own["curves"], arms, folder / f"{task}-scores.png", task)
+        tokens, scores = (folder / f"{task}-{of}.png" for of in ("tokens", "scores"))
+        attempt(str(tokens), partial(plot_budgets, trained, arms, tokens, task))
+        attempt(str(scores), partial(plot_scores, own["curves"], arms, scores, task))
     return folder

@@ -53,16 +53,15 @@ class LearningCurve:
         begin = time.perf_counter()
         pruner = PolicyPruner.as_trained(policy, self.steps)
         budgets = [b for b in CURVE_BUDGETS if b <= self.store.max_tokens]
-        accuracy = {
-            str(budget): round(
-                evaluate_method(
-                    "policy", pruner, self.store, self.scorer, budget, self.samples
-                ).accuracy,
-                5,
+        rows = {
+            str(budget): evaluate_method(
+                "policy", pruner, self.store, self.scorer, budget, self.samples
             )
             for budget in budgets
         }
-        self.log.append({"lvlm_scores": lvlm_scores, "accuracy": accuracy})
+        accuracy = {budget: round(row.accuracy, 5) for budget, row in rows.items()}
+        ci95 = {budget: [round(bound, 5) for bound in row.ci95] for budget, row in rows.items()}
+        self.log.append({"lvlm_scores": lvlm_scores, "accuracy": accuracy, "ci95": ci95})
         self.seconds += time.perf_counter() - begin
         return accuracy
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from tprl_env.checks import quoted
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
+from tprl_env.evaluation.results import RUN_KEY
 from tprl_env.files import write_atomically
 from tprl_env.reducers.interfaces import Pruner, checked_mask, prune_inputs
 from tprl_env.reducers.vision import VisionSignals
@@ -256,12 +257,16 @@ def evaluate(
 
 
 def write_per_question(
-    results: Sequence[MethodResult], ids: Sequence[str], question_types: Sequence[str], path: Path
+    results: Sequence[MethodResult],
+    ids: Sequence[str],
+    question_types: Sequence[str],
+    path: Path,
+    run: str = "",
 ) -> None:
     """Write every single score as Parquet, so that others can compute their own statistics.
 
     Columns: ``method``, ``knowledge``, ``budget``, ``sample``, ``question_type``, ``kept``,
-    ``score``.
+    ``score``. The metadata of the schema holds ``run`` of the results file that this belongs to.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -280,4 +285,7 @@ def write_per_question(
         )
         for result in results
     ]
-    write_atomically(path, lambda stream: pq.write_table(pa.concat_tables(tables), stream))
+    table = pa.concat_tables(tables)
+    if run:
+        table = table.replace_schema_metadata({RUN_KEY: run.encode()})
+    write_atomically(path, lambda stream: pq.write_table(table, stream))

@@ -1,179 +1,223 @@
-"""Pictures and the self-contained HTML page of a comparison.
+"""The self-contained HTML page of a comparison.
 
-Everything is drawn from the numbers in ``results.json`` and ``learning_curve.jsonl``; the page
-embeds its pictures, so that one file can be mailed.
+Everything is told from the numbers in ``results.json`` and from the pictures drawn of them; the
+page embeds its pictures, so that one file can be mailed.
 """
 
 from __future__ import annotations
 
 import base64
 import html
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tprl_env.files import write_atomically, write_text
+from tprl_env.evaluation.findings import (
+    FULL_PASS,
+    at_budget,
+    headline,
+    headline_budget,
+)
+from tprl_env.evaluation.plots import by_method, method_colors
+from tprl_env.files import write_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from tprl_env.evaluation.trajectories import Examples
 
-# One colour per family; heuristics share a quiet palette so that policies stand out.
-POLICY_COLORS = ("#c8102e", "#e8743b", "#8e44ad", "#d4a017")
-OTHER_COLORS = ("#1f77b4", "#2ca02c", "#17becf", "#7f7f7f", "#9467bd", "#8c564b", "#bcbd22")
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .7em;text-align:right;
-border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-tr.policy td{font-weight:600;background:#fdf0f1}.ci{color:#777;font-size:.85em;font-weight:400}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1080px;margin:1.5em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em;line-height:1.25}h2{font-size:1.2em;margin-top:2em}
+.headline{font-size:1.25em;font-weight:600;border-left:5px solid #c8102e;padding-left:.7em}
+.wide{overflow-x:auto}table{border-collapse:collapse;margin:.6em 0;font-size:.92em}
+td,th{padding:.25em .6em;text-align:right;vertical-align:top;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left;min-width:9em;position:sticky;left:0;background:#fff}
+tr.policy td,tr.policy td:first-child{font-weight:600;background:#fdf0f1}
+.hint{display:none;color:#555}
+.ci{color:#666;font-size:.85em;font-weight:400;white-space:nowrap}
 img{max-width:100%}figure{margin:1.5em 0}figcaption{color:#555}
-code{background:#f4f4f4;padding:0 .3em}
+.strip img{max-width:none;width:1040px}.plot img{max-width:none;width:100%;min-width:680px}
+@media(min-width:1100px){.strip img{width:100%;max-width:1080px}}
+@media(min-width:1100px){.plot img{width:auto;max-width:100%}}
+@media(max-width:760px){.hint{display:block}.accuracy td:nth-child(2){display:none}
+.accuracy th:nth-child(2){display:none}td:first-child,th:first-child{min-width:7.5em}}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.5em}
+code,pre{background:#f4f4f4;padding:0 .3em;overflow-wrap:anywhere;white-space:pre-wrap}
+dt{font-weight:600}dd{margin:0 0 .5em 0}
 """
+GLOSSARY = {
+    "visual token": "One of the vectors that the vision tower makes of a picture. Pruning keeps "
+    "some of them; the language model then answers from those alone.",
+    "accuracy": "Share of the questions whose generated answer equals a reference answer.",
+    "policy, imitation": "The policy is a network that sees picture and question and decides what "
+    "is kept. It first imitates the model's own attention (imitation only), then learns from "
+    "rewards.",
+    "heuristic, oracle, random": "A heuristic is a published rule without training; the oracle "
+    "knows which tokens the question is about, which no method can; random ignores everything.",
+    "LVLM score": "One answer of the model, scored, with one choice of tokens: the unit of cost.",
+}
 
 
-def new_figure(width: float = 8.0, height: float = 5.0) -> tuple[Figure, Axes]:
-    """An empty figure, in inches, that needs no display."""
-    # The Agg canvas is bound to the figure: no display, no global pyplot state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+def _named(results: Mapping[str, Any], name: str) -> str:
+    """A method's name after a dot of the colour that it has in the plots."""
+    color = method_colors(row["name"] for row in results["methods"])[name]
+    return f'<span class=dot style="background:{color}"></span>{html.escape(name)}'
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, whole or not at all."""
-    return write_atomically(path, lambda stream: figure.savefig(stream, format="png"))
+def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A table of cells that are HTML already; each row comes with its class."""
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for name, cells in rows:
+        body = "".join(f"<td>{cell}</td>" for cell in cells)
+        lines.append(f"<tr class={html.escape(name)}>{body}</tr>")
+    return "<div class=wide><table>" + "\n".join(lines) + "</table></div>"
 
 
-def by_method(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows of each method, largest budget first, in the order of the file."""
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for row in results["methods"]:
-        rows.setdefault(row["name"], []).append(row)
-    return {name: sorted(group, key=lambda row: -row["budget"]) for name, group in rows.items()}
-
-
-def plot_accuracy(results: Mapping[str, Any], path: Path) -> Path:
-    """Accuracy against tokens kept, one line per method, with 95 % bands."""
-    figure, axes = new_figure()
-    full = results["full"]["accuracy"]
-    axes.axhline(full, color="black", linewidth=1, linestyle="--")
-    axes.annotate(
-        f"all {results['visual_tokens']} tokens: {full:.3f}",
-        (0.01, full),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
-        textcoords="offset points",
-    )
-    counts = {"policy": 0, "other": 0}
-    for name, rows in by_method(results).items():
-        policy = rows[0]["knowledge"] == "policy"
-        group, palette = ("policy", POLICY_COLORS) if policy else ("other", OTHER_COLORS)
-        color = palette[counts[group] % len(palette)]
-        counts[group] += 1
-        tokens = [row["mean_tokens"] for row in rows]
-        axes.plot(
-            tokens,
-            [row["accuracy"] for row in rows],
-            label=name,
-            color=color,
-            marker="o" if policy else ".",
-            linewidth=2.4 if policy else 1.3,
-            linestyle=":" if rows[0]["knowledge"] == "oracle" else "-",
-            zorder=3 if policy else 2,
-        )
-        low, high = zip(*(row["ci95"] for row in rows), strict=True)
-        axes.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.set_xscale("log")
-    ticks = sorted({row["budget"] for row in results["methods"]})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("visual tokens kept (log scale)")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1.03)
-    axes.set_title(f"{results['task']}: accuracy against visual tokens kept")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
-    return save_figure(figure, path)
-
-
-def plot_learning_curve(points: Sequence[Mapping[str, Any]], full: float, path: Path) -> Path:
-    """Held-out accuracy against LVLM scores used.
-
-    Args:
-        points: ``{"lvlm_scores": int, "accuracy": {"48": float, ...}}`` in order of training.
-        full: Accuracy with all tokens on the same questions.
-        path: PNG file to write.
-
-    Raises:
-        ValueError: There are no points.
-    """
-    if not points:
-        raise ValueError("a learning curve needs at least one point, got none")
-    figure, axes = new_figure()
-    budgets = sorted((int(budget) for budget in points[0]["accuracy"]), reverse=True)
-    scores = [point["lvlm_scores"] / 1000 for point in points]
-    for color, budget in zip((*POLICY_COLORS, *OTHER_COLORS), budgets, strict=False):
-        accuracy = [point["accuracy"][str(budget)] for point in points]
-        axes.plot(scores, accuracy, marker="o", color=color, label=f"{budget} tokens")
-    axes.axhline(full, color="black", linewidth=1, linestyle="--", label="all tokens")
-    axes.set_xlabel("LVLM scores used (thousands)")
-    axes.set_ylabel("accuracy on the calibration split")
-    axes.set_title("learning curve")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
-    return save_figure(figure, path)
+def _accuracy_cell(row: Mapping[str, Any], full: float) -> str:
+    """Accuracy, its share of the full accuracy, its interval, and tokens where they differ."""
+    share = f" <span class=ci>{100 * row['accuracy'] / full:.0f} %</span>" if full else ""
+    low, high = row["ci95"]
+    cell = f"{row['accuracy']:.3f}{share}<br><span class=ci>[{low:.3f}, {high:.3f}]</span>"
+    if abs(row["mean_tokens"] - row["budget"]) >= 0.005:
+        cell += f"<br><span class=ci>mean {row['mean_tokens']:.2f} tokens</span>"
+    return cell
 
 
 def results_table(results: Mapping[str, Any]) -> str:
     """The comparison as an HTML table, methods down, budgets across."""
     budgets = sorted({row["budget"] for row in results["methods"]}, reverse=True)
-    head = "".join(f"<th>{budget} tokens</th>" for budget in budgets)
-    lines = [f"<tr><th>method</th><th>knowledge</th>{head}</tr>"]
-    for name, rows in by_method(results).items():
-        cells = {row["budget"]: row for row in rows}
-        columns = ""
-        for budget in budgets:
-            row = cells.get(budget)
-            columns += (
-                "<td></td>"
-                if row is None
-                else f"<td>{row['accuracy']:.3f}<br><span class=ci>"
-                f"[{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]</span></td>"
-            )
-        knowledge = html.escape(rows[0]["knowledge"])
-        lines.append(
-            f"<tr class={knowledge}><td>{html.escape(name)}</td><td>{knowledge}</td>{columns}</tr>"
-        )
-    return "<table>" + "\n".join(lines) + "</table>"
+    full = results["full"]["accuracy"]
+    rows = []
+    for name, group in by_method(results).items():
+        cells = {row["budget"]: row for row in group}
+        knowledge = html.escape(group[0]["knowledge"])
+        columns = [_accuracy_cell(cells[b], full) if b in cells else "" for b in budgets]
+        rows.append((knowledge, [_named(results, name), knowledge, *columns]))
+    head = ["method", "knowledge", *(f"{budget} tokens" for budget in budgets)]
+    return f"<div class=accuracy>{_table(head, rows)}</div>"
 
 
-def _embed(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+def differences_table(results: Mapping[str, Any]) -> str:
+    """Differences of the policy to others; empty where there are none."""
+    found = results.get("differences", [])
+    if not found:
+        return ""
+    rows = []
+    for row in found:
+        low, high = row["ci95"]
+        told = "" if low <= 0 <= high else "higher" if low > 0 else "lower"
+        cell = f"{row['difference']:+.4f} <span class=ci>[{low:+.4f}, {high:+.4f}]</span>"
+        name = f"{html.escape(row['method'])} - {html.escape(row['to'])}"
+        rows.append(("pair", [name, str(row["budget"]), cell, told or "not told apart"]))
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        "<h2>Differences, paired by question</h2><p>Between the policy and the heuristic that is "
+        "best on these questions at each budget, and the imitation it started from. An interval "
+        "(95 %) that does not hold 0 tells the two apart on these questions; it says nothing of "
+        f"other training seeds.</p>{_table(['pair', 'tokens', 'difference', ''], rows)}"
     )
 
 
-def _training_sentence(training: Mapping[str, Any]) -> str:
-    """How the policy came about; nothing where nothing was trained."""
-    if not training:
+def types_table(results: Mapping[str, Any]) -> str:
+    """Accuracy by question type at the budget of the headline; empty without types."""
+    full = results["full"]["by_type"]
+    budget = headline_budget(results)
+    rows = [
+        (row["knowledge"], [_named(results, name), *(_share(row["by_type"], one) for one in full)])
+        for name, row in at_budget(results, budget).items()
+        if row.get("by_type")
+    ]
+    if not rows or not full:
         return ""
+    everything = ("none", ["all tokens", *(_share(full, one) for one in full)])
+    return (
+        f"<h2>By question type, at {budget} tokens</h2>"
+        f"{_table(['method', *map(html.escape, full)], [everything, *rows])}"
+    )
+
+
+def _share(shares: Mapping[str, float], name: str) -> str:
+    return f"{shares[name]:.3f}" if name in shares else ""
+
+
+def cost_section(results: Mapping[str, Any]) -> str:
+    """What it took: training, and every method on the test questions."""
+    training, questions = results["training"], results["full"]["questions"]
+    parts = ["<h2>Cost</h2>"]
+    if training:
+        parts.append(f"<p>{_training_sentence(training)}</p>")
+    rows = []
+    for name, group in by_method(results).items():
+        seconds = sum(row.get("seconds", 0.0) for row in group)
+        cells = [_named(results, name), f"{seconds:.1f}", f"{len(group) * questions:,}"]
+        rows.append((group[0]["knowledge"], cells))
+    text = "<p>Evaluation, all budgets together, pruning and scoring"
+    if FULL_PASS in by_method(results):
+        text += "; the attention of the full pass was computed when the store was encoded"
+    parts.append(f"{text}:</p>")
+    parts.append(_table(["method", "seconds", "LVLM scores"], rows))
+    if results.get("stages"):
+        stages = ", ".join(f"{name} {value:.0f} s" for name, value in results["stages"].items())
+        parts.append(f"<p>All stages: {html.escape(stages)}.</p>")
+    return "".join(parts)
+
+
+def _training_sentence(training: Mapping[str, Any]) -> str:
+    resumed = training.get("resumed")
+    note = f" Resumed {resumed} times, so an undisturbed run may differ." if resumed else ""
     return (
         f"Policy: {html.escape(training['algorithm'])}, preset "
         f"<code>{html.escape(training['preset'])}</code>, seed {training['seed']}, "
         f"{training['lvlm_scores']:,} LVLM scores, {training['env_steps']:,} environment steps, "
-        f"{training['seconds']:.0f} s. "
+        f"{training['seconds']:.0f} s of training with the imitation it began from."
+        f"{note}"
     )
+
+
+def origin_section(results: Mapping[str, Any]) -> str:
+    """The command, the settings and the versions that made the numbers."""
+    made_by = results.get("made_by", {})
+    command = made_by.get("command") or "a call from Python"
+    told = {"settings": results.get("settings"), "config": made_by.get("config")}
+    told = {name: value for name, value in told.items() if value}
+    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    shown = html.escape(json.dumps(told, indent=1, default=str))
+    return (
+        f"<h2>Made by</h2><pre>{html.escape(command)}</pre>"
+        f"<details><summary>settings</summary><pre>{shown}</pre></details>"
+        f"<p>{html.escape(packages)}; run <code>{html.escape(str(results.get('run', '-')))}</code>."
+        "</p>"
+    )
+
+
+def _embed(path: Path, caption: str, kind: str) -> str:
+    """A picture that scrolls on a narrow screen rather than shrink its text."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    picture = f'<img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
+    picture = f'<div class="wide {kind}">{picture}</div>'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _introduction(results: Mapping[str, Any]) -> str:
+    full = results["full"]
+    text = (
+        f"{full['questions']} test questions of {html.escape(results['task'])}, "
+        f"{results['visual_tokens']} visual tokens per picture. The headline is told at the "
+        "budget nearest to 5 % of the tokens."
+    )
+    row = at_budget(results, headline_budget(results)).get(FULL_PASS)
+    if row is not None:
+        text += (
+            f" Not counted as a heuristic in it: {html.escape(FULL_PASS)}, "
+            f"{100 * row['accuracy']:.1f} %, which first runs the whole language model over all "
+            "tokens."
+        )
+    return f"<p>{text}</p>"
 
 
 def write_report(
     results: Mapping[str, Any],
     figures: Sequence[tuple[Path, str]],
-    trajectories: Sequence[tuple[Path, str]],
+    examples: Examples | None,
     path: Path,
 ) -> Path:
     """Write the self-contained page.
@@ -181,25 +225,36 @@ def write_report(
     Args:
         results: Content of ``results.json``.
         figures: Plots and their captions.
-        trajectories: Drawn trajectories and their captions.
+        examples: Drawn trajectories, None for none.
         path: HTML file to write.
     """
-    full = results["full"]
-    types = ", ".join(f"{name} {value:.3f}" for name, value in full["by_type"].items())
-    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    title = f"{html.escape(results['task'])}: which visual tokens can the model do without?"
+    drawn = [] if examples is None else examples.pictures
+    told = "" if examples is None else html.escape(examples.chosen)
+    glossary = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in GLOSSARY.items())
     body = [
-        f"<h1>{html.escape(results['task'])}: which visual tokens can the model do without?</h1>",
-        f"<p>{full['questions']} test questions; with all {results['visual_tokens']} visual tokens "
-        f"the model answers {full['accuracy']:.1%} ({html.escape(types)}).</p>",
-        f"<p>{_training_sentence(results['training'])}Brackets: 95 % intervals.</p>",
+        f"<h1>{title}</h1>",
+        f"<p class=headline>{html.escape(headline(results))}</p>",
+        _introduction(results),
+        "<p class=hint>Wide tables and pictures scroll sideways.</p>",
+        "<h2>Accuracy</h2><p>Small: share of the accuracy with all tokens, and the 95 % interval "
+        "in brackets. Rows with a threshold keep a number of tokens that varies by question: their "
+        "mean is printed where it differs from the column's.</p>",
         results_table(results),
-        *(_embed(file, caption) for file, caption in figures),
-        *(["<h2>Trajectories</h2>"] if trajectories else []),
-        *(_embed(file, caption) for file, caption in trajectories),
-        f"<p>{html.escape(packages)}</p>",
+        *(_embed(file, caption, "plot") for file, caption in figures),
+        differences_table(results),
+        types_table(results),
+        *([f"<h2>Trajectories</h2><p>{told}</p>"] if drawn else []),
+        *(_embed(file, caption, "strip") for file, caption in drawn),
+        cost_section(results),
+        f"<h2>Glossary</h2><dl>{glossary}</dl>",
     ]
+    text = "".join(body).replace(" %", "&nbsp;%") + origin_section(results)
+    run = html.escape(str(results.get("run", "")))
     page = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8><title>tprl-env report</title>"
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"{f'<meta name=run content={run}>' if run else ''}<title>tprl-env report</title>"
+        f"<style>{STYLE}</style></head><body>{text}</body></html>\n"
     )
     return write_text(path, page)

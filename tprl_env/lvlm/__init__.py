@@ -17,11 +17,26 @@ if TYPE_CHECKING:
 
 FAMILIES: dict[str, tuple[str, str]] = {
     "llava": ("tprl_env.lvlm.families.llava", "LlavaLVLM"),
+    **dict.fromkeys(
+        (
+            *("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
+            *("smolvlm", "idefics3"),
+        ),
+        ("tprl_env.lvlm.families.library", "LibraryLVLM"),
+    ),
 }
 """Module and class by the ``model_type`` of a checkpoint's config.json."""
 
-SUPPORTED = "CLIP and SigLIP towers with Llama, Mistral and Qwen2 language models"
-"""Parts of a LLaVA checkpoint that the package reproduces, in words."""
+RELATIVES: dict[str, str] = {
+    "gemma3": "its sliding layers count places, which change when tokens leave",
+    "qwen3_5": "its linear-attention layers have no row per token to drop",
+    "qwen2_5_omni": "sound is not taken; its pictures work like those of qwen2_5_vl",
+    "video_llava": "videos are not taken yet; its pictures work like those of llava",
+    "llava_next_video": "videos are not taken yet; its pictures work like those of llava_next",
+    "mllama": "its pictures enter through cross-attention, not as tokens of the prompt",
+    "internvl_chat": "this is the authors' own format; take the checkpoint that ends in -hf",
+}
+"""Why relatives of the known families cannot be loaded, by ``model_type``."""
 
 _BUILTIN = "builtin:"
 
@@ -88,9 +103,10 @@ def find_lvlm(checkpoint: str | Path, revision: str | None = None) -> tuple[str,
             source = str(builtin_path(source.removeprefix(_BUILTIN)))
         kind = read_config(source, revision).get("model_type")
     if kind not in FAMILIES:
+        why = f" ({RELATIVES[kind]})" if kind in RELATIVES else ""
         raise ValueError(
-            f"{source!r} has model_type {kind!r}; known families: {', '.join(sorted(FAMILIES))} "
-            f"({SUPPORTED})"
+            f"{source!r} has model_type {kind!r}, which cannot be run{why}; known are "
+            f"{', '.join(sorted(FAMILIES))}{did_you_mean(str(kind), FAMILIES)}"
         )
     return source, kind
 

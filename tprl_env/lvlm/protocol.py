@@ -24,18 +24,96 @@ Positions = Literal["original", "contiguous"]
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where visual tokens stand: in their pictures, and in the sequence.
+
+    The placeholders of a prompt form runs, one per picture in most families, one per tile in some.
+
+    Attributes:
+        coords: (n, 3) int64 tile or frame, row and column in it; -1 for a token that shows no
+            place of the picture, such as the newline behind a row of tiles.
+        runs: Tokens of each run, in order; their sum is n.
+        offsets: (A, n) int64 rotary positions from their run's first place; A is 1, or 3 where the
+            language model has axes for time, row and column.
+        extents: Positions by which the text behind each run moves on.
+    """
+
+    coords: npt.NDArray[np.int64]
+    runs: tuple[int, ...]
+    offsets: npt.NDArray[np.int64]
+    extents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit together.
+
+        Raises:
+            ValueError: Counts differ.
+        """
+        count = len(self.coords)
+        fits = self.coords.shape == (count, 3) and self.offsets.shape[1:] == (count,)
+        if not fits or sum(self.runs) != count or len(self.extents) != len(self.runs):
+            raise ValueError(
+                f"a placement needs coords (n, 3), offsets (axes, n), runs that add up to n and an "
+                f"extent per run; got {self.coords.shape}, {self.offsets.shape}, {self.runs} and "
+                f"{self.extents}"
+            )
+
+    @property
+    def droppable(self) -> npt.NDArray[np.bool_]:
+        """Bool (n,): tokens that show a place of the picture; the others are always kept."""
+        shown: npt.NDArray[np.bool_] = self.coords[:, 0] >= 0
+        return shown
+
+    @classmethod
+    def in_line(cls, coords: npt.NDArray[np.int64], runs: Sequence[int] | None = None) -> Placement:
+        """Tokens at consecutive positions, in one run unless ``runs`` says otherwise."""
+        given = (len(coords),) if runs is None else tuple(runs)
+        offsets = np.concatenate([np.arange(run) for run in given]) if given else np.zeros(0, int)
+        return cls(coords, given, offsets[None], given)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Placement]) -> Placement:
+        """The placements of a prompt's pictures, in order; tiles are counted on."""
+        coords, tiles = [], 0
+        for part in parts:
+            shown = part.droppable
+            moved = part.coords.copy()
+            moved[shown, 0] += tiles
+            coords.append(moved)
+            tiles = int(moved[shown, 0].max()) + 1 if shown.any() else tiles
+        return cls(
+            np.concatenate(coords),
+            tuple(run for part in parts for run in part.runs),
+            np.concatenate([part.offsets for part in parts], 1),
+            tuple(extent for part in parts for extent in part.extents),
+        )
+
+
+def raster(rows: int, columns: int, tile: int = 0) -> npt.NDArray[np.int64]:
+    """(rows * columns, 3) coordinates of a grid, row by row."""
+    place = np.arange(rows * columns)
+    return np.stack([np.full_like(place, tile), place // columns, place % columns], 1)
+
+
+@dataclass(frozen=True)
 class Visual:
     """One encoded image.
 
     Attributes:
-        tokens: (n, D) visual tokens as the language model gets them, raster order.
-        tower: (n, Dv) the selected features of the vision tower before the projector.
+        tokens: (n, D) visual tokens as the language model gets them, raster order. In families
+            with DeepStack (n, D + levels * D): behind each token what is added to its state after
+            the first decoder layers.
+        tower: (n, Dv) the selected features of the vision tower before the projector; Dv is 0
+            where a token has no feature of its own.
         cls_attention: (n,) float32, attention of the tower's CLS token to each patch, mean over
             heads, renormalisation left out (they sum to one minus CLS's attention to itself);
             ``None`` for towers without a CLS token.
         grid: (rows, columns) with rows * columns = n.
         box: (top, left, bottom, right), the part of the picture that the grid covers, in its
             pixels; ``None`` for all of it.
+        placement: Where the tokens stand; ``None`` for one grid at consecutive positions.
+        placeholder: Text that stands for the image in a prompt, one placeholder token per run;
+            empty for the placeholder alone.
     """
 
     tokens: Tensor
@@ -43,6 +121,8 @@ class Visual:
     cls_attention: Tensor | None
     grid: tuple[int, int]
     box: Box | None = None
+    placement: Placement | None = None
+    placeholder: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,18 +130,20 @@ class Prompt:
     """A tokenised question.
 
     Attributes:
-        ids: Token ids with ONE image placeholder, which stands for all visual tokens.
-        image_at: Index of the placeholder in ``ids``.
+        ids: Token ids with ONE image placeholder per run of visual tokens.
+        visual_at: Indices of the placeholders in ``ids``, ascending.
         question_span: (start, stop) in ``ids`` of the question's own text tokens; system text and
             template are outside.
         text: The rendered text, needed to tokenise an answer behind it; empty when the prompt
             was rebuilt from stored ids.
+        placement: Where the visual tokens stand; ``None`` for one run at consecutive positions.
     """
 
     ids: tuple[int, ...]
-    image_at: int
+    visual_at: tuple[int, ...]
     question_span: tuple[int, int]
     text: str = ""
+    placement: Placement | None = None
 
     def __post_init__(self) -> None:
         """Refuse spans that cannot be.
@@ -70,15 +152,29 @@ class Prompt:
             ValueError: A place lies outside ``ids`` or the span covers the image.
         """
         start, stop = self.question_span
-        if not 0 <= self.image_at < len(self.ids) or not 0 <= start < stop <= len(self.ids):
+        at = self.visual_at
+        inside = all(0 <= place < len(self.ids) for place in at) and list(at) == sorted(set(at))
+        if not inside or not 0 <= start < stop <= len(self.ids):
             raise ValueError(
-                f"prompt of {len(self.ids)} ids has image_at {self.image_at} and question_span "
-                f"({start}, {stop}); both must lie inside it and the span must not be empty"
+                f"prompt of {len(self.ids)} ids has visual_at {at} and question_span "
+                f"({start}, {stop}); both must lie inside it, in order, and the span must not be "
+                f"empty"
             )
-        if start <= self.image_at < stop:
+        covered = [place for place in at if start <= place < stop]
+        if covered:
             raise ValueError(
-                f"question_span ({start}, {stop}) covers the image placeholder at {self.image_at}"
+                f"question_span ({start}, {stop}) covers the image placeholder at {covered[0]}"
             )
+        if self.placement is not None and len(self.placement.runs) != len(at):
+            raise ValueError(
+                f"prompt has {len(at)} image placeholders for {len(self.placement.runs)} runs of "
+                f"visual tokens; it needs one per run"
+            )
+
+    @property
+    def behind_images(self) -> int:
+        """First index behind the last placeholder; 0 in a prompt without pictures."""
+        return self.visual_at[-1] + 1 if self.visual_at else 0
 
 
 @dataclass(frozen=True)
@@ -156,8 +252,12 @@ class LVLM(Protocol):
         """What methods may ask of the tower and the projector for one picture, on request."""
         ...
 
-    def prompt(self, question: str) -> Prompt:
-        """Tokenise a question inside the checkpoint's own template."""
+    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+        """Tokenise a question inside the checkpoint's own template.
+
+        ``visuals`` are the pictures that it asks about, in order; without them one picture of one
+        run is meant.
+        """
         ...
 
     def answer_ids(self, prompt: Prompt, answer: str) -> tuple[int, ...]:

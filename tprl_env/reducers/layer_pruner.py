@@ -15,6 +15,7 @@ image, H query heads, R rows, W words of text, D token width, d head width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -266,3 +267,13 @@ def mean_rows(view: LayerView) -> Tensor:
     count = view.row_valid.sum(1).clamp(min=1) if view.row_valid is not None else 1
     total: Tensor = rows.mean(1).sum(1) / torch.as_tensor(count)[:, None]
     return total
+
+
+def rows_of_equal_counts(view: LayerView) -> Iterator[tuple[int, int, Tensor]]:
+    """Samples that can be chosen for together: tokens alive, tokens to keep, and their rows."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    counts = zip(view.alive.sum(1).tolist(), view.keep.tolist(), strict=True)
+    for row, pair in enumerate(counts):
+        groups.setdefault(pair, []).append(row)
+    for (alive, keep), rows in groups.items():
+        yield alive, keep, torch.tensor(rows, device=view.alive.device)

@@ -278,7 +278,7 @@ class LVLMScorer:
         if known is None:
             ids = tuple(self.store.prompt_ids(sample).tolist())
             span = self.store.question_span(sample)
-            prompt = Prompt(ids, ids.index(self.lvlm.image_token_id), (span[0], span[1]))
+            prompt = Prompt(ids, (ids.index(self.lvlm.image_token_id),), (span[0], span[1]))
             answers: Sequence[IntArray] = self.store.answer_ids(sample)
             known = (prompt, [tuple(answer.tolist()) for answer in answers])
             self._texts[sample] = known

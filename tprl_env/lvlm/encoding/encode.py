@@ -162,7 +162,7 @@ def _encode_samples(
             sample=unit.samples[i],
             image=unit.images[i],
             prompt_ids=prompts[row].ids,
-            image_at=prompts[row].image_at,
+            image_at=prompts[row].visual_at[0],
             question_span=prompts[row].question_span,
             answer_ids=answers[row],
             query_tokens=to_numpy(lvlm.question_embeddings(prompts[row])),

@@ -18,8 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
-TEXT_MODELS = ("llama", "mistral", "qwen2")
-"""Language models with this layer: pre-norm attention with rotary halves, then pre-norm MLP."""
+TEXT_MODELS = (
+    *("llama", "mistral", "qwen2", "qwen3"),
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
+)
+"""Language models with this layer: pre-norm attention with rotary halves, then pre-norm MLP.
+
+Queries and keys may be normed per head. Where there are three rotary axes, the library's own
+rotary embedding folds them.
+"""
 
 
 _LOGIT_ELEMENTS = 1 << 26
@@ -38,14 +45,6 @@ class _GivenKeys:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> Any:
         return self._keys, self._values
-
-
-def run_layers(text: Any, hidden: Tensor, positions: Tensor) -> Tensor:
-    """All layers, before the final norm: (R, L, D) -> (R, L, D), causal, right-padded."""
-    rotary = text.rotary_emb(hidden, position_ids=positions)
-    for layer in text.layers:
-        hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-    return hidden
 
 
 def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> Tensor:
@@ -84,8 +83,12 @@ def last_layer_at(
 
 def project(projection: Any, attention: Any, normed: Tensor) -> Tensor:
     """Queries, keys or values (R, heads, L, d) of normed states, before the rotary turn."""
-    heads = (*normed.shape[:2], -1, attention.head_dim)
-    found: Tensor = projection(normed).view(heads).transpose(1, 2)
+    heads = projection(normed).view(*normed.shape[:2], -1, attention.head_dim)
+    for name in ("q", "k"):  # qwen3 norms each head of queries and keys
+        norm = getattr(attention, f"{name}_norm", None)
+        if norm is not None and projection is getattr(attention, f"{name}_proj"):
+            heads = norm(heads)
+    found: Tensor = heads.transpose(1, 2)
     return found
 
 

@@ -22,6 +22,7 @@ from tprl_env.lvlm.execution.attention import IMPLEMENTATION
 from tprl_env.lvlm.execution.decoder import greedy, judge, states_at
 from tprl_env.lvlm.execution.layerwise import (
     Cuts,
+    NoCuts,
     Replay,
     Stream,
     greedy_with_cuts,
@@ -34,6 +35,7 @@ from tprl_env.lvlm.execution.sequence import (
     Layout,
     check_context,
     check_rows,
+    deep_levels,
     embed,
     layout,
     on_device,
@@ -58,16 +60,22 @@ class LanguageModel:
         eos_ids: Any of them ends an answer.
         max_positions: Places of its context.
         num_layers: Decoder layers L.
+        levels: DeepStack levels: visual tokens bring as many additions to later states.
     """
 
     def __init__(
-        self, text: Any, head: nn.Module, eos_ids: Sequence[int], max_positions: int
+        self,
+        text: Any,
+        head: nn.Module,
+        eos_ids: Sequence[int],
+        max_positions: int,
+        levels: int = 0,
     ) -> None:
         """Take a frozen model; attention goes through the probe's wrapper from here on."""
         text.set_attn_implementation(IMPLEMENTATION)
         self.text, self._output = text, head
         self.eos_ids = tuple(eos_ids)
-        self.max_positions = max_positions
+        self.max_positions, self.levels = max_positions, levels
         self.num_layers = len(text.layers)
 
     @cached_property
@@ -86,7 +94,8 @@ class LanguageModel:
     def visual(self, tokens: Sequence[Any]) -> list[Tensor]:
         """Visual tokens on the device, in the model's type."""
         weight = self.text.norm.weight
-        return on_device(tokens, weight.device, weight.dtype, weight.shape[-1])
+        width = weight.shape[-1] * (1 + self.levels)
+        return on_device(tokens, weight.device, weight.dtype, width)
 
     def score(
         self,
@@ -134,7 +143,7 @@ class LanguageModel:
         check_context(plan, self.max_positions, max_new_tokens)
         ends = frozenset(self.eos_ids)
         if cuts is not None:
-            stream = self._stream(plan, visual)
+            stream = self.stream(plan, visual)
             return greedy_with_cuts(self.text, self.head, stream, cuts, ends, max_new_tokens)
         return greedy(
             self.text,
@@ -160,7 +169,7 @@ class LanguageModel:
             raise ValueError("reduce needs a reducer, got none")
         plan = self._layout(prompts, [()] * len(prompts), visual, selection, rows)
         check_context(plan, self.max_positions)
-        run_with_cuts(self.text, self._stream(plan, visual), cuts, max(cuts.layers, default=0))
+        run_with_cuts(self.text, self.stream(plan, visual), cuts, max(cuts.layers, default=0))
         return cuts.lives
 
     def saliency(
@@ -220,24 +229,31 @@ class LanguageModel:
                 contiguous,
             )
         if selection.lives is None:
-            return None
+            return self._uncut(prompts)
         lives = torch.from_numpy(selection.padded_lives()[owner]).to(self.device)
         replay = Replay(lives, self.num_layers, contiguous)
-        return replay if replay.layers else None
+        return replay if replay.layers else self._uncut(prompts)
 
-    def _stream(self, plan: Layout, visual: Sequence[Tensor]) -> Stream:
-        """What enters layer 0; sequences that begin alike are known to do so."""
+    def _uncut(self, prompts: Sequence[Prompt]) -> Cuts | None:
+        """Layer by layer where the library's own forward does not take what a prompt brings."""
+        axes = [1 if p.placement is None else len(p.placement.offsets) for p in prompts]
+        return NoCuts() if self.levels or max(axes) > 1 else None
+
+    def stream(self, plan: Layout, visual: Sequence[Tensor], share: bool = True) -> Stream:
+        """What enters layer 0; with ``share``, sequences that begin alike are known to do so."""
         prefixes, lengths = [], []
         for ids, kept, image, one in zip(plan.ids, plan.kept, plan.image(), visual, strict=True):
-            begin = int(np.flatnonzero(image >= 0)[0]) if len(kept) else 0
-            prefixes.append((id(one), kept.tobytes(), ids[:begin].tobytes()))
-            lengths.append(begin + len(kept) if len(kept) else 0)
+            length = int(np.flatnonzero(image >= 0)[-1]) + 1 if len(kept) else 0
+            prefixes.append((id(one), kept.tobytes(), ids[:length].tobytes()))
+            lengths.append(length)
+        width = self.text.norm.weight.shape[-1]
         return Stream(
             embed(plan, visual, self.text.embed_tokens),
             torch.from_numpy(plan.positions).to(self.device),
             torch.from_numpy(plan.lengths).to(self.device),
             torch.from_numpy(plan.image()).to(self.device),
-            shared=shared_prefix(prefixes, lengths, self.device),
+            deep_levels(plan, visual, width) if self.levels else (),
+            shared_prefix(prefixes, lengths, self.device) if share else None,
         )
 
     def _teacher_force(
@@ -259,7 +275,7 @@ class LanguageModel:
             states = states_at(self.text, embedded, positions, places)
         else:
             ends = torch.from_numpy(from_end).to(self.device)
-            states = states_with_cuts(self.text, self._stream(plan, visual), cuts, ends)
+            states = states_with_cuts(self.text, self.stream(plan, visual), cuts, ends)
         states = states[torch.from_numpy(answered).to(self.device)]
         wanted = torch.tensor([i for target in targets for i in target], device=self.device)
         hits, log_p = judge(

@@ -111,6 +111,24 @@ class Cuts(Protocol):
         ...
 
 
+class NoCuts:
+    """Nothing leaves.
+
+    Attributes:
+        layers: None.
+    """
+
+    layers: Sequence[int] = ()
+
+    def probe(self, stream: Stream, layer: int) -> Probe | None:
+        """Nothing."""
+        return None
+
+    def cut(self, stream: Stream, layer: int) -> Stream:
+        """The same stream."""
+        return stream
+
+
 class Replay:
     """Drops what an array of lifetimes says; see ``LVLM.score``.
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tprl_env.lvlm.execution.attention import QuestionProbe, probing
-from tprl_env.lvlm.execution.decoder import run_layers
+from tprl_env.lvlm.execution.attention import QuestionProbe
 from tprl_env.lvlm.execution.language import LanguageModel
-from tprl_env.lvlm.execution.sequence import check_context, check_rows, embed, layout
+from tprl_env.lvlm.execution.layerwise import advance
+from tprl_env.lvlm.execution.sequence import check_context, check_rows, layout
 from tprl_env.lvlm.protocol import Prompt
 
 _ATTENTION_ELEMENTS = 1 << 26
@@ -28,7 +28,7 @@ def question_map(
         ValueError: The template puts the question before the image, where it cannot see it.
     """
     check_rows(prompts, tokens, None)
-    if any(p.question_span[0] < p.image_at for p in prompts):
+    if any(p.question_span[0] < p.behind_images for p in prompts):
         raise ValueError(
             "question_attention needs the image before the question, but this checkpoint's "
             "template puts the question first"
@@ -58,18 +58,19 @@ def _probe(
     counts = np.array([len(t) for t in visual])
     plan = layout(prompts, [()] * len(prompts), counts.tolist(), None, "original")
     check_context(plan, language.max_positions)
-    spans = np.array([p.question_span for p in prompts]) + (counts - 1)[:, None]
+    runs = np.array([len(p.visual_at) for p in prompts])
+    spans = np.array([p.question_span for p in prompts]) + (counts - runs)[:, None]
     rows = spans[:, :1] + np.arange((spans[:, 1] - spans[:, 0]).max())
     valid = rows < spans[:, 1:]
-    images = np.array([p.image_at for p in prompts])[:, None]
-    columns = images + np.minimum(np.arange(counts.max()), counts[:, None] - 1)
+    columns = np.zeros((len(prompts), int(counts.max())), np.int64)
+    for row, image in enumerate(plan.image()):
+        columns[row, : counts[row]] = np.flatnonzero(image >= 0)
     probe = QuestionProbe(
         torch.from_numpy(np.minimum(rows, spans[:, 1:] - 1)).to(device),
         torch.from_numpy(valid).to(device),
         torch.from_numpy(columns).to(device),
     )
-    hidden = embed(plan, visual, language.text.embed_tokens)
-    with probing(probe):
-        run_layers(language.text, hidden, torch.from_numpy(plan.positions).to(device))
+    stream = language.stream(plan, visual, share=False)
+    advance(language.text, stream, range(language.num_layers), probe=probe)
     largest = probe.largest.cpu().numpy()
     return [largest[i, :count] for i, count in enumerate(counts)]

@@ -125,13 +125,13 @@ class Reduction:
         name = self._reducer.label
         if wants.rows and wants.source == "previous" and layer == 0:
             raise ValueError(f"{name} looks at the layer below, which layer 0 does not have")
-        behind = all(p.question_span[0] > p.image_at for p in self._prompts)
+        behind = all(p.question_span[0] >= p.behind_images for p in self._prompts)
         if wants.rows == "question" and not behind:
             raise ValueError(
                 f"{name} needs the image before the question, but this checkpoint's template puts "
                 "the question first"
             )
-        if any(p.image_at + 1 >= len(p.ids) for p in self._prompts):
+        if any(p.behind_images >= len(p.ids) for p in self._prompts):
             raise ValueError(f"{name} needs text behind the image, which a prompt here lacks")
 
     def probe(self, stream: Stream, layer: int) -> Probe | None:
@@ -186,7 +186,8 @@ class Reduction:
         limits = torch.tensor(spans, device=alive.device)
         index = limits[:, :1] + torch.arange(longest, device=alive.device)
         valid = index < limits[:, 1:]
-        return torch.minimum(index, limits[:, 1:] - 1) + (alive - 1)[:, None], valid
+        runs = torch.tensor([len(p.visual_at) for p in self._prompts], device=alive.device)
+        return torch.minimum(index, limits[:, 1:] - 1) + (alive - runs)[:, None], valid
 
     def _look(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> None:
         """Fill in what the rule wants."""
@@ -282,7 +283,7 @@ def _span(prompt: Prompt, rows: str) -> tuple[int, int]:
     if rows == "question":
         return prompt.question_span
     end = len(prompt.ids)
-    return (end - 1, end) if rows == "last" else (prompt.image_at + 1, end)
+    return (end - 1, end) if rows == "last" else (prompt.behind_images, end)
 
 
 def _common_layers(plans: dict[int, tuple[Stage, ...]], name: str) -> list[int]:

@@ -23,7 +23,7 @@ class Layout:
 
     Attributes:
         ids: (R, L) int64 text ids; 0 at padding and visual tokens.
-        positions: (R, L) int64 rotary positions; 0 at padding.
+        positions: (R, L) int64 rotary positions, or (A, R, L) with several axes; 0 at padding.
         lengths: (R,) int64.
         kept: Per sequence, the indices of its kept visual tokens in the full image, ascending.
         visual_at: (K,) flat places in (R, L) of the kept tokens, sequence by sequence.
@@ -82,7 +82,8 @@ def layout(
             in the order of the tokens; they replace all visual tokens, and ``keep`` must be None.
 
     Raises:
-        ValueError: A mask has the wrong shape or type, or ``positions`` is unknown.
+        ValueError: A mask has the wrong shape or type, ``positions`` is unknown, or a prompt has
+            places for another number of visual tokens.
     """
     if positions not in ("original", "contiguous"):
         raise ValueError(f"positions must be 'original' or 'contiguous', got {positions!r}")
@@ -91,30 +92,89 @@ def layout(
         stands = kept
     else:
         kept, stands = [np.arange(len(places)) for places in merged], list(merged)
-    lengths = np.array(
-        [len(p.ids) - 1 + len(k) + len(s) for p, k, s in zip(prompts, kept, suffixes, strict=True)],
-        np.int64,
-    )
-    rows, longest = len(lengths), int(lengths.max())
-    ids = np.zeros((rows, longest), np.int64)
-    places = np.zeros((rows, longest), np.int64)
+    closed = positions == "contiguous"
+    rows = [
+        _Row(prompts[r], suffixes[r], counts[r], kept[r], stands[r], r, closed)
+        for r in range(len(prompts))
+    ]
+    lengths = np.array([len(row.ids) for row in rows], np.int64)
+    longest = int(lengths.max())
+    axes = max(row.positions.shape[0] for row in rows)
+    ids = np.zeros((len(rows), longest), np.int64)
+    places = np.zeros((axes, len(rows), longest), np.int64)
     visual_at = []
-    for r, (prompt, suffix, count, chosen) in enumerate(
-        zip(prompts, suffixes, counts, stands, strict=True)
-    ):
-        start = longest - int(lengths[r]) if left else 0
-        stop = start + int(lengths[r])
-        image, after = start + prompt.image_at, start + prompt.image_at + len(chosen)
-        ids[r, start:image] = prompt.ids[: prompt.image_at]
-        ids[r, after:stop] = (*prompt.ids[prompt.image_at + 1 :], *suffix)
-        if positions == "original":
-            places[r, start:image] = np.arange(prompt.image_at)
-            places[r, image:after] = prompt.image_at + chosen
-            places[r, after:stop] = prompt.image_at + count + np.arange(stop - after)
-        else:
-            places[r, start:stop] = np.arange(stop - start)
-        visual_at.append(np.arange(r * longest + image, r * longest + after))
-    return Layout(ids, places, lengths, kept, np.concatenate(visual_at), left, stands)
+    for r, row in enumerate(rows):
+        start = longest - len(row.ids) if left else 0
+        stop = start + len(row.ids)
+        ids[r, start:stop] = row.ids
+        places[:, r, start:stop] = row.positions
+        visual_at.append(r * longest + start + row.visual_at)
+    return Layout(
+        ids,
+        places[0] if axes == 1 else places,
+        lengths,
+        [row.kept for row in rows],
+        np.concatenate(visual_at),
+        left,
+        [row.stands for row in rows],
+    )
+
+
+class _Row:
+    """One sequence: its ids, positions (A, length), and where its visual tokens are."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        suffix: Sequence[int],
+        count: int,
+        kept: npt.NDArray[np.int64],
+        stands: npt.NDArray[np.int64],
+        row: int,
+        contiguous: bool,
+    ) -> None:
+        where = prompt.placement
+        runs = (count,) * len(prompt.visual_at) if where is None else where.runs
+        if sum(runs) != count:
+            raise ValueError(
+                f"row {row}: the prompt has places for {sum(runs)} visual tokens in {len(runs)} "
+                f"runs, got {count} tokens; make the prompt with prompt(question, visuals) from "
+                f"the pictures whose tokens are given"
+            )
+        self.kept, self.stands, begins = _by_run(kept, stands, runs)
+        text = (*prompt.ids, *suffix)
+        length = len(text) - len(runs) + len(kept)
+        offsets = np.arange(count)[None] if where is None else where.offsets
+        extents = runs if where is None else where.extents
+        self.ids = np.zeros(length, np.int64)
+        self.positions = np.zeros((len(offsets), length), np.int64)
+        visual_at = []
+        place = at = before = 0  # in the sequence, in positions, in the text
+        for number, stop in enumerate((*prompt.visual_at, len(text))):
+            behind = place + stop - before
+            self.ids[place:behind] = text[before:stop]
+            self.positions[:, place:behind] = np.arange(at, at + stop - before)
+            at, before, place = at + stop - before, stop + 1, behind
+            if number < len(runs):
+                mine = self.stands[begins[number] : begins[number + 1]]
+                self.positions[:, place : place + len(mine)] = at + offsets[:, mine]
+                visual_at.append(np.arange(place, place + len(mine)))
+                at, place = at + extents[number], place + len(mine)
+        self.visual_at = np.concatenate(visual_at) if visual_at else np.zeros(0, np.int64)
+        if contiguous:
+            self.positions = np.arange(length)[None]
+
+
+def _by_run(
+    kept: npt.NDArray[np.int64], stands: npt.NDArray[np.int64], runs: Sequence[int]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Sequence[int]]:
+    """Kept tokens in the order of their runs, and where each run begins among them."""
+    if len(runs) == 1:
+        return kept, stands, (0, len(kept))
+    of_run = np.searchsorted(np.cumsum(runs), stands, side="right")
+    order = of_run.argsort(kind="stable")  # merged tokens come in an order of their own
+    begins = np.searchsorted(of_run[order], np.arange(len(runs) + 1))
+    return kept[order], stands[order], begins.tolist()
 
 
 def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] = ()) -> None:
@@ -129,7 +189,8 @@ def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] =
     Raises:
         ValueError: A sequence is too long; the message has both numbers.
     """
-    needed = plan.positions.max(1) + new
+    reached = plan.positions if plan.positions.ndim == 2 else plan.positions.max(0)
+    needed = reached.max(1) + new
     row = int(needed.argmax())
     if needed[row] > limit:
         raise ValueError(
@@ -173,19 +234,40 @@ def embed(plan: Layout, tokens: Sequence[Tensor], embedding: nn.Module) -> Tenso
 
     Args:
         plan: The layout.
-        tokens: Per sequence (n, D), all on the embedding's device and of its dtype. Tensors
-            may be shared between sequences; only kept rows are copied.
+        tokens: Per sequence (n, D) or wider, all on the embedding's device and of its dtype.
+            Tensors may be shared between sequences; only kept rows are copied.
         embedding: The language model's input embedding.
     """
     device = tokens[0].device
     hidden = embedding(torch.from_numpy(plan.ids).to(device))
-    index = torch.from_numpy(np.concatenate(plan.kept)).to(device)
-    parts = index.split([len(chosen) for chosen in plan.kept])
-    visual = torch.cat([t.index_select(0, part) for t, part in zip(tokens, parts, strict=True)])
+    visual = _kept_rows(plan, tokens)
     hidden.view(-1, hidden.shape[-1]).index_copy_(
-        0, torch.from_numpy(plan.visual_at).to(device), visual
+        0, torch.from_numpy(plan.visual_at).to(device), visual[:, : hidden.shape[-1]]
     )
     return hidden
+
+
+def deep_levels(plan: Layout, tokens: Sequence[Tensor], width: int) -> tuple[Tensor, ...]:
+    """(R, L, D) per DeepStack level: what is added behind the first layers, zero on text.
+
+    Args:
+        plan: The layout.
+        tokens: Per sequence (n, D + levels * D).
+        width: D.
+    """
+    visual = _kept_rows(plan, tokens)
+    at = torch.from_numpy(plan.visual_at).to(visual.device)
+    found = []
+    for level in visual.split(width, 1)[1:]:
+        dense = level.new_zeros(plan.ids.size, width).index_copy_(0, at, level)
+        found.append(dense.view(*plan.ids.shape, width))
+    return tuple(found)
+
+
+def _kept_rows(plan: Layout, tokens: Sequence[Tensor]) -> Tensor:
+    index = torch.from_numpy(np.concatenate(plan.kept)).to(tokens[0].device)
+    parts = index.split([len(chosen) for chosen in plan.kept])
+    return torch.cat([t.index_select(0, part) for t, part in zip(tokens, parts, strict=True)])
 
 
 def on_device(

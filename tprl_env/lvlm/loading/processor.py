@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from tprl_env.checks import quoted
 
@@ -47,6 +50,50 @@ def load_processor(processor_class: Any, source: str, checkpoint: str, **options
         ) from error
     _check_pixels(processor.image_processor, checkpoint)
     return processor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Tokenizer, image processor and chat template, loaded without a processor class.
+
+    The library's processor classes need torchvision where a family also takes videos; the parts
+    do not.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    chat_template: str | None
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The rendered text of a conversation."""
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, **options
+        )
+        return text
+
+
+def load_parts(source: str, checkpoint: str, **options: Any) -> Parts:
+    """As :func:`load_processor`, for families whose processor class is not needed.
+
+    Raises:
+        ValueError: As for :func:`load_processor`.
+        OSError: A file is missing.
+    """
+    return cast(Parts, load_processor(_PartsLoader, source, checkpoint, **options))
+
+
+class _PartsLoader:
+    """Loads the parts one by one."""
+
+    @staticmethod
+    def from_pretrained(source: str, **options: Any) -> Parts:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        images = AutoImageProcessor.from_pretrained(source, **options)
+        template = tokenizer.chat_template
+        older = Path(source) / "chat_template.json"  # where processors of earlier releases had it
+        if template is None and older.is_file():
+            template = json.loads(older.read_text(encoding="utf-8")).get("chat_template")
+        return Parts(tokenizer, images, template)
 
 
 def _check_template(path: Path, checkpoint: str) -> None:

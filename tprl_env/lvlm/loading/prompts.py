@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from tprl_env.checks import quoted
-from tprl_env.lvlm.protocol import Prompt
+from tprl_env.lvlm.protocol import Placement, Prompt, Visual, raster
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 """LLaVA-1.5's conversation without its system text, for checkpoints that carry no template."""
@@ -51,15 +51,23 @@ class Prompter:
         added = words.added_tokens_decoder.items()
         special = {*words.all_special_ids, *(i for i, token in added if token.special)}
         self._special_ids = special - {words.unk_token_id}
-        self._head, self._tail = self._frame(processor)
+        self._processor = processor
+        self._frames: dict[int, tuple[str, str]] = {}
+        head, _ = self._frame(1)
         bos = self._tokenizer.bos_token
         # the library's processors put special tokens unless the template begins with one
-        self._begins = bos is not None and self._head.startswith(bos)
+        self._begins = bos is not None and head.startswith(bos)
 
-    def _frame(self, processor: Any) -> tuple[str, str]:
-        """Template text before and behind the question."""
+    def _frame(self, pictures: int) -> tuple[str, str]:
+        """Template text before and behind the question, with a placeholder per picture."""
+        if pictures not in self._frames:
+            self._frames[pictures] = self._render(pictures)
+        return self._frames[pictures]
+
+    def _render(self, pictures: int) -> tuple[str, str]:
+        processor = self._processor
         if getattr(processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": _SENTINEL}]
+            content = [{"type": "image"}] * pictures + [{"type": "text", "text": _SENTINEL}]
             messages = [{"role": "user", "content": content}]
             text = _bounded(
                 lambda: str(
@@ -69,21 +77,27 @@ class Prompter:
                 )
             )
         else:
-            text = LLAVA_TEMPLATE.format(question=_SENTINEL).replace("<image>", self._image_token)
-        if text.count(_SENTINEL) != 1 or text.count(self._image_token) != 1:
+            text = LLAVA_TEMPLATE.format(question=_SENTINEL)
+            text = text.replace("<image>", "\n".join([self._image_token] * pictures))
+        if text.count(_SENTINEL) != 1 or text.count(self._image_token) != pictures:
             raise ValueError(
-                f"the chat template renders to {text!r}; it must hold {self._image_token!r} and "
-                f"the question exactly once each"
+                f"the chat template renders to {text!r}; it must hold {self._image_token!r} once "
+                f"per picture, here {pictures}, and the question exactly once"
             )
         head, tail = text.split(_SENTINEL)
         return head, tail
 
-    def prompt(self, question: str) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
         """Tokenise ``question`` inside the template.
+
+        Args:
+            question: Its text.
+            visuals: The pictures that it asks about, in order; ``None`` for one picture that is
+                one run of tokens.
 
         Raises:
             ValueError: The question is empty, too long, holds the image placeholder or another
-                special token, or no word that the vocabulary knows.
+                special token, or no word that the vocabulary knows; there is no picture.
         """
         question = question.strip()
         if not question:
@@ -94,27 +108,39 @@ class Prompter:
                 f"question {question!r} contains the image placeholder {self._image_token!r}; "
                 f"remove it, the template adds it"
             )
-        text = self._head + question + self._tail
+        placement = _placement(visuals)
+        head, tail = self._frame(1 if visuals is None else len(visuals))
+        if visuals is not None:
+            texts = iter([visual.placeholder or self._image_token for visual in visuals])
+            head, tail = self._filled(head, texts), self._filled(tail, texts)
+        text = head + question + tail
         encoded = self._tokenizer(
             text, return_offsets_mapping=True, add_special_tokens=not self._begins
         )
         pairs = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
         ids = tuple(int(token) for token, _ in pairs)
-        start, stop = len(self._head), len(self._head) + len(question)
+        start, stop = len(head), len(head) + len(question)
         inside = [
             i
             for i, (_, (first, last)) in enumerate(pairs)
             if text[max(first, start) : min(last, stop)].strip()
         ]
-        if ids.count(self._image_token_id) != 1 or not inside:
+        visual_at = tuple(i for i, token in enumerate(ids) if token == self._image_token_id)
+        wanted = 1 if placement is None else len(placement.runs)
+        if len(visual_at) != wanted or not inside:
             raise ValueError(
-                f"prompt {text!r} tokenises to {ids.count(self._image_token_id)} image "
-                f"placeholders and {len(inside)} question tokens; expected one and at least one"
+                f"prompt {text!r} tokenises to {len(visual_at)} image placeholders and "
+                f"{len(inside)} question tokens; expected {wanted} and at least one"
             )
         asked = [ids[i] for i in inside]
         self._check_words(question, asked)
         span = (inside[0], inside[-1] + 1)
-        return Prompt(ids, ids.index(self._image_token_id), span, text)
+        return Prompt(ids, visual_at, span, text, placement)
+
+    def _filled(self, part: str, texts: Iterator[str]) -> str:
+        """Template text with each placeholder replaced by the next picture's text."""
+        pieces = part.split(self._image_token)
+        return pieces[0] + "".join(next(texts) + piece for piece in pieces[1:])
 
     def _check_words(self, question: str, ids: list[int]) -> None:
         """Refuse a question that would steer the model, or that it cannot read.
@@ -173,6 +199,18 @@ class Prompter:
     def decode(self, ids: list[int]) -> str:
         """Text of generated ids, special tokens and outer white space removed."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _placement(visuals: Sequence[Visual] | None) -> Placement | None:
+    """Where the tokens of all pictures stand; ``None`` for one run at consecutive positions."""
+    if visuals is None:
+        return None
+    if not visuals:
+        raise ValueError("a prompt needs a picture, got none; pass visuals=[visual, ...]")
+    if len(visuals) == 1 and visuals[0].placement is None:
+        return None
+    parts = [v.placement or Placement.in_line(raster(*v.grid)) for v in visuals]
+    return Placement.joined(parts)
 
 
 def _check_length(name: str, text: str) -> None:

@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from tprl_env.checks import quoted
-from tprl_env.lvlm import SUPPORTED
 from tprl_env.lvlm.execution.decoder import TEXT_MODELS
 
 CLS_TOWERS = ("clip_vision_model",)
@@ -18,7 +17,7 @@ CLS_TOWERS = ("clip_vision_model",)
 TOWERS = (*CLS_TOWERS, "siglip_vision_model")
 """Vision towers that give one token per patch, in raster order."""
 
-WORKS = f"LlavaLVLM runs {SUPPORTED}"
+WORKS = "LlavaLVLM runs CLIP and SigLIP towers with Llama, Mistral and Qwen2 language models"
 
 
 def check_kinds(config: Mapping[str, Any], name: str) -> None:
@@ -48,7 +47,7 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
             )
 
 
-def read_llava_config(config_class: Any, source: str, name: str, **options: Any) -> Any:
+def read_model_config(config_class: Any, source: str, name: str, **options: Any) -> Any:
     """The library's reading of config.json.
 
     Raises:
@@ -59,8 +58,36 @@ def read_llava_config(config_class: Any, source: str, name: str, **options: Any)
     except (KeyError, TypeError, AttributeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{name!r}: config.json does not describe a LLaVA ({reason}); fetch it again"
+            f"{name!r}: config.json does not describe a {_family(config_class)} ({reason}); "
+            f"fetch it again"
         ) from error
+
+
+def _family(config_class: Any) -> str:
+    name = str(config_class.__name__).removesuffix("Config")
+    return "LLaVA" if name == "Llava" else name
+
+
+def check_text_model(config: Any, name: str) -> None:
+    """Refuse language models whose computation this package does not reproduce.
+
+    Raises:
+        ValueError: Another decoder layer, or a sliding window, which would count dropped tokens.
+    """
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if text.model_type not in TEXT_MODELS or layers != {"full_attention"}:
+        found = ", ".join(sorted(layers))
+        raise ValueError(
+            f"{name!r} has a {text.model_type!r} language model with layers of {found}; known are "
+            f"{', '.join(TEXT_MODELS)} with full attention in every layer. Take such a checkpoint"
+        )
+    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        raise ValueError(
+            f"{name!r} attends through a sliding window of {text.sliding_window} places, which "
+            f"would count dropped tokens; where prompts stay shorter, set "
+            f"text_config.sliding_window to null in config.json"
+        )
 
 
 def check_parts(config: Any, name: str) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from tprl_env.reducers.interfaces import given
 from tprl_env.reducers.layer.schedule import at_depth, meet_average, merged_stages
-from tprl_env.reducers.layer_pruner import Choice, LayerPruner, LayerView, Stage, Wants, mean_rows
+from tprl_env.reducers.layer_pruner import (
+    Choice,
+    LayerPruner,
+    LayerView,
+    Stage,
+    Wants,
+    mean_rows,
+    rows_of_equal_counts,
+)
 
 
 @dataclass(frozen=True)
@@ -72,30 +80,30 @@ class BTP(LayerPruner):
         return Wants("last", "previous", hidden=True)
 
     def select(self, view: LayerView) -> Choice:
-        """Choose sample by sample."""
+        """Choose, for samples of equal counts together."""
         layers = at_depth(self.layers, self.depth, view.num_layers, first=1)
         kinds = [kind for _, kind in sorted(dict(zip(layers, range(4), strict=True)).items())]
         kind = kinds[min(view.stage, len(kinds) - 1)]
         saliency, hidden = mean_rows(view), given(view.hidden)
         keep = torch.zeros_like(view.alive)
-        for row in range(len(keep)):
-            alive, count = int(view.alive[row].sum()), int(view.keep[row])
-            spatial = spread_on_grid(alive, count // 2) if kind == 0 else ()
-            chosen = self._choose(kind, saliency[row, :alive], count, spatial)
-            fill_by_diversity(hidden[row, :alive], chosen, count)
-            keep[row, :alive] = chosen
+        for alive, count, rows in rows_of_equal_counts(view):
+            chosen = self._choose(kind, saliency[rows, :alive], count)
+            fill_by_diversity(hidden[rows, :alive], chosen, count)
+            keep[rows, :alive] = chosen
         return Choice(keep)
 
-    def _choose(self, kind: int, saliency: Tensor, count: int, spatial: Sequence[int]) -> Tensor:
-        """Mask of what space and attention choose."""
-        chosen = torch.zeros(len(saliency), dtype=torch.bool, device=saliency.device)
-        chosen[list(spatial)] = True
+    def _choose(self, kind: int, saliency: Tensor, count: int) -> Tensor:
+        """Masks (G, n) of what space and attention choose."""
+        alive = saliency.shape[1]
+        chosen = torch.zeros_like(saliency, dtype=torch.bool)
+        if kind == 0:
+            chosen[:, list(spread_on_grid(alive, count // 2))] = True
         wanted = int(self.attention_shares[kind] * count)
-        pool = min(int(self.candidates[kind] * wanted), len(saliency))
-        best = saliency.argsort(descending=True, stable=True)[: max(pool, wanted)]
-        early = best < count
-        chosen[torch.cat([best[early], best[~early]])[:wanted]] = True
-        return chosen
+        pool = min(int(self.candidates[kind] * wanted), alive)
+        best = saliency.argsort(dim=1, descending=True, stable=True)[:, : max(pool, wanted)]
+        late = (best >= count).to(torch.int8)
+        best = best.gather(1, late.argsort(dim=1, stable=True))
+        return chosen.scatter(1, best[:, :wanted], True)
 
 
 @lru_cache(maxsize=256)
@@ -116,16 +124,26 @@ def spread_on_grid(num_tokens: int, count: int) -> tuple[int, ...]:
 
 
 def fill_by_diversity(hidden: Tensor, chosen: Tensor, count: int) -> None:
-    """Add to ``chosen`` (n,), in place, the tokens farthest from it until ``count`` are in."""
-    missing = count - int(chosen.sum())
-    if missing <= 0:
+    """Add the tokens farthest from those already in until ``count`` are.
+
+    Args:
+        hidden: (G, n, D) states.
+        chosen: bool (G, n), changed in place.
+        count: Tokens wanted of each sample, at most n.
+    """
+    missing = count - chosen.sum(1)
+    most = int(missing.max())
+    if most <= 0:
         return
-    unit = torch.nn.functional.normalize(hidden.float(), dim=1)
-    distance = 1 - unit @ unit.T
-    if not bool(chosen.any()):
-        chosen[0], missing = True, missing - 1
-    nearest = distance.masked_fill(~chosen[None], math.inf).amin(1).masked_fill(chosen, -1)
-    for _ in range(missing):
-        new = int(nearest.argmax())
-        chosen[new] = True
-        nearest = torch.minimum(nearest, distance[new]).masked_fill(chosen, -1)
+    unit = torch.nn.functional.normalize(hidden.float(), dim=2)
+    distance = 1 - unit @ unit.mT
+    empty = ~chosen.any(1)
+    chosen[:, 0] |= empty
+    missing = missing - empty.long()
+    nearest = distance.masked_fill(~chosen[:, None], math.inf).amin(2).masked_fill(chosen, -1)
+    rows = torch.arange(len(chosen), device=chosen.device)
+    for step in range(most):
+        new = nearest.argmax(1)
+        chosen[rows, new] |= step < missing
+        nearest = torch.minimum(nearest, distance[rows, new])
+        nearest[rows, new] = -1

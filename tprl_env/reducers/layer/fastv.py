@@ -32,7 +32,7 @@ class FastV(RankingLayerPruner):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = (
         "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for "
-        "Large Vision-Language Models, arXiv 2403.06764"
+        "Large Vision-Language Models, ECCV 2024"
     )
     larger_model: ClassVar[bool] = True
 

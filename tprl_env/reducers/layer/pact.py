@@ -8,9 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tprl_env.reducers.interfaces import given, keep_top
+from tprl_env.reducers.interfaces import given
 from tprl_env.reducers.layer.schedule import at_depth, one_cut
-from tprl_env.reducers.layer_pruner import Choice, LayerPruner, LayerView, Stage, Wants
+from tprl_env.reducers.layer_pruner import (
+    Choice,
+    LayerPruner,
+    LayerView,
+    Stage,
+    Wants,
+    rows_of_equal_counts,
+)
+from tprl_env.reducers.selection import top_k_mask
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,8 @@ class PACT(LayerPruner):
 
     The number of clusters follows from the image. Where an average is asked for, the cutoff is
     searched for each sample instead, by at most 16 bisections, so that no more clusters are left
-    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Our
+    than the schedule wants and as many as possible; a share above ``keep`` prunes less. Each
+    clustering is O(n^2) and as many rounds as centres wait for one another. Our
     reading: a cluster counts once in later attention, while the authors add the logarithm of its
     size to the logits (proportional attention), which needs a mask in every later layer.
 
@@ -49,7 +58,7 @@ class PACT(LayerPruner):
     name: ClassVar[str] = "pact"
     paper: ClassVar[str] = (
         "PACT: Pruning and Clustering-Based Token Reduction for Faster Visual Language Models, "
-        "CVPR 2025, arXiv 2504.08966"
+        "CVPR 2025"
     )
     larger_model: ClassVar[bool] = True
     merges: ClassVar[bool] = True
@@ -87,29 +96,36 @@ class PACT(LayerPruner):
         return Wants(hidden=True, vectors=True)
 
     def select(self, view: LayerView) -> Choice:
-        """Choose sample by sample; clusters are found one after the other."""
+        """Choose, for samples of equal counts together; clusters come one after the other."""
         hidden, importance = given(view.hidden), self.importance(view)
         keys = given(view.turned_keys).transpose(1, 2).flatten(2).float()
         keep = torch.zeros_like(view.alive)
         states = hidden.clone()
-        for row in range(len(keep)):
-            alive, wanted = int(view.alive[row].sum()), int(view.keep[row])
+        for alive, wanted, rows in rows_of_equal_counts(view):
             if not alive:
                 continue
             best = max(1, int(self.keep * alive), wanted)
-            chosen = keep_top(importance[row, :alive], best).nonzero()[:, 0]
-            unit = torch.nn.functional.normalize(keys[row, :alive], dim=1)
-            distance = 1 - unit @ unit.T
-            inner = distance[chosen][:, chosen]
-            density = (-(inner / self.scale).square()).exp().sum(1)
+            values = importance[rows, :alive]
+            everything = torch.ones_like(values, dtype=torch.bool)
+            kept = top_k_mask(values, everything, torch.full_like(rows, best))
+            chosen = kept.nonzero()[:, 1].view(len(rows), -1)
+            unit = torch.nn.functional.normalize(keys[rows, :alive], dim=2)
+            distance = 1 - unit @ unit.mT
+            each = torch.arange(len(rows), device=rows.device)[:, None, None]
+            inner = distance[each, chosen[:, :, None], chosen[:, None]]
+            density = (-(inner / self.scale).square()).exp().sum(2)
             cutoff = self.cutoff if view.average is None else -1.0
-            cluster = clusters(inner, density, cutoff)
-            if view.average is not None and len(chosen) > wanted:
-                cutoff, cluster = self._searched(inner, density, wanted)
-            centres = chosen[cluster == torch.arange(len(cluster), device=cluster.device)]
-            keep[row, centres] = True
-            merged = means(hidden[row, :alive], distance, chosen, cluster, cutoff * self.margin)
-            states[row, centres] = merged.to(states.dtype)
+            cutoffs = torch.full((len(rows),), cutoff, dtype=torch.float64, device=rows.device)
+            if view.average is not None and chosen.shape[1] > wanted:
+                cutoffs, cluster = self._searched(inner, density, wanted)
+            else:
+                cluster = clusters(inner, density, cutoffs)
+            centre, merged = means(
+                hidden[rows, :alive], distance, chosen, cluster, cutoffs * self.margin
+            )
+            keep[rows, :alive] = centre
+            merged = torch.where(centre[..., None], merged.to(states.dtype), hidden[rows, :alive])
+            states[rows, :alive] = merged
         return Choice(keep, states)
 
     def importance(self, view: LayerView) -> Tensor:
@@ -122,74 +138,94 @@ class PACT(LayerPruner):
         weights = logits.masked_fill(~view.alive[:, None], -torch.inf).softmax(2).mean(1)
         return weights * given(view.hidden).float().norm(dim=2)
 
-    def _searched(self, distance: Tensor, density: Tensor, wanted: int) -> tuple[float, Tensor]:
-        """A cutoff that leaves ``wanted`` clusters, or the fewest less that bisection finds."""
-        low, high = 0.0, 2.0 + 1e-6  # of cosine distances
-        place = torch.arange(len(distance), device=distance.device)
-        found = clusters(distance, density, high)
+    def _searched(self, distance: Tensor, density: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Cutoffs that leave ``wanted`` clusters, or the fewest less that bisection finds."""
+        low = torch.zeros(len(distance), dtype=torch.float64, device=distance.device)
+        high = low + (2.0 + 1e-6)  # of cosine distances
+        denser = _denser(density)
+        searching = torch.ones_like(low, dtype=torch.bool)
         for _ in range(16):
             middle = (low + high) / 2
-            cluster = clusters(distance, density, middle)
-            count = int((cluster == place).sum())
-            if count <= wanted:
-                high, found = middle, cluster
-            else:
-                low = middle
-            if count == wanted:
+            count = _number_of_clusters(distance, denser, middle)
+            fits = searching & (count <= wanted)
+            low = torch.where(searching & ~fits, middle, low)
+            high = torch.where(fits, middle, high)
+            searching = searching & (count != wanted)
+            if not bool(searching.any()):
                 break
-        return high, found
+        return high, clusters(distance, density, high)
 
 
-def clusters(distance: Tensor, density: Tensor, cutoff: float) -> Tensor:
+def _denser(density: Tensor) -> Tensor:
+    """Bool (G, m, m): whether the second token is denser; of equal ones the lower index is."""
+    place = torch.arange(density.shape[1], device=density.device)
+    ahead, behind = density[:, None], density[..., None]
+    return (ahead > behind) | ((ahead == behind) & (place < place[:, None]))
+
+
+def _number_of_clusters(distance: Tensor, denser: Tensor, cutoff: Tensor) -> Tensor:
+    """Int64 (G,), as :func:`clusters` finds; products of zeros and ones are faster than `any`."""
+    within = (distance <= cutoff.to(distance.dtype)[:, None, None]).float()
+    rival = within * denser
+    free = torch.ones(*distance.shape[:2], 1, device=distance.device)
+    count = torch.zeros(len(distance), dtype=torch.int64, device=distance.device)
+    while bool((free > 0).any()):
+        new = free * (rival @ free == 0)
+        count += new.sum((1, 2)).long()
+        free = free * (within @ new == 0) * (1 - new)
+    return count
+
+
+def clusters(distance: Tensor, density: Tensor, cutoff: Tensor) -> Tensor:
     """Density-based clustering with an upper bound on the distance to the centre.
 
     Args:
-        distance: (m, m).
-        density: (m,); of equal ones the lowest index is the denser.
-        cutoff: Largest distance of a member to its centre; below zero every token is a centre.
+        distance: (G, m, m).
+        density: (G, m); of equal ones the lowest index is the denser.
+        cutoff: (G,) largest distance of a member to its centre; below zero every token is a
+            centre.
 
     Returns:
-        int64 (m,), each token's centre; a centre's is itself.
+        int64 (G, m), each token's centre; a centre's is itself.
     """
-    place = torch.arange(len(density), device=density.device)
-    if cutoff < 0:
-        return place
-    denser = (density[None] > density[:, None]) | (
-        (density[None] == density[:, None]) & (place[None] < place[:, None])
-    )
-    rival = denser & (distance <= cutoff)
-    centre_of = torch.full_like(place, -1)
+    place = torch.arange(density.shape[1], device=density.device).expand_as(density)
+    limit = cutoff.to(distance.dtype)[:, None]
+    rival = _denser(density) & (distance <= limit[..., None])
+    centre_of = torch.where(limit < 0, place, -1)
     while bool((free := centre_of < 0).any()):
-        new = free & ~(rival & free[None]).any(1)
-        near = distance.masked_fill(~new[None], torch.inf)
-        closest, which = near.min(1)
-        joins = free & (closest <= cutoff)
+        new = free & ~(rival & free[:, None]).any(2)
+        closest, which = distance.masked_fill(~new[:, None], torch.inf).min(2)
+        joins = free & (closest <= limit)
         centre_of = torch.where(joins, which, centre_of)
         centre_of = torch.where(new, place, centre_of)
     return centre_of
 
 
 def means(
-    hidden: Tensor, distance: Tensor, chosen: Tensor, cluster: Tensor, margin: float
-) -> Tensor:
-    """Mean states (c, D) of the clusters, ascending by centre, with pruned tokens near a centre.
+    hidden: Tensor, distance: Tensor, chosen: Tensor, cluster: Tensor, margin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean states of the clusters, with pruned tokens near a centre.
 
     Args:
-        hidden: (n, D) all tokens.
-        distance: (n, n) between them.
-        chosen: (m,) tokens that were clustered.
-        cluster: (m,) each one's centre, among the m.
-        margin: Distance to the nearest centre within which a pruned token takes part.
+        hidden: (G, n, D) all tokens.
+        distance: (G, n, n) between them.
+        chosen: (G, m) tokens that were clustered, ascending.
+        cluster: (G, m) each one's centre, among the m.
+        margin: (G,) distance to the nearest centre within which a pruned token takes part.
+
+    Returns:
+        bool (G, n), the centres, and float32 (G, n, D), at each centre the mean of its cluster.
     """
-    centres, number = cluster.unique(return_inverse=True)
-    member_of = torch.full((len(hidden),), -1, dtype=torch.int64, device=hidden.device)
-    closest, which = distance[:, chosen[centres]].min(1)
-    pruned = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
-    pruned[chosen] = False
-    near = pruned & (closest <= margin)
-    member_of[near] = which[near]
-    member_of[chosen] = number
-    inside = member_of >= 0
-    total = torch.zeros(len(centres), hidden.shape[1], device=hidden.device)
-    total.index_add_(0, member_of[inside], hidden[inside].float())
-    return total / torch.bincount(member_of[inside], minlength=len(centres))[:, None]
+    size, count, width = hidden.shape
+    centre = torch.zeros(size, count, dtype=torch.bool, device=hidden.device)
+    own = cluster == torch.arange(cluster.shape[1], device=hidden.device)
+    centre.scatter_(1, chosen, own)
+    closest, which = distance.masked_fill(~centre[:, None], torch.inf).min(2)
+    # those that take part in nothing go to a spare place behind the last
+    member_of = torch.where(closest <= margin.to(distance.dtype)[:, None], which, count)
+    member_of.scatter_(1, chosen, chosen.gather(1, cluster))
+    flat = (member_of + torch.arange(size, device=hidden.device)[:, None] * (count + 1)).flatten()
+    total = torch.zeros(size * (count + 1), width, device=hidden.device)
+    total.index_add_(0, flat, hidden.flatten(0, 1).float())
+    members = torch.bincount(flat, minlength=len(total)).clamp(min=1)
+    return centre, (total / members[:, None]).view(size, count + 1, width)[:, :count]

@@ -31,8 +31,8 @@ class PyramidDrop(RankingLayerPruner):
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = (
-        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy "
-        "Reduction, arXiv 2410.17247"
+        "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual "
+        "Redundancy Reduction, 2025, arXiv 2410.17247"
     )
     positions: ClassVar[Literal["original", "contiguous"]] = "contiguous"
     larger_model: ClassVar[bool] = True

@@ -23,7 +23,7 @@ from tprl_env.reducers.vision import BlockView
 
 @dataclass(frozen=True)
 class FlowCut(Merger):
-    """Drop by CLS attention, value similarity and value size over blocks (FlowCut, 2505.19536).
+    """Drop by CLS attention, value similarity and value size over blocks (FlowCut).
 
     With a the head-mean CLS attention, u the head-mean softmax of the CLS value's products with the
     patches' values and |v|_1 of the head-mean values, a block's score is
@@ -38,7 +38,10 @@ class FlowCut(Merger):
     name: ClassVar[str] = "flowcut"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision",)
-    paper: ClassVar[str] = "FlowCut, arXiv 2505.19536"
+    paper: ClassVar[str] = (
+        "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language "
+        "Models, NeurIPS 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
 
     def merged(self, inputs: PruneInputs, budget: int) -> Merged:

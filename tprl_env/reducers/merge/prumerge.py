@@ -17,7 +17,7 @@ from tprl_env.reducers.vision import VisionSignals
 
 @dataclass(frozen=True)
 class PruMerge(Merger):
-    """Merge into the tokens that [CLS] of the last block attends to (PruMerge, 2403.15388).
+    """Merge into the tokens that [CLS] of the last block attends to (PruMerge).
 
     The attention a is that of the tower's last block with the heads side by side, not separated.
     Each centre i becomes v_i + sum a_j v_j over the ``neighbours`` other tokens of most similar
@@ -37,7 +37,9 @@ class PruMerge(Merger):
     name: ClassVar[str] = "prumerge"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision",)
-    paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
+    paper: ClassVar[str] = (
+        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     order = "method"
     neighbours: int = 32
@@ -87,7 +89,7 @@ class PruMerge(Merger):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with centres spread over the image as well (PruMerge+, 2403.15388).
+    """PruMerge with centres spread over the image as well (PruMerge+).
 
     With outlier ratio r and s = floor(1 / r), the places 0, floor(s / 3), 2 floor(s / 3), ... below
     n - 1 become centres too, behind those of large attention. The authors' code divides by zero
@@ -99,7 +101,9 @@ class PruMergePlus(PruMerge):
     """
 
     name: ClassVar[str] = "prumerge_plus"
-    paper: ClassVar[str] = "LLaVA-PruMerge (PruMerge+), arXiv 2403.15388"
+    paper: ClassVar[str] = (
+        "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models, ICCV 2025"
+    )
 
     def centres(self, attention: Tensor, budget: int) -> Tensor:
         """Places of the centres: falling attention, then spread ones in raster order."""
@@ -122,8 +126,8 @@ class PruMergePlus(PruMerge):
 
 def _spread(centres: list[int], n: int) -> list[int]:
     """Further places for centres of share ``len(centres) / n``, without those."""
-    step = n // len(centres) // 3
-    return [place for place in range(0, n - 1, step) if place not in centres] if step else []
+    step, taken = n // len(centres) // 3, set(centres)
+    return [place for place in range(0, n - 1, step) if place not in taken] if step else []
 
 
 def _last_block(vision: VisionSignals) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class ToMe(Merger):
     name: ClassVar[str] = "tome"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision",)
-    paper: ClassVar[str] = "Token Merging: Your ViT But Faster, arXiv 2210.09461"
+    paper: ClassVar[str] = "Token Merging: Your ViT But Faster, ICLR 2023, arXiv 2210.09461"
     positions: ClassVar[Positions] = "contiguous"
     proportional: bool = True
     where: Where = "tower"

@@ -24,7 +24,7 @@ from tprl_env.reducers.text_relevance import NEEDS, Relevance, query_cosine
 
 @dataclass(frozen=True)
 class Trim(Merger):
-    """Keep what CLIP ties to the question, append the mean of the rest (TRIM, 2409.10994).
+    """Keep what CLIP ties to the question, append the mean of the rest (TRIM).
 
     s = softmax(-(e t)) with CLIP's patch and text embeddings, not normalised: in CLIP the patches
     that are least similar are the relevant ones. The largest stay in raster order, and the mean
@@ -42,7 +42,10 @@ class Trim(Merger):
     name: ClassVar[str] = "trim"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision", "tokens")
-    paper: ClassVar[str] = "TRIM (Less is More), arXiv 2409.10994"
+    paper: ClassVar[str] = (
+        "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal "
+        "LLMs (TRIM), COLING 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     larger_model: ClassVar[bool] = True
     order = "method"

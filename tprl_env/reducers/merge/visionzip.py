@@ -22,7 +22,7 @@ from tprl_env.reducers.interfaces import (
 
 @dataclass(frozen=True)
 class VisionZip(Merger):
-    """Dominant tokens and contextual ones (VisionZip, 2412.04467).
+    """Dominant tokens and contextual ones (VisionZip).
 
     Dominant: the CLS token itself and the patches of largest head-sum CLS attention. Contextual:
     of the R other patches every max(1, R // contextual)-th is a target; each remaining one goes
@@ -41,7 +41,9 @@ class VisionZip(Merger):
     name: ClassVar[str] = "visionzip"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision",)
-    paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
+    paper: ClassVar[str] = (
+        "VisionZip: Longer is Better but Not Necessary in Vision Language Models, CVPR 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     order = "method"
     contextual: int | None = None

@@ -19,7 +19,7 @@ _NO_VOLUME = 1e-5  # of the largest; below it float32 cancellation would decide
 
 @dataclass(frozen=True)
 class CDPruner(Pruner):
-    """Keep tokens that are relevant and unlike each other (CDPruner, 2506.10967).
+    """Keep tokens that are relevant and unlike each other (CDPruner).
 
     The kernel is r_i cos(h_i, h_j) r_j with the relevance r brought to [0, 1] (plus 1e-6 above
     the line); greedy maximum a posteriori, ties by lowest index, O(n k^2). Equal relevance, which
@@ -37,7 +37,10 @@ class CDPruner(Pruner):
     name: ClassVar[str] = "cdpruner"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
-    paper: ClassVar[str] = "CDPruner, arXiv 2506.10967"
+    paper: ClassVar[str] = (
+        "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in "
+        "MLLMs (CDPruner), NeurIPS 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     larger_model: ClassVar[bool] = True
     relevance: Relevance = "clip"

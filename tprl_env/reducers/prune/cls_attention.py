@@ -20,7 +20,10 @@ class ClsAttentionPruner(RankingPruner):
     name: ClassVar[str] = "cls_attention"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
-    paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+    paper: ClassVar[str] = (
+        "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM "
+        "Inference Faster (FasterVLM), 2024, arXiv 2412.01818"
+    )
     positions: ClassVar[Positions] = "contiguous"
 
     def saliency(self, inputs: PruneInputs) -> Tensor:

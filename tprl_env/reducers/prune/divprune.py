@@ -15,7 +15,7 @@ from tprl_env.reducers.interfaces import Knowledge, Positions, PruneInputs, Prun
 
 @dataclass(frozen=True)
 class DivPrune(Pruner):
-    """Greedy max-min diversity of the projected tokens (DivPrune, 2503.02175).
+    """Greedy max-min diversity of the projected tokens (DivPrune).
 
     The distance is 1 - cosine. The first token is the one farthest from its nearest other; then
     always the one farthest from everything chosen, ties by lowest index.
@@ -24,7 +24,9 @@ class DivPrune(Pruner):
     name: ClassVar[str] = "divprune"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
-    paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+    paper: ClassVar[str] = (
+        "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, CVPR 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
 
     def prune(self, inputs: PruneInputs, budget: int) -> Tensor:

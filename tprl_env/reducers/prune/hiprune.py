@@ -20,13 +20,14 @@ from tprl_env.reducers.interfaces import (
 
 @dataclass(frozen=True)
 class HiPrune(Pruner):
-    """Anchors, buffers and registers (HiPrune, 2508.00553).
+    """Anchors, buffers and registers (HiPrune).
 
     The attention that a patch receives is the mean over heads and rows. The round(k alpha / 5)
     anchors receive most in the object block; each brings the places one to the left and right and
     one row up and down, clamped to the image's first and last place and not aware of row ends.
     The rest of the budget k goes to the patches that receive most in the late block. Ties go to
-    the lowest index. Needs no CLS token.
+    the lowest index. Needs no CLS token. Attention over all pairs in two
+    blocks, O(n^2) each: as long as the built-in LVLM's prefill at 576 tokens.
 
     Attributes:
         alpha: Share of the budget for anchors and their neighbours.
@@ -37,7 +38,10 @@ class HiPrune(Pruner):
     name: ClassVar[str] = "hiprune"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("vision", "grid")
-    paper: ClassVar[str] = "HiPrune, arXiv 2508.00553"
+    paper: ClassVar[str] = (
+        "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in "
+        "Vision-Language Models, 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     alpha: float = 0.1
     object_block: int | None = None

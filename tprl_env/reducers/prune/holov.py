@@ -22,7 +22,7 @@ from tprl_env.reducers.interfaces import (
 
 @dataclass(frozen=True)
 class HoloV(Pruner):
-    """Quotas for crops by attention and variety, attention inside them (HoloV, 2510.02912).
+    """Quotas for crops by attention and variety, attention inside them (HoloV).
 
     The raster sequence is cut into ``crops`` runs (the first ones one longer where it does not
     divide). In a run of m tokens S are the cosines of the projected tokens with a diagonal of zero,
@@ -41,7 +41,10 @@ class HoloV(Pruner):
     name: ClassVar[str] = "holov"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tokens", "cls_attention")
-    paper: ClassVar[str] = "HoloV, arXiv 2510.02912"
+    paper: ClassVar[str] = (
+        'Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context '
+        "Retention (HoloV), NeurIPS 2025"
+    )
     positions: ClassVar[Positions] = "contiguous"
     crops: int = 16
     alpha: float = 0.09

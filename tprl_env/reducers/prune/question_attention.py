@@ -15,7 +15,7 @@ class QuestionAttentionPruner(RankingPruner):
     """Keep the tokens that the LLM attends to most: maximum over layers, heads and question tokens.
 
     COSTS A FULL PASS OF THE LLM OVER ALL TOKENS, so it saves nothing at inference; it is the
-    recommended demonstrator and a reference. FastV (2403.06764) uses the last token's mean
+    recommended demonstrator and a reference. FastV uses the last token's mean
     attention of one early layer instead, which loses the signal on crowded scenes.
     """
 

@@ -32,7 +32,10 @@ class VisPruner(Pruner):
     name: ClassVar[str] = "vispruner"
     knowledge: ClassVar[Knowledge] = "heuristic"
     needs: ClassVar[tuple[str, ...]] = ("tower", "cls_attention")
-    paper: ClassVar[str] = "VisPruner, arXiv 2412.01818v2"
+    paper: ClassVar[str] = (
+        "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in "
+        "VLMs (VisPruner), ICCV 2025, arXiv 2412.01818"
+    )
     positions: ClassVar[Positions] = "contiguous"
     important_ratio: float = 0.5
     drop_per_round: int = 8

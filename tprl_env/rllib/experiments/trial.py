@@ -69,6 +69,7 @@ def run_trial(place: ExperimentPaths, trial: Trial) -> None:
         "scores_per_iteration": config.rollout.episodes * config.rules.max_steps,
         "env_steps": result.progress.env_steps,
         "seconds": round(result.progress.seconds, 1),
+        "resumed": result.progress.resumed,
         "policy": measured,
         "imitation": None if start is None else json.loads((start / "measured.json").read_text()),
         "curve": curve.points(),

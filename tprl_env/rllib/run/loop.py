@@ -86,7 +86,7 @@ class Loop:
                 with self._ending.finishing():
                     self.row = self._iterate().as_dict()
                     write(self.row)
-                    self.lines.show(self.row)
+                    self.lines.show(self.row, last=bool(self._limit()))
                     if self.on_iteration is not None:
                         self.on_iteration(self.row, self.policy())
                     if self._ending.asked or self._due(saved):

@@ -161,6 +161,9 @@ def _rounded(value: float) -> float | None:
 class ProgressLines:
     """A table that grows by a line every few iterations.
 
+    Each of the first ``every`` iterations has a line, so that a short run shows all of its own;
+    then one in ``every`` has, and the last one always.
+
     Args:
         every: Iterations between lines; 0 prints nothing at all.
     """
@@ -184,9 +187,10 @@ class ProgressLines:
         if self._every:
             print(text, flush=True)
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Print an iteration's line if it is due."""
-        if not self._every or (row["iteration"] - 1) % self._every:
+    def show(self, row: Mapping[str, Any], *, last: bool = False) -> None:
+        """Print an iteration's line if it is due, or if it is the last."""
+        every, iteration = self._every, row["iteration"]
+        if not every or not (last or iteration <= every or (iteration - 1) % every == 0):
             return
         if not self._headed:
             print(*(f"{title:>{_width(title)}}" for _, title, _ in self._COLUMNS), sep="  ")
