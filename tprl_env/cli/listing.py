@@ -120,11 +120,8 @@ def _lvlms() -> list[Entry]:
         Entry(f"builtin:{task}", f"Ships with the package, trained on scenes-{task}.")
         for task in TASKS
     ]
-    kinds = ", ".join(FAMILIES)
-    return [
-        *built_in,
-        Entry("FOLDER or HUB/ID", f"A checkpoint of one of these families: {kinds}."),
-    ]
+    about = f"A checkpoint of one of these families: {', '.join(FAMILIES)}."
+    return [*built_in, Entry("FOLDER or HUB/ID", about)]
 
 
 KINDS: dict[str, Callable[[], list[Entry]]] = {

@@ -22,7 +22,7 @@ _PHRASES = {
     "resume=True": "--resume",
     "another out": "another --out",
 }
-_PASSED = re.compile(r"\b(pass|with|\() ?([a-z][a-z_.]*)=([^\s;)]+?)(?=[,.]?(?:\s|;|\)|$))")
+_PASSED = re.compile(r"(\bpass |\bwith |\()([a-z][a-z_.]*)=([^\s;)]+?)(?=[,.]?(?:\s|;|\)|$))")
 _SUBJECT = re.compile(r"^([a-z]+(?:_[a-z]+)*) must ")
 
 
@@ -35,9 +35,7 @@ def shell_words(sentence: str, options: Iterable[str] = ()) -> str:
     """
     for python, shell in _PHRASES.items():
         sentence = re.sub(rf"\b{re.escape(python)}\b", shell, sentence)
-    sentence = _PASSED.sub(
-        lambda m: f"{m[1]}{'' if m[1] == '(' else ' '}--{m[2].replace('_', '-')} {m[3]}", sentence
-    )
+    sentence = _PASSED.sub(lambda m: f"{m[1]}--{m[2].replace('_', '-')} {m[3]}", sentence)
     subject = _SUBJECT.match(sentence)
     if subject and subject[1] in options:
         return f"--{subject[1].replace('_', '-')}{sentence[subject.end(1) :]}"

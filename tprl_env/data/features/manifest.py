@@ -7,17 +7,21 @@ construction and a folder without one is a store that was never finished.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from tprl_env.files import write_json
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 FORMAT = "tprl-features"
 VERSION = 1
@@ -265,6 +269,17 @@ def trust_files(trust: bool = True) -> Iterator[None]:
     finally:
         if trust and before is None:
             del os.environ[_TRUST]
+
+
+def trusting(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function that has the keyword ``trust`` within `trust_files` where it is given."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with trust_files(bool(kwargs.get("trust", False))):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def default_verify() -> Verify:
