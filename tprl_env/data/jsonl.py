@@ -38,7 +38,7 @@ _RENAMED = {"metric": "grader", "kind": "question_type"}
 _MAX_TEXT = 100_000  # characters of a question or answer; no context of an LVLM takes more
 _LOGGED = 10  # bad samples that are logged one by one
 _LOGGED_LENGTH = 500
-_SKIP = "or pass --skip-bad"
+_SKIP = "or pass skip_bad=True"
 
 
 class NoSamplesError(ValueError):
@@ -162,7 +162,7 @@ class JsonlDataset:
         if not resolved.is_relative_to(self._root):
             raise BadSampleError(
                 f"{where} {record['image'][:200]!r} lies outside of the data folder {self._root}; "
-                f"move it there or pass allow_outside=True (--allow-outside)",
+                f"move it there or pass allow_outside=True",
                 sample=record["id"],
             )
         return resolved

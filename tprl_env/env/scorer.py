@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import NotFiniteError
 from tprl_env.data.features.source import TokenSource
 
 IntArray = npt.NDArray[np.int64]
@@ -198,10 +199,16 @@ class NamedFailures:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Re-raise a failure with its samples; interrupts and scoring errors pass unchanged."""
+        """Re-raise a failure with its samples, those to blame where the failure says which.
+
+        Interrupts and scoring errors pass unchanged.
+        """
         if isinstance(error, Exception) and not isinstance(error, ScoringError):
+            guilty = self._samples
+            if isinstance(error, NotFiniteError):
+                guilty = np.unique(self._samples[list(error.rows)])
             raise ScoringError(
-                f"{self._scorer} failed on {name_samples(self._samples, self._source)}: "
+                f"{self._scorer} failed on {name_samples(guilty, self._source)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 

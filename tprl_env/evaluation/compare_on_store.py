@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.manifest import trusting
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.contenders import (
     PrunerEntry,
@@ -110,6 +111,7 @@ def compare(
     return evaluate(store, scorer, entries, budgets, samples=samples, on_result=print_row)
 
 
+@trusting
 def evaluate_store(
     store: str | Path,
     lvlm: str,
@@ -123,6 +125,7 @@ def evaluate_store(
     limit: int | None = None,
     trajectories: int = 10,
     command: str = "",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Compare pruners on a store and write the files that people read (``tprl evaluate``).
 
@@ -139,6 +142,7 @@ def evaluate_store(
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
         command: The command line, for the report; empty for a call from Python.
+        trust: Compare sizes of the stores' files only, not their checksums (``--trust``).
 
     Returns:
         Content of ``results.json``.

@@ -182,7 +182,7 @@ class Reducer(ABC):
         if missing:
             raise ValueError(
                 f"{self._kind} {self.name!r} needs {', '.join(missing)}, which sample "
-                f"{inputs.sample} lacks; {_cure(missing)}"
+                f"{inputs.sample} lacks; {cure_for(missing)}"
             )
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
             raise ValueError(f"budget must be a whole number of tokens, got {budget!r}")
@@ -366,8 +366,18 @@ def given(value: T | None) -> T:
     return value
 
 
-def _cure(missing: Sequence[str]) -> str:
-    """What to do about missing fields."""
+_CURES = {
+    "question_attention": "a store gets it by the same `tprl encode` again with "
+    "--question-attention, a picture without a store has none",
+    "question_rows": "a store gets it by the same `tprl encode` again with --question-rows, a "
+    "picture without a store has none",
+    "relevance": "only the built-in scenes know it (`tprl list datasets`)",
+    "cls_attention": "vision towers without a CLS token, such as SigLIP, have none",
+}
+
+
+def cure_for(missing: Sequence[str]) -> str:
+    """What to do about fields of `PruneInputs` that are missing."""
     if "clip_text" in missing:
         return (
             "LLaVA checkpoints lack CLIP's text tower; give the field relevance='query', which "
@@ -375,7 +385,8 @@ def _cure(missing: Sequence[str]) -> str:
         )
     if missing == ["vision"]:
         return "give prune_inputs vision=lvlm.vision_signals, and a source that holds pictures"
-    return "encode the store with them"
+    cures = [_CURES[name] for name in missing if name in _CURES]
+    return "; ".join([*cures, "or take another method"]) if cures else "take another method"
 
 
 def _tensor(array: Any) -> Tensor | None:

@@ -39,7 +39,7 @@ class ArrowRows:
             if found != count:
                 raise StoreError(
                     f"{path} holds {found} rows, its feature store recorded {count}; "
-                    f"encode the store again with --restart"
+                    f"encode the store again with resume=False"
                 )
             found_batches.extend(batch for batch in batches if batch.num_rows)
         self.batches = tuple(found_batches)
@@ -152,7 +152,8 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
             batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
-            f"{path} is not a readable Arrow file ({error}); encode the store again with --restart"
+            f"{path} is not a readable Arrow file ({error}); encode the store again with "
+            f"resume=False"
         ) from error
     return batches
 

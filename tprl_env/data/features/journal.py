@@ -41,7 +41,7 @@ from tprl_env.files import LOCK_NAME, versions, write_json
 
 logger = logging.getLogger(__name__)
 
-START_OVER = "start over with --restart (resume=False in Python)"
+START_OVER = "start over with resume=False"
 _OWN_FILES = re.compile(
     r"\.?((images|samples)-\d+\.arrow|channel-[a-z0-9_]+\.(arrow|json|raw\.tmp)|manifest\.json|"
     r"encoding\.json|skipped\.jsonl)(-\d+\.tmp)?"
@@ -51,7 +51,7 @@ Skipped = dict[str, str]
 """A sample that was left out: its ``id`` and the ``reason``."""
 
 COMPUTING = {
-    "dtype": "with that one (--dtype {})",
+    "dtype": "with that one (dtype={})",
     "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
 }
 """How an LVLM computed, beside what it is, and how to continue with the same."""

@@ -134,7 +134,7 @@ class FeatureStore(StoredImages):
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        cure = "encode the store again with --restart"
+        cure = "encode the store again with resume=False"
         for name, entry in manifest.files.items():
             check_file(folder / name, entry, verify=verify, cure=cure)
         store = cls(folder, manifest, verify)
@@ -246,7 +246,7 @@ class FeatureStore(StoredImages):
         except ValueError as error:
             raise StoreError(
                 f"the picture of sample {sample} in {self.path} is damaged ({error}); encode the "
-                f"store again with --restart"
+                f"store again with resume=False"
             ) from error
 
     def picture_box(self, sample: int) -> Box | None:
@@ -261,7 +261,7 @@ class FeatureStore(StoredImages):
         if len(box) != 4 or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
             raise StoreError(
                 f"{self.path} holds the picture box {box} for sample {self.id(sample)!r}; encode "
-                f"the store again with --restart"
+                f"the store again with resume=False"
             )
         return (*box,)
 

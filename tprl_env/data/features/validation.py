@@ -18,7 +18,7 @@ from tprl_env.data.features.arrow import ArrowRows
 from tprl_env.data.features.manifest import Manifest, StoreError
 from tprl_env.data.features.placement import TILE_FIELDS
 
-CURE = "encode the store again with --restart"
+CURE = "encode the store again with resume=False"
 HALVES, FLOATS, INTS = ("large_list<halffloat>",), ("large_list<float>",), ("int32",)
 IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {
     "image_id": ("string",),

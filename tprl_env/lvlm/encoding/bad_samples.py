@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SKIPPED_NAME = "skipped.jsonl"
+CURE = "; repair it or pass skip_bad=True"
 LOW_SCORE = 0.03
 """Mean full score below which an LVLM is taken not to do the task at all."""
 
@@ -87,9 +88,7 @@ def check_context(lvlm: LVLM, sample: Sample, texts: Texts, tokens: int) -> None
 def _bad(sample: Sample, reason: str) -> BadSampleError:
     where = sample.meta.get("where")
     place = f" ({where})" if where else ""
-    return BadSampleError(
-        f"sample {sample.id!r}{place}: {reason}; repair it or pass --skip-bad", sample=sample.id
-    )
+    return BadSampleError(f"sample {sample.id!r}{place}: {reason}{CURE}", sample=sample.id)
 
 
 @contextmanager
@@ -100,8 +99,9 @@ def leaving_out(skipped: list[Skipped], skip_bad: bool) -> Iterator[None]:
     except BadSampleError as error:
         if not skip_bad:
             raise
-        skipped.append({"id": error.sample, "reason": str(error)})
-        logger.warning("left out: %s", error)
+        reason = str(error).removesuffix(CURE)
+        skipped.append({"id": error.sample, "reason": reason})
+        logger.warning("left out: %s", reason)
 
 
 def finish(journal: Journal, units: int, reader: SkippingReader) -> None:

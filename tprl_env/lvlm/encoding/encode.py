@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.journal import Journal, Skipped, UnitEntry, unit_names
-from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
+from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file, trusting
 from tprl_env.data.features.placement import StoredVisual
 from tprl_env.data.features.rows import (
     ImageRow,
@@ -273,6 +273,7 @@ def writing(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@trusting
 def encode_dataset(
     lvlm: LVLM,
     samples: Iterable[Sample],
@@ -285,6 +286,7 @@ def encode_dataset(
     skip_bad: bool = False,
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> FeatureStore:
     """Encode samples into a feature store, continuing an interrupted run.
 
@@ -302,6 +304,7 @@ def encode_dataset(
             LVLM cannot be asked; they are counted, and listed in the store's ``skipped.jsonl``.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
+        trust: Compare sizes of files there already, not their checksums (``--trust``).
 
     Returns:
         The finished store; at once if ``out`` holds these samples already.

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tprl_env.data.features.journal import Journal, UnitEntry
-from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.manifest import StoreError, trusting
 from tprl_env.data.features.placement import StoredVisual
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.jsonl import BadSampleError
@@ -106,6 +106,7 @@ class UnitWorker:
         return StoredVisual(tokens, visual.grid, placement, getattr(visual, "placeholder", ""))
 
 
+@trusting
 def encode_dataset_ray(
     lvlm: str | LoadLVLM,
     samples: Iterable[Sample],
@@ -121,6 +122,7 @@ def encode_dataset_ray(
     skip_bad: bool = False,
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
+    trust: bool = False,
     wave_bytes: int = 4 << 30,
 ) -> FeatureStore:
     """Encode samples with several workers; content and arguments as in ``encode_dataset``.
@@ -139,6 +141,7 @@ def encode_dataset_ray(
         skip_bad: Leave out bad samples as ``encode_dataset`` does, count and list them.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
+        trust: Compare sizes of files there already, not their checksums (``--trust``).
         wave_bytes: Pictures handed to Ray at a time; workers load the LVLM once per wave.
 
     Returns:

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
+from tprl_env.checks import NotFiniteError
+
 TEXT_MODELS = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
@@ -34,7 +36,7 @@ _LOGIT_ELEMENTS = 1 << 26
 _HEAD_ELEMENTS = 1 << 24
 """Weights of the output embedding that are in float32 at a time: 64 MB."""
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "the language model's logits are not finite: visual tokens, weights or config.json are "
     "damaged, or the number type is too small (dtype='float32' has the largest range)"
 )
@@ -140,10 +142,7 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
         ends: (E,) ids of the end tokens.
 
     Returns:
-        bool (M,) and float32 (M,).
-
-    Raises:
-        FloatingPointError: A logit is NaN or infinite.
+        bool (M,) and float32 (M,), which is NaN or infinite where the logits are.
     """
     hits, log_p = [], []
     step = max(1, _LOGIT_ELEMENTS // len(head))
@@ -156,10 +155,7 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
         if len(ends) > 1:
             alone = torch.where(ending, rated[:, ends].logsumexp(-1) - total, alone)
         log_p.append(alone)
-    every = torch.cat(log_p)
-    if not every.isfinite().all():
-        raise FloatingPointError(_NOT_FINITE)
-    return torch.cat(hits), every
+    return torch.cat(hits), torch.cat(log_p)
 
 
 def greedy(
@@ -186,7 +182,7 @@ def greedy(
         Per sequence the generated ids without the end token.
 
     Raises:
-        FloatingPointError: A logit is NaN or infinite.
+        NotFiniteError: A logit is NaN or infinite.
     """
     cache = DynamicCache(config=text.config)
     written: list[list[int]] = [[] for _ in range(hidden.shape[0])]
@@ -201,7 +197,7 @@ def greedy(
         ).last_hidden_state[:, -1]
         best, chosen = logits(states, head).max(-1)
         if not best.isfinite().all():
-            raise FloatingPointError(_NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE, (~best.isfinite()).nonzero()[:, 0].tolist())
         for row, token in enumerate(chosen.tolist()):
             if running[row] and token in eos_ids:
                 running[row] = False

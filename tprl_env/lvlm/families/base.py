@@ -191,7 +191,7 @@ class FrozenLVLM:
         Raises:
             ValueError: Lengths differ, a row has no answer, an array does not fit, an average
                 cannot be met, or a sequence does not fit into the context.
-            FloatingPointError: The language model computes what is not a number.
+            NotFiniteError: The language model computes what is not a number.
         """
         return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
 

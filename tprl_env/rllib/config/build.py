@@ -57,11 +57,11 @@ def scorer_spec(config: TrainConfig) -> ScorerSpec:
         ValueError: If source or LVLM are missing.
     """
     if not config.source:
-        raise ValueError("source is empty; pass --source STORE, a folder made by `tprl encode`")
+        raise ValueError("source is empty; pass source=STORE, a folder made by `tprl encode`")
     scoring = config.scoring
     if scoring.scorer == "lvlm" and not config.lvlm:
         raise ValueError(
-            "lvlm is empty; pass --lvlm with the LVLM the store was encoded with, such as "
+            "lvlm is empty; pass lvlm=LVLM, the one that the store was encoded with, such as "
             "builtin:crowded"
         )
     return ScorerSpec(
