@@ -32,8 +32,8 @@ class PrunedAnswer:
 
     Attributes:
         text: What the LVLM generated.
-        keep: Tokens that reached the LLM, ``(n,)`` bool in raster order.
-        grid: Rows and columns of the tokens.
+        keep: Droppable tokens that reached the LLM, ``(n,)`` bool in the order of the sequence.
+        grid: Rows and columns of the tokens; (1, n) where they are not one grid.
     """
 
     text: str
@@ -152,44 +152,66 @@ class PrunedLVLM:
             )
         images = [_taken(i, one) for i, one in enumerate(pictures)]
         visuals = self.lvlm.encode_images(images)
-        prompts = [self.lvlm.prompt(question) for question in questions]
-        inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
+        prompts = [
+            self.lvlm.prompt(question, [visual])
+            for question, visual in zip(questions, visuals, strict=True)
+        ]
+        shown = [_droppable(visual) for visual in visuals]
+        inputs = [
+            self._inputs(v, p, dropped)
+            for v, p, dropped in zip(visuals, prompts, shown, strict=True)
+        ]
         if "question_attention" in self.pruner.required():
             maps = self.lvlm.question_attention(prompts, [visual.tokens for visual in visuals])
-            for one, saliency in zip(inputs, maps, strict=True):
-                one.question_attention = torch.as_tensor(saliency)
+            for one, saliency, dropped in zip(inputs, maps, shown, strict=True):
+                one.question_attention = torch.as_tensor(saliency)[dropped]
         if "question_rows" in self.pruner.needs:
             from tprl_env.reducers.layer.question_rows import QuestionRows
 
             rows = self.lvlm.saliency(prompts, [v.tokens for v in visuals], QuestionRows(layer=0))
-            for one, saliency in zip(inputs, rows, strict=True):
-                one.question_rows = torch.as_tensor(saliency)
+            for one, saliency, dropped in zip(inputs, rows, shown, strict=True):
+                one.question_rows = torch.as_tensor(saliency)[dropped]
         if "vision" in self.pruner.required():
             for one, image in zip(inputs, images, strict=True):
                 one.vision = self.lvlm.vision_signals(image)
         keep = [mask.cpu().numpy() for mask in self.pruner.prune_batch(inputs, budget)]
+        whole = [np.where(dropped, False, True) for dropped in shown]
+        for full, mask, dropped in zip(whole, keep, shown, strict=True):
+            full[dropped] = mask
         texts = self.lvlm.generate(
-            prompts, [visual.tokens for visual in visuals], keep, max_new_tokens, self.positions
+            prompts, [visual.tokens for visual in visuals], whole, max_new_tokens, self.positions
         )
         return [
             PrunedAnswer(text, mask, visual.grid)
             for text, mask, visual in zip(texts, keep, visuals, strict=True)
         ]
 
-    def _inputs(self, visual: Any, prompt: Any) -> PruneInputs:
+    def _inputs(self, visual: Any, prompt: Any, dropped: npt.NDArray[np.bool_]) -> PruneInputs:
         embeddings = self.lvlm.question_embeddings(prompt)
-        tokens = visual.tokens.float().cpu()
+        tokens = visual.tokens.float().cpu()[dropped]
         return PruneInputs(
             tokens=tokens,
-            tower=visual.tower.float().cpu(),
+            tower=visual.tower.float().cpu()[dropped],
             cls_attention=None
             if visual.cls_attention is None
-            else visual.cls_attention.float().cpu(),
+            else visual.cls_attention.float().cpu()[dropped],
             grid=visual.grid,
+            coords=None
+            if visual.placement is None or visual.grid[0] != 1
+            else torch.from_numpy(visual.placement.coords[dropped]),
+            areas=None if visual.placement is None else torch.from_numpy(visual.placement.areas()),
             query=embeddings.mean(0),
             query_tokens=embeddings,
             codes=self.autoencoder.encode(tokens) if self.autoencoder is not None else None,
         )
+
+
+def _droppable(visual: Any) -> npt.NDArray[np.bool_]:
+    """Tokens that a pruner may drop; the others show no place of the picture and are kept."""
+    if visual.placement is None:
+        return np.ones(len(visual.tokens), bool)
+    shown: npt.NDArray[np.bool_] = visual.placement.droppable
+    return shown
 
 
 def _taken(number: int, picture: Any) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,6 @@ D token width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tprl_env.checks import NotFiniteError
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION
-from tprl_env.lvlm.execution.decoder import greedy, judge, states_at
+from tprl_env.lvlm.execution.decoder import NOT_FINITE, greedy, judge, states_at
 from tprl_env.lvlm.execution.layerwise import (
     Cuts,
     NoCuts,
@@ -80,11 +80,11 @@ class LanguageModel:
         self.max_positions, self.levels, self.placed = max_positions, levels, placed
         self.num_layers = len(text.layers)
 
-    @cached_property
+    @property
     def head(self) -> Tensor:
-        """(V, D) float32 output embedding; bfloat16 logits would tie and flip the arg-max."""
+        """(V, D) output embedding, the model's own; see ``decoder.logits``."""
         weight: Any = self._output.weight
-        found: Tensor = weight.float()
+        found: Tensor = weight
         return found
 
     @property
@@ -118,6 +118,9 @@ class LanguageModel:
         check_context(plan, self.max_positions, owner=owner)
         cuts = self._cuts(prompts, visual, selection, owner)
         wrong, log_likelihood = self._teacher_force(plan, [visual[b] for b in owner], targets, cuts)
+        if not np.isfinite(log_likelihood).all():
+            rows = {owner[i] for i in np.flatnonzero(~np.isfinite(log_likelihood))}
+            raise NotFiniteError(NOT_FINITE, sorted(rows))
         exact = np.zeros(len(prompts), np.float32)
         np.maximum.at(exact, owner, (wrong == 0).astype(np.float32))
         likelihood = np.zeros(len(prompts), np.float64)

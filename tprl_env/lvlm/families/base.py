@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.placement import Pictured
 from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.question_map import question_map
 from tprl_env.lvlm.execution.selection import Selection
@@ -62,6 +63,7 @@ class FrozenLVLM:
         image_token_id: The placeholder's id.
         placed: Whether prompts need their pictures before they can be run, because tokens stand
             otherwise than in one run at consecutive positions, or with text between them.
+        model_type: The checkpoint's family.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class FrozenLVLM:
         """
         config = model.config
         self.name = name
+        self.model_type = str(getattr(config, "model_type", ""))
         self._fingerprint = fingerprint
         self._model = model.eval().requires_grad_(False)
         self._text = text
@@ -145,7 +148,7 @@ class FrozenLVLM:
         """What methods may ask of the tower and the projector for one picture, on request."""
         return self._vision.signals(image)
 
-    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""
         return self._prompter.prompt(question, visuals)
 
@@ -191,7 +194,7 @@ class FrozenLVLM:
         Raises:
             ValueError: Lengths differ, a row has no answer, an array does not fit, an average
                 cannot be met, or a sequence does not fit into the context.
-            FloatingPointError: The language model computes what is not a number.
+            NotFiniteError: The language model computes what is not a number.
         """
         return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
 

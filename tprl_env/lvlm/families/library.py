@@ -17,6 +17,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from tprl_env.data.features.placement import full_grid
 from tprl_env.data.pictures import PictureError
 from tprl_env.lvlm.families import anyres, internvl, qwen_vl, smolvlm
 from tprl_env.lvlm.families.base import FrozenLVLM
@@ -193,7 +194,9 @@ class LibraryVision:
         found = self._model.base_model.get_image_features(**inputs, return_dict=True)
         tokens = _flat(found.pooler_output)
         levels = [_flat(level) for level in getattr(found, "deepstack_features", None) or ()]
-        placement, text = self._family.place(self._model, prepared, self._placeholder)
+        limits = [getattr(self._image_processor, f"{end}_patches", 1) for end in ("min", "max")]
+        seen = {**prepared, "picture": (picture.height, picture.width), "tile_limits": limits}
+        placement, text = self._family.place(self._model, seen, self._placeholder)
         if len(placement.coords) != len(tokens):
             raise ValueError(
                 f"{self._model.config.model_type} made {len(tokens)} tokens of a picture of "
@@ -202,7 +205,7 @@ class LibraryVision:
                 f"of one checkpoint"
             )
         shown = placement.coords[placement.droppable]
-        grid = (1, len(tokens)) if len(shown) == 0 else _grid(placement.coords)
+        grid = full_grid(shown)
         nothing = tokens.new_zeros(len(tokens), 0)
         joined = torch.cat([tokens, *levels], 1)
         return Visual(joined, nothing, None, grid, placement=placement, placeholder=text)
@@ -244,12 +247,6 @@ def check_fit(image_processor: Any, config: Any, family: Family, checkpoint: str
 def _plain(value: Any) -> Any:
     """Lists for tuples, so that both compare."""
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def _grid(coords: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Rows and columns where the tokens are one full grid, else one row of all."""
-    rows, columns = int(coords[:, 1].max()) + 1, int(coords[:, 2].max()) + 1
-    return (rows, columns) if rows * columns == len(coords) else (1, len(coords))
 
 
 def _flat(parts: Any) -> Tensor:
