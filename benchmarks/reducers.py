@@ -4,8 +4,8 @@
 
 Tower and LLM have the built-in LVLM's sizes and random weights; a picture has 144 or 576 tokens,
 of which a third stay (of `pooled` a quarter). What a method reads of the tower's own pass is there
-before the clock starts; passes that it adds count. Methods and prefill take turns. The last line
-is JSON.
+before the clock starts; passes that it adds count. Reducers inside the LLM are in
+`benchmarks.inside`. Methods and prefill take turns. The last line is JSON.
 """
 
 from __future__ import annotations

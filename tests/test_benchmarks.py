@@ -111,3 +111,11 @@ def test_reducers(tmp_path: Path) -> None:
     rows = result["tokens"]["36"]
     assert {"prefill", "random", "scope", "prumerge_plus", "tome", "flowcut"} <= rows.keys()
     assert rows["prefill"]["to_prefill"] == 1 and all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_gpu_runs_on_the_cpu_at_tiny_shapes(tmp_path: Path) -> None:
+    result = last_line("gpu", "--tiny", "--rows", "2", "--repeats", "1", "--out", str(tmp_path))
+    assert result == json.loads((tmp_path / "gpu.json").read_text())
+    assert result["ran_on_gpu"] is False and result["tests"] is None
+    for shape in result["shapes"].values():
+        assert shape["scores_batched_per_second"] > 0

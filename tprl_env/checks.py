@@ -16,9 +16,29 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_choice", "check_fields", "check_integer", "check_types", "did_you_mean", "quoted"]
+__all__ = [
+    *("NotFiniteError", "check_choice", "check_fields", "check_integer", "check_types"),
+    *("did_you_mean", "quoted"),
+]
 
 _QUOTED = 200
+_NEAR = 0.65  # below, half of the letters agree by chance: `top` is not `tome`
+
+
+class NotFiniteError(FloatingPointError):
+    """What a model computed is NaN or infinite.
+
+    Attributes:
+        rows: Which rows of the batch.
+    """
+
+    def __init__(self, message: str, rows: Iterable[int]) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[str, tuple[int, ...]]]:
+        """Travel between processes whole."""
+        return NotFiniteError, (str(self), self.rows)
 
 
 def quoted(value: object) -> str:
@@ -27,16 +47,23 @@ def quoted(value: object) -> str:
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}... ({len(text)} characters)"
 
 
-def did_you_mean(value: object, known: Iterable[str], most: int = 1) -> str:
+def did_you_mean(value: object, known: Iterable[str]) -> str:
     """``"; did you mean 'width'?"`` for a misspelt name, empty where nothing is near.
 
     Args:
         value: What was given.
         known: The names there are.
-        most: How many to suggest.
     """
-    near = difflib.get_close_matches(str(value), list(known), n=most, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    if not isinstance(value, str):
+        return ""
+    plain = {_plain(name): name for name in known}
+    near = difflib.get_close_matches(_plain(value), plain, n=1, cutoff=_NEAR)
+    return f"; did you mean {plain[near[0]]!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    """A name without what is often typed otherwise; what is not a name is cut."""
+    return name[:_QUOTED].lower().replace("-", "_")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
@@ -62,6 +89,16 @@ def check_integer(name: str, value: object, least: int) -> int:
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
         return int(value)
     raise ValueError(f"{name} must be an integer of at least {least}, got {quoted(value)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is not above zero, NaN and infinity among them.
+
+    Raises:
+        ValueError: As said.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def check_fields(what: str, settings: type, given: Mapping[str, Any]) -> None:

@@ -33,11 +33,12 @@ class PrunedAnswer:
 
     Attributes:
         text: What the LVLM generated.
-        keep: Tokens that reached the LLM, ``(n,)`` bool in raster order; of merged tokens the
-            places that they stand for.
-        grid: Rows and columns of the tokens.
+        keep: Droppable tokens that reached the LLM, ``(n,)`` bool in the order of the sequence; of
+            merged tokens the places that they stand for.
+        grid: Rows and columns of the tokens; (1, n) where they are not one grid.
         lives: uint8 (n,), decoder layers that each place's token entered, 0 = dropped.
-        average_tokens: Visual tokens per decoder layer, mean over the layers.
+        average_tokens: Visual tokens per decoder layer, mean over the layers, those that show no
+            place of the picture left out.
     """
 
     text: str
@@ -167,7 +168,10 @@ class PrunedLVLM:
             )
         images = [_taken(i, one) for i, one in enumerate(pictures)]
         visuals = self.lvlm.encode_images(images)
-        prompts = [self.lvlm.prompt(question) for question in questions]
+        prompts = [
+            self.lvlm.prompt(question, [visual])
+            for question, visual in zip(questions, visuals, strict=True)
+        ]
         if isinstance(self.reducer, LayerPruner):
             return self._inside(self.reducer, prompts, visuals, budget, max_new_tokens)
         inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
@@ -178,10 +182,15 @@ class PrunedLVLM:
         if not isinstance(pruner, Pruner):
             raise ValueError(f"{pruner.name!r} is no pruner")
         keep = [mask.cpu().numpy() for mask in pruner.prune_batch(inputs, budget)]
+        whole = []
+        for mask, visual in zip(keep, visuals, strict=True):
+            droppable = _droppable(visual)
+            whole.append(np.ones(len(droppable), np.bool_))
+            whole[-1][droppable] = mask
         texts = self.lvlm.generate(
             prompts,
             [visual.tokens for visual in visuals],
-            keep,
+            whole,
             max_new_tokens,
             self.positions or "original",
         )
@@ -200,25 +209,28 @@ class PrunedLVLM:
         max_new_tokens: int,
     ) -> list[PrunedAnswer]:
         """Answers from a merger's tokens."""
+        from tprl_env.lvlm.stored import beside_fixed
+
         merged = merger.merge_batch(inputs, budget)
-        places = [one.places.cpu().numpy() for one in merged]
-        sizes = [len(visual.tokens) for visual in visuals]
-        tokens = [one.tokens.to(self.lvlm.device, self.lvlm.dtype) for one in merged]
+        whole = [
+            beside_fixed(one, visual.tokens, visual.placement)
+            for one, visual in zip(merged, visuals, strict=True)
+        ]
         texts = self.lvlm.generate(
             prompts,
-            tokens,
+            [tokens.to(self.lvlm.device, self.lvlm.dtype) for tokens, _ in whole],
             None,
             max_new_tokens,
             self.positions or merger.positions,
-            places=places,
-            sizes=sizes,
+            places=[places for _, places in whole],
+            sizes=[len(visual.tokens) for visual in visuals],
         )
         answers = []
-        for text, place, size, visual in zip(texts, places, sizes, visuals, strict=True):
-            keep = np.zeros(size, np.bool_)
-            keep[place] = True
+        for text, one, visual in zip(texts, merged, visuals, strict=True):
+            keep = np.zeros(int(_droppable(visual).sum()), np.bool_)
+            keep[one.places.cpu().numpy()] = True
             lives = keep * np.uint8(self.lvlm.num_layers)
-            answers.append(self._answer(text, keep, visual.grid, lives, len(place)))
+            answers.append(self._answer(text, keep, visual.grid, lives, len(one.places)))
         return answers
 
     def _inside(
@@ -236,9 +248,10 @@ class PrunedLVLM:
         texts = self.lvlm.generate(
             prompts, tokens, None, max_new_tokens, positions, reducer=reducer, average=wanted
         )
+        shown = [one[_droppable(visual)] for one, visual in zip(found, visuals, strict=True)]
         return [
             self._answer(text, lives > 0, visual.grid, lives)
-            for text, lives, visual in zip(texts, found, visuals, strict=True)
+            for text, lives, visual in zip(texts, shown, visuals, strict=True)
         ]
 
     def _answer(
@@ -259,32 +272,44 @@ class PrunedLVLM:
         needs, tokens = self.reducer.required(), [visual.tokens for visual in visuals]
         if "question_attention" in needs:
             maps = self.lvlm.question_attention(prompts, tokens)
-            for one, saliency in zip(inputs, maps, strict=True):
-                one.question_attention = torch.as_tensor(saliency)
+            for one, saliency, visual in zip(inputs, maps, visuals, strict=True):
+                one.question_attention = torch.as_tensor(saliency)[_droppable(visual)]
         if "question_rows" in needs:
             from tprl_env.reducers.layer.question_rows import QuestionRows
 
             rows = self.lvlm.saliency(prompts, tokens, QuestionRows(layer=0))
-            for one, saliency in zip(inputs, rows, strict=True):
-                one.question_rows = torch.as_tensor(saliency)
+            for one, saliency, visual in zip(inputs, rows, visuals, strict=True):
+                one.question_rows = torch.as_tensor(saliency)[_droppable(visual)]
         if "vision" in needs:
             for one, image in zip(inputs, images, strict=True):
                 one.vision = self.lvlm.vision_signals(image)
 
     def _inputs(self, visual: Any, prompt: Any) -> PruneInputs:
-        embeddings = self.lvlm.question_embeddings(prompt)
-        tokens = visual.tokens.float().cpu()
+        embeddings, dropped = self.lvlm.question_embeddings(prompt), _droppable(visual)
+        tokens = visual.tokens.float().cpu()[dropped]
         return PruneInputs(
             tokens=tokens,
-            tower=visual.tower.float().cpu(),
+            tower=visual.tower.float().cpu()[dropped],
             cls_attention=None
             if visual.cls_attention is None
-            else visual.cls_attention.float().cpu(),
+            else visual.cls_attention.float().cpu()[dropped],
             grid=visual.grid,
+            coords=None
+            if visual.placement is None or visual.grid[0] != 1
+            else torch.from_numpy(visual.placement.coords[dropped]),
+            areas=None if visual.placement is None else torch.from_numpy(visual.placement.areas()),
             query=embeddings.mean(0),
             query_tokens=embeddings,
             codes=self.autoencoder.encode(tokens) if self.autoencoder is not None else None,
         )
+
+
+def _droppable(visual: Any) -> npt.NDArray[np.bool_]:
+    """Tokens that a pruner may drop; the others show no place of the picture and are kept."""
+    if visual.placement is None:
+        return np.ones(len(visual.tokens), bool)
+    shown: npt.NDArray[np.bool_] = visual.placement.droppable
+    return shown
 
 
 def _taken(number: int, picture: Any) -> npt.NDArray[np.uint8]:

@@ -282,7 +282,7 @@ def test_a_dataset_without_samples(run, tmp_path, refused, text, sentence):
         (["--data", "scenes-crowdet"], "did you mean 'scenes-crowded'?"),
         (["--data", "scenes-sparse", "--split", "tests"], "'tests'"),
         (["--limit", "0"], "limit must be at least 1, got 0"),
-        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--lvlm", "no/such/folder"], "does not exist"),
         (["--lvlm", "builtin:crowdet"], "no LVLM 'builtin:crowdet'"),
         (["--lvlm", "builtin:spare"], "did you mean 'builtin:sparse'?"),

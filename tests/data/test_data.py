@@ -71,7 +71,7 @@ def test_bad_samples_are_named_with_their_file(tmp_path: Path, id: str, text: st
     index = ["1", "gone", "broken", "cut", "mute", "open", "2"].index(id)
     with pytest.raises(BadSampleError, match=rf"(?s){id}.*{text}") as caught:
         dataset.read(index)
-    assert "data.jsonl" in str(caught.value) and "--skip-bad" in str(caught.value)
+    assert "data.jsonl" in str(caught.value) and "pass skip_bad=True" in str(caught.value)
 
 
 def test_skip_bad_counts_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
@@ -106,6 +106,10 @@ def test_nothing_but_bad_samples(tmp_path: Path):
         (["{"], "line 1 is not JSON"),
         (["[1]"], "line 1 is not a JSON object"),
         ([row("1"), {"id": "2"}], r"line 2 lacks \['image', 'question', 'answers'\]"),
+        (
+            [row("1", images=["a.png", "b.png"])],
+            "line 1: a sample has one picture.*write a line per",
+        ),
         ([row("1", extra=1)], r"unknown fields \['extra'\]"),
         ([row("1"), row("2", metric="vqa")], "line 2: the field 'metric' is now 'grader'"),
         ([row("1", kind="color")], "line 1: the field 'kind' is now 'question_type'"),
@@ -285,7 +289,7 @@ def outside(tmp_path: Path) -> Path:
 def test_pictures_outside_of_the_folder_are_refused(outside: Path, image: str):
     image = image.format(top=outside.parent)
     path = write(outside, [row("1", image), row("2")])
-    cure = r"lies outside of the data folder .*data; .* \(--allow-outside\)"
+    cure = r"lies outside of the data folder .*data; .* pass allow_outside=True"
     with pytest.raises(BadSampleError, match=rf"sample '1' of .* line 1: .*{cure}"):
         list(load_dataset(path))
     if ".." in image or image.startswith("/"):

@@ -186,7 +186,7 @@ def test_foreign_folders(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 99}, "format version 99, this package reads version 1"),
+        ({"version": 99}, "format version 99, this package reads versions 1 and 2"),
         ({"extra": 1}, "extra"),
         ({"files": {"a": {"rows": 1}}}, "table of files is malformed"),
     ],

@@ -69,8 +69,15 @@ def test_a_bad_sample_is_named_with_its_file_and_line(lvlm, tmp_path, change, re
         encode_dataset(lvlm, load_dataset(data), tmp_path / "s", progress=False)
     said = str(caught.value)
     assert reason in said and "sample 'b0'" in said and "mixed.jsonl line 2" in said
-    assert "--skip-bad" in said and "skip_bad=True" not in said and len(said) < 600
+    assert "skip_bad=True" in said and "--skip-bad" not in said and len(said) < 600
     assert caught.value.sample == "b0"
+
+
+def test_the_command_line_names_its_flag(folder, tmp_path, capsys):
+    data = dataset(tmp_path, BAD[0][0])
+    assert encode(data, folder, tmp_path / "s") == 2
+    said = capsys.readouterr().err
+    assert "pass --skip-bad" in said and "skip_bad" not in said
 
 
 def test_the_command_skips_counts_and_lists_them(folder, tmp_path, capsys):

@@ -218,7 +218,7 @@ def half(tmp_path: Path) -> Path:
 )
 def test_resuming_something_else_is_refused(tmp_path: Path, lvlm, samples, change, message):
     out = half(tmp_path)
-    with pytest.raises(StoreError, match=rf"{message}.* --restart \(resume=False in Python\)"):
+    with pytest.raises(StoreError, match=rf"{message}.* start over with resume=False"):
         encode_dataset(lvlm, samples, out, **{"description": "d", **SMALL, **change})
     fresh = {"description": "d", **SMALL, **change, "resume": False}
     if samples:
@@ -252,7 +252,7 @@ def test_samples_added_at_the_end_are_encoded_and_nothing_else(tmp_path: Path, c
     for i in range(30):
         assert store.id(i) == whole.id(i)
         np.testing.assert_array_equal(store.tokens(i), whole.tokens(i))
-    with pytest.raises(StoreError, match=r"(holds more|other) samples.*--restart"):
+    with pytest.raises(StoreError, match=r"(holds more|other) samples.*resume=False"):
         encode_dataset(FakeLVLM(), samples[:17], out, **SMALL)
 
 
@@ -298,7 +298,7 @@ def test_how_an_lvlm_computed_is_in_the_manifest(tmp_path: Path):
     assert (store.manifest.dtype, store.manifest.image_backend) == ("bfloat16", "torchvision")
     other = encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "t", **SMALL)
     assert store.fingerprint != other.fingerprint
-    with pytest.raises(StoreError, match=r"continue with that one \(--dtype bfloat16\), start"):
+    with pytest.raises(StoreError, match=r"continue with that one \(dtype=bfloat16\), start"):
         encode_dataset(FakeLVLM(), make_samples(2), tmp_path / "s", **SMALL)
 
 
@@ -326,10 +326,10 @@ def test_starting_over_forgets_channels(tmp_path: Path):
 def test_damaged_unfinished_state_is_refused(tmp_path: Path):
     out = half(tmp_path)
     (out / "images-00000.arrow").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"images-00000.arrow has 0 bytes.*--restart"):
+    with pytest.raises(StoreError, match=r"images-00000.arrow has 0 bytes.*resume=False"):
         encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
     (out / "encoding.json").write_text("{")
-    with pytest.raises(StoreError, match=r"encoding.json is damaged.*--restart"):
+    with pytest.raises(StoreError, match=r"encoding.json is damaged.*resume=False"):
         encode_dataset(FakeLVLM(), make_samples(7), out, description="d", **SMALL)
 
 

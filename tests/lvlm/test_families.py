@@ -263,6 +263,61 @@ def test_reducers_inside_equal_the_replay_of_what_they_dropped(case: Case, name:
     )
 
 
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "sparsevlm", "pact", "question_rows"])
+def test_a_budget_is_about_tokens_that_show_the_picture(case: Case, name: str) -> None:
+    reducer: Any = make_reducer(name)
+    droppable = [
+        prompt.droppable(len(tokens))
+        for prompt, tokens in zip(case.prompts, case.tokens, strict=True)
+    ]
+    tiles = case.name in ("llava_next", "llava_onevision")
+    assert all(one.all() for one in droppable) is not tiles, "only these have newlines"
+    average = 0.6 * min(int(one.sum()) for one in droppable)
+    how = {"average": average}
+    lives = case.lvlm.reduce(case.prompts, case.tokens, reducer, **how)
+    depth = case.lvlm.num_layers
+    for row, shown in zip(lives, droppable, strict=True):
+        assert (row[~shown] == depth).all()
+        assert row[shown].min() < depth
+        assert abs(row[shown].sum() / depth - average) < 1
+    if not reducer.merges:
+        positions = reducer.positions
+        np.testing.assert_allclose(
+            log_likelihoods(case, reducer=reducer, **how),
+            log_likelihoods(case, lives=lives, positions=positions),
+            atol=TOLERANCE,
+        )
+
+
+def test_saliency_is_zero_where_nothing_of_the_picture_is_shown(case: Case) -> None:
+    rule: Any = make_reducer("question_rows")
+    found = case.lvlm.saliency(case.prompts, case.tokens, rule)
+    for values, prompt, tokens in zip(found, case.prompts, case.tokens, strict=True):
+        assert values.shape == (len(tokens),)
+        assert ((values > 0) == prompt.droppable(len(tokens))).all()
+
+
+def test_prompts_made_without_their_pictures_are_refused(case: Case) -> None:
+    tokens = [case.visuals[0].tokens]
+    bare = [case.lvlm.prompt("yes or no")]
+    runs = {
+        "score": lambda: case.lvlm.score(bare, [[ANSWERS[0]]], tokens),
+        "generate": lambda: case.lvlm.generate(bare, tokens, max_new_tokens=2),
+        "reduce": lambda: case.lvlm.reduce(bare, tokens, make_reducer("fastv")),
+        "question_attention": lambda: case.lvlm.question_attention(bare, tokens),
+    }
+    for run in runs.values():
+        if case.lvlm.placed:
+            with pytest.raises(ValueError, match="row 0: the prompt was made without its pictures"):
+                run()
+        else:
+            run()
+    assert case.lvlm.placed is not case.name.startswith("llava") or case.name in (
+        "llava_next",
+        "llava_onevision",
+    )
+
+
 def test_question_attention_is_that_of_the_library(case: Case) -> None:
     found = case.lvlm.question_attention(case.prompts, case.tokens)
     text = (

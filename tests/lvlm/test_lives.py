@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ from tprl_env.reducers.layer import (
     QuestionRows,
     SparseVLM,
 )
-from tprl_env.reducers.layer_pruner import OneCut
+from tprl_env.reducers.layer_pruner import Choice, OneCut, Stage
 
 torch.set_num_threads(1)
 LAYERS = 3
@@ -217,10 +219,10 @@ def test_merged_tokens_stand_at_given_places(lvlm, positions):
     assert (moved.likelihood == given.likelihood).all() == (positions == "contiguous")
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "pact"])
 def test_questions_about_one_image_share_its_layers(lvlm, rule):
     """The same figures as without sharing, from fewer places in the first layers."""
-    reducer = RULES[rule]
+    reducer = {**RULES, "pact": PACT(layer=1, depth=None, cutoff=0.6)}[rule]
     prompts, answers, _ = rows(lvlm, 9)
     images = [v.tokens for v in lvlm.encode_images(pictures(2, 7))]
     shared = [images[i // 5] for i in range(9)]
@@ -242,6 +244,36 @@ def test_questions_about_one_image_share_its_layers(lvlm, rule):
     lives = [one + (one == 0) for one in together.lives]
     replay = [lvlm.score(prompts, answers, t, lives=lives).likelihood for t in (shared, apart)]
     np.testing.assert_allclose(*replay, rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class FirstHalf(PACT):
+    """Reads the image alone, and remembers a number for each sample."""
+
+    def stages(self, num_tokens, num_layers, average=None):
+        return Stage(1, num_tokens // 2), Stage(2, num_tokens // 4)
+
+    def select(self, view):
+        given = view.hidden.shape[0]
+        ASKED.append((given, view.memory.get("first", torch.zeros(0)).shape[0]))
+        view.memory.setdefault("first", view.hidden.float().sum((1, 2)))
+        return Choice((torch.arange(view.alive.shape[1]) < view.keep[:, None]) & view.alive)
+
+
+ASKED: list[tuple[int, int]] = []
+
+
+def test_a_rule_that_reads_the_image_alone_is_asked_once_for_its_questions(lvlm):
+    """Two images, nine questions with one or two answers; after the first cut nothing is shared."""
+    prompts, answers, _ = rows(lvlm, 9)
+    images = [v.tokens for v in lvlm.encode_images(pictures(2, 7))]
+    shared = [images[i // 5] for i in range(9)]
+    ASKED.clear()
+    together = lvlm.score(prompts, answers, shared, reducer=FirstHalf())
+    assert ASKED == [(2, 0), (9, 9)]
+    half, quarter = NUM_TOKENS // 2, NUM_TOKENS // 4
+    expected = [LAYERS] * quarter + [2] * (half - quarter) + [1] * (NUM_TOKENS - half)
+    assert [one.tolist() for one in together.lives] == [expected] * 9
 
 
 def test_saliency_is_what_the_rule_ranks_by(lvlm):

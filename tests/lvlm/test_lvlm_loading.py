@@ -212,7 +212,7 @@ def test_refusals(word_folder, tmp_path):
         ValueError, match=r"model_type 'bert', which cannot be run; known are .*llava"
     ):
         load_lvlm(bert)
-    with pytest.raises(ValueError, match="model_type 'bert', but LlavaLVLM loads 'llava'"):
+    with pytest.raises(ValueError, match=r"model_type 'bert', but LlavaLVLM loads 'llava'"):
         LlavaLVLM.from_pretrained(bert)
     (bert / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no valid JSON"):

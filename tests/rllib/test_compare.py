@@ -105,7 +105,7 @@ def test_an_experiment_runs_reports_and_is_done_once(small, tmp_path, capsys):
         assert records(again) == found
     assert times == {path: path.stat().st_mtime_ns for path in shared.glob("runs/*/record.json")}
     other = load_experiment(write_experiment(tmp_path, 80))
-    with pytest.raises(ValueError, match="with other configs, max_scores; choose another --out"):
+    with pytest.raises(ValueError, match="with other configs, max_scores; choose another out"):
         compare(other, out, shared=shared, stores=stores(small))
 
 

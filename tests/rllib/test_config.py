@@ -238,9 +238,9 @@ def test_a_config_file_of_ones_own(tmp_path: Path):
 
 
 def test_missing_source_or_lvlm_say_what_to_pass():
-    with pytest.raises(ValueError, match="--source"):
+    with pytest.raises(ValueError, match="pass source=STORE"):
         scorer_spec(load_config("recommended"))
-    with pytest.raises(ValueError, match="--lvlm"):
+    with pytest.raises(ValueError, match="pass lvlm=LVLM"):
         scorer_spec(load_config("recommended", {"source": "store"}))
 
 

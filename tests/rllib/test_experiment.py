@@ -259,7 +259,7 @@ def test_unfinished_unequal_and_foreign_runs_are_refused(tmp_path):
 def test_two_experiments_never_share_a_folder(tmp_path):
     first, second = experiment().as_dict(), experiment(seeds=(0, 1)).as_dict()
     check_experiment(first, first, tmp_path)
-    with pytest.raises(ValueError, match=r"'small' with other seeds; choose another --out"):
+    with pytest.raises(ValueError, match=r"'small' with other seeds; choose another out"):
         check_experiment(first, second, tmp_path)
 
 

@@ -32,9 +32,9 @@ def nothing_starts(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rules.budget": (3, 200)}, r"at most the 16 tokens .* --rules\.budget 3,16"),
-        ({"rules.budget": 17}, r"at most the 16 tokens .* --rules\.budget 16"),
-        ({"rules.budget": (20, 30)}, r"--rules\.budget 16,16"),
+        ({"rules.budget": (3, 200)}, r"at most the 16 tokens .* pass rules\.budget=3,16"),
+        ({"rules.budget": 17}, r"at most the 16 tokens .* pass rules\.budget=16"),
+        ({"rules.budget": (20, 30)}, r"pass rules\.budget=16,16"),
         ({"imitation.demonstrator": "question_attention"}, "needs a channel"),
         ({"imitation.demonstrator": "vispruner"}, "needs tower and cls_attention"),
         ({"source": "nowhere"}, "nowhere"),

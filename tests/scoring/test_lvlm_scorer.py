@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from lvlm_fixtures import NUM_TOKENS, memory_store, save_llava
 
+from tprl_env.checks import NotFiniteError
 from tprl_env.env.scorer import ScoringError
 from tprl_env.lvlm import load_lvlm
 from tprl_env.scoring.cache import CachedScorer
@@ -53,6 +56,29 @@ def test_scorer_equals_the_lvlm_row_by_row(word_lvlm):
     np.testing.assert_array_equal(everything, full)
 
 
+def test_lives_where_a_scorer_is_asked(word_lvlm):
+    """Of 0 and L they are the mask to the bit; others are what `score_inside` gives."""
+    store, depth = memory_store(word_lvlm), word_lvlm.num_layers
+    rng = np.random.default_rng(1)
+    samples = rng.integers(0, len(store), 40)
+    keep = rng.random((40, NUM_TOKENS)) < 0.5
+    plain = LVLMScorer(word_lvlm, store, "likelihood")
+    scorer = LVLMScorer(word_lvlm, store, "likelihood")
+    lives = keep.astype(np.uint8) * depth
+    np.testing.assert_array_equal(scorer(samples, lives), plain(samples, keep))
+    assert scorer.stats.padded_tokens == plain.stats.padded_tokens
+    lives[::2] = rng.integers(0, depth + 1, lives[::2].shape)
+    mixed = scorer(samples, lives)
+    inside = plain.score_inside(samples[::2], lives=lives[::2]).likelihood
+    np.testing.assert_array_equal(mixed[::2], inside)
+    np.testing.assert_allclose(mixed[1::2], plain(samples[1::2], keep[1::2]), rtol=1e-4)
+    assert (mixed[::2] != plain(samples, keep)[::2]).any()
+    cached = CachedScorer(scorer, store, "likelihood")
+    partial = lives.copy()
+    partial[partial.all(1), 0] = 1  # all tokens are answered from the store
+    np.testing.assert_array_equal(cached(samples, partial), scorer(samples, partial))
+
+
 def test_buckets_pad_less(word_lvlm):
     store = memory_store(word_lvlm)
     rng = np.random.default_rng(1)
@@ -97,3 +123,25 @@ def test_failures_inside_name_the_samples(word_lvlm):
     cached = CachedScorer(LVLMScorer(word_lvlm, store, "likelihood"), store, "likelihood")
     with pytest.raises(ScoringError, match=r"'sample-3'\]: .*logits are not finite"):
         cached(np.array([0, 3]), keep)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_logits_that_are_not_finite_name_only_the_samples_that_have_them(word_lvlm, inside):
+    store = memory_store(word_lvlm)
+    store.visual[1] = np.full_like(store.visual[1], np.nan)
+    guilty = [s for s in range(6) if store.image_number(s) == 1]
+    assert 0 < len(guilty) < 6
+    names = ", ".join(f"'sample-{s}'" for s in guilty)
+    scorer = LVLMScorer(word_lvlm, store, max_padding=1.0)
+    assert scorer.score_both(np.array([s for s in range(6) if s not in guilty]))[0].shape
+    with pytest.raises(ScoringError, match=rf"failed on \[{names}\]: .*logits are not finite"):
+        if inside:
+            lives = store.exists(np.arange(6)).astype(np.uint8) * word_lvlm.num_layers
+            scorer.score_inside(np.arange(6), lives=lives)
+        else:
+            scorer(np.arange(6), store.exists(np.arange(6)))
+
+
+def test_the_error_keeps_its_rows_between_processes():
+    error = pickle.loads(pickle.dumps(NotFiniteError("no", [2, 3])))
+    assert str(error) == "no" and error.rows == (2, 3)

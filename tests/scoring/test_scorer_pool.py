@@ -80,6 +80,36 @@ def test_pool_gives_the_scores_and_counters_of_a_local_cached_scorer(pool):
     assert ours["queue_depth"] == 0 and 0 < ours["batch_fill"] <= 1
 
 
+def test_lives_travel_as_they_are_and_never_mix_with_masks(pool):
+    """Scores and counters of a local scorer; masks under way at the same time stay masks."""
+    from rllib_fakes import Layered
+
+    started = ScorerPool.start(fake("layered"), 1, max_outstanding=12)
+    try:
+        source = open_source(SOURCE)
+        local = CachedScorer(Layered(), source, "likelihood")
+        samples, keep = request(6, 7)
+        lives = np.random.default_rng(8).integers(0, 5, keep.shape).astype(np.uint8)
+        # small requests wait while the first is scored, and are merged where they may be
+        order = [
+            (i, one) for first in (0, 3) for one in (keep, lives) for i in range(first, first + 3)
+        ]
+        asked = [(samples[i : i + 1], one[i : i + 1]) for i, one in order]
+        asked.append((samples, keep.astype(np.uint8) * 4))  # a mask, known by then
+        for pending, (numbers, wanted) in [(started.submit(*one), one) for one in asked[:-1]]:
+            np.testing.assert_array_equal(pending.result(), local(numbers, wanted))
+        np.testing.assert_array_equal(started(*asked[-1]), local(*asked[-1]))
+        names = ("requests", "scores", "computed", "duplicates", "cache_hits", "full_hits")
+        ours, theirs = started.counters(), local.stats.as_dict()
+        assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
+        assert ours["cache_hits"] == 6 and ours["computed"] == 12
+        assert ours["batches"] < 12  # some were merged
+    finally:
+        started.close()
+    with pytest.raises(ValueError, match="give a bool mask"):
+        ScorerPool.connect(pool.address.as_dict()).submit(samples, lives)
+
+
 def test_cache_forgets_the_oldest_mask(pool):
     client = ScorerPool.connect({**pool.address.as_dict(), "limits": {"cache_size": 2}})
     keep = np.eye(20, dtype=bool)[:3]

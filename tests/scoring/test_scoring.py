@@ -231,3 +231,57 @@ def test_a_copied_cache_scores_the_same_from_an_empty_cache():
         np.testing.assert_array_equal(twin(samples, keep), expected)
     cache = pickle.loads(pickle.dumps(ScoreCache(store, "likelihood", 3)))
     assert len(cache.plan(samples, keep).keys) == 4
+
+
+class Layered(Counting):
+    """Scores lives of four layers by their mean, a mask as lives of 0 and 4."""
+
+    num_layers = 4
+
+    def __call__(self, samples, keep):
+        lives = keep if keep.dtype == np.uint8 else keep * np.uint8(4)
+        return super().__call__(samples, lives / 4)
+
+
+def test_lives_are_remembered_apart_and_masks_are_their_special_case():
+    inner = Layered()
+    scorer = CachedScorer(inner, Source(), "exact")
+    keep = masks("110000", "110000", "111111", "101010")
+    samples = np.array([0, 3, 1, 4])
+    lives = keep * np.uint8(4)
+    first = scorer(samples, keep)
+    asked = len(inner.asked)
+    np.testing.assert_array_equal(scorer(samples, lives), first)
+    assert len(inner.asked) == asked == 3  # the same keys, and the stored score with all tokens
+    lives[0, 0] = 1
+    lives[3] = [4, 0, 2, 0, 3, 3]  # sample 4 has four tokens, the rest is padding
+    second = scorer(samples, lives)
+    np.testing.assert_array_equal(second[1:3], first[1:3])
+    np.testing.assert_allclose(second[[0, 3]], [5 / 24, 6 / 24])
+    assert len(inner.asked) == asked + 2
+    np.testing.assert_array_equal(scorer(samples, lives), second)
+    stats = scorer.stats
+    assert (stats.scores, stats.computed, stats.cache_hits, stats.full_hits) == (16, 5, 7, 4)
+
+
+def test_of_one_token_a_mask_and_its_life_differ():
+    class One(Source):
+        max_tokens = 1
+
+        def exists(self, samples):
+            return np.ones((len(samples), 1), bool)
+
+    scorer = CachedScorer(Layered(), One(), "exact")
+    sample = np.array([2])
+    packed_like = np.array([[3]], np.uint8)
+    assert scorer(sample, np.array([[False]]))[0] == 0
+    assert scorer(sample, packed_like)[0] == np.float32(0.75)
+    assert scorer(sample, np.array([[4]], np.uint8))[0] == np.float32(0.7)  # all tokens: stored
+
+
+def test_lives_that_cannot_be_are_refused():
+    lives = np.full((1, 6), 5, np.uint8)
+    with pytest.raises(ValueError, match=r"lie in \[0, 4\].*got 5"):
+        CachedScorer(Layered(), Source(), "exact")(np.array([0]), lives)
+    with pytest.raises(ValueError, match="give a bool mask"):
+        CachedScorer(Counting(), Source(), "exact")(np.array([0]), lives)

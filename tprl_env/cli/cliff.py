@@ -32,7 +32,7 @@ def add_cliff(commands: Any) -> None:
     sub = commands.add_parser(
         "cliff", help="accuracy when visual tokens are dropped before each layer of the LVLM"
     )
-    sub.add_argument("store", type=path)
+    sub.add_argument("store", type=path, help="feature store to measure on")
     sub.add_argument(
         "--lvlm", type=place, required=True, help="the LVLM that the store was encoded with"
     )
@@ -44,6 +44,6 @@ def add_cliff(commands: Any) -> None:
     sub.add_argument("--counts", type=counts, help="tokens that stay (default: 72,48,29,14,7,4)")
     sub.add_argument("--layers", type=counts, help="layers of the maps (default: all)")
     sub.add_argument("--positions", default="original", help="original (default) or contiguous")
-    sub.add_argument("--limit", type=int, help="use the first so many questions")
-    sub.add_argument("--out", type=path, default=Path("runs/cliff"))
+    sub.add_argument("--limit", type=int, help="use the first so many questions (default: all)")
+    sub.add_argument("--out", type=path, default=Path("runs/cliff"), help="folder of results")
     sub.set_defaults(run=cliff)

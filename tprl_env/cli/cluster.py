@@ -90,7 +90,7 @@ def add_submit(commands: Any) -> None:
         description="Send a training to a Ray cluster as a job and follow it; sent again with the "
         "same --storage it goes on. Any other script: tprl submit [options] -- python script.py",
     )
-    sub.add_argument("config", type=place, help="name in rllib_configs/ or a .py file")
+    sub.add_argument("config", type=place, help="one of `tprl list presets` or a .py file")
     sub.add_argument(
         "--storage", type=place, help="URI, or a path that every node sees, for the run"
     )

@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,10 @@ from tprl_env import __version__
 from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
+from tprl_env.cli.encode import add_encode
 from tprl_env.cli.evaluate_reducers import add_reducers, evaluate_reducers
+from tprl_env.cli.help import complete
+from tprl_env.cli.listing import add_list
 from tprl_env.cli.parsing import (
     Parser,
     TrainHelp,
@@ -34,7 +36,9 @@ from tprl_env.cli.parsing import (
     resume,
 )
 from tprl_env.cli.report import add_report
+from tprl_env.cli.scenes import add_scenes
 from tprl_env.cli.verify import add_verify
+from tprl_env.cli.words import ShellWords, shell_words, unknown_arguments
 from tprl_env.env.scorer import ScoringError
 
 USER_ERRORS = (ValueError, ScoringError, OSError, ImportError, FloatingPointError)
@@ -52,59 +56,6 @@ def quickstart(args: argparse.Namespace) -> int:
         task=args.task, out=args.out, preset=args.preset, seed=args.seed, scale=args.scale
     )
     run_quickstart(settings, overrides=overrides(args.overrides), command=args.line)
-    return 0
-
-
-def encode(args: argparse.Namespace) -> int:
-    """Turn a dataset split and an LVLM into a feature store."""
-    from tprl_env.data import load_dataset
-    from tprl_env.lvlm import find_lvlm, load_lvlm
-
-    samples = load_dataset(
-        args.data,
-        args.split,
-        limit=args.limit,
-        seed=args.seed,
-        skip_bad=args.skip_bad,
-        allow_outside=args.allow_outside,
-    )
-    description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
-    load = partial(
-        load_lvlm, args.lvlm, device=args.device, dtype=args.dtype, revision=args.revision
-    )
-    options: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "skip_bad": args.skip_bad,
-        "resume": not args.restart,
-        "description": description,
-        "progress": sys.stderr.isatty(),
-    }
-    lvlm: Any = None
-    if args.engine == "ray":
-        find_lvlm(args.lvlm, args.revision)  # refused here rather than in every worker
-        from tprl_env.lvlm.encoding.encode_with_ray import encode_dataset_ray
-
-        options |= {"num_gpus": args.num_gpus, "concurrency": args.concurrency}
-        store = encode_dataset_ray(load, samples, args.out, **options)
-    else:
-        from tprl_env.lvlm.encoding.encode import encode_dataset
-
-        lvlm = load()
-        store = encode_dataset(lvlm, samples, args.out, **options)
-    if args.question_attention and not store.has_channel("question_attention"):
-        from tprl_env.lvlm.encoding.saliency import add_question_attention
-
-        lvlm = lvlm or load()
-        add_question_attention(store, lvlm, batch_size=args.batch_size)
-    if args.question_rows is not None and not store.has_channel("question_rows"):
-        from tprl_env.lvlm.encoding.saliency import add_question_rows
-
-        add_question_rows(store, lvlm or load(), args.question_rows, args.batch_size)
-    left_out = f"; {store.manifest.skipped} bad samples left out" if args.skip_bad else ""
-    print(
-        f"{len(store)} questions about {store.num_images} images in {args.out}; accuracy with all "
-        f"tokens {float(store.full_scores('exact').mean()):.4f}{left_out}"
-    )
     return 0
 
 
@@ -205,60 +156,25 @@ def check_results(args: argparse.Namespace) -> int:
 
 def _add_quickstart(commands: Any) -> None:
     sub = commands.add_parser("quickstart", help="encode, train, compare and report in one go")
-    sub.add_argument("--task", default="crowded", help="crowded (default) or sparse")
-    sub.add_argument("--out", type=path, default=Path("runs/quickstart"))
-    sub.add_argument("--preset", default="recommended", help="a config of rllib_configs/")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--task", default="crowded", help="crowded or sparse")
+    sub.add_argument("--out", type=path, default=Path("runs/quickstart"), help="folder of the run")
+    sub.add_argument("--preset", default="recommended", help="one of `tprl list presets`")
+    sub.add_argument("--seed", type=int, default=0, help="of data, imitation and training")
     sub.add_argument("--scale", type=float, default=1.0, help="size of everything; 1 = 10 minutes")
     sub.set_defaults(run=quickstart, takes_fields=True)
 
 
-def _add_encode(commands: Any) -> None:
-    sub = commands.add_parser("encode", help="dataset split + LVLM -> feature store")
-    sub.add_argument("--data", type=place, required=True, help="dataset name or a .jsonl file")
-    sub.add_argument("--split", default="train")
-    sub.add_argument("--limit", type=int, help="number of questions")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument(
-        "--lvlm", type=place, required=True, help="builtin:crowded, a folder or a hub id"
-    )
-    sub.add_argument("--revision", help="commit of a hub checkpoint")
-    sub.add_argument("--device")
-    sub.add_argument("--dtype")
-    sub.add_argument("--out", type=path, required=True)
-    sub.add_argument("--batch-size", type=int, default=64)
-    sub.add_argument(
-        "--restart", action="store_true", help="remove the store in --out first, do not continue it"
-    )
-    sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, list them")
-    sub.add_argument(
-        "--allow-outside", action="store_true", help="also read pictures outside the data's folder"
-    )
-    sub.add_argument(
-        "--question-attention", action="store_true", help="also the demonstrator's map"
-    )
-    sub.add_argument(
-        "--question-rows", type=int, nargs="?", const=0, metavar="LAYER",
-        help="also what the question looks up before this decoder layer (default 0: no pass)",
-    )  # fmt: skip
-    sub.add_argument("--engine", choices=("local", "ray"), default="local")
-    sub.add_argument("--num-gpus", type=float, default=0, help="per worker of --engine ray")
-    sub.add_argument("--concurrency", type=int, default=1, help="workers of --engine ray")
-    add_trust(sub)
-    sub.set_defaults(run=encode)
-
-
 def _add_autoencoder(commands: Any) -> None:
     sub = commands.add_parser("autoencoder", help="train it on a store, write codes into stores")
-    sub.add_argument("store", type=path)
+    sub.add_argument("store", type=path, help="feature store to learn on")
     sub.add_argument(
         "--also", type=path, nargs="*", default=[], help="more stores to write codes to"
     )
     sub.add_argument("--out", type=path, help="folder for the weights (default: in the store)")
     sub.add_argument("--load", type=path, help="use these weights, do not train")
     sub.add_argument("--code-width", type=at_least_one, help="default: token width / 16")
-    sub.add_argument("--steps", type=int, default=2000)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, default=2000, help="training steps")
+    sub.add_argument("--seed", type=int, default=0, help="of weights and batches")
     add_trust(sub)
     sub.set_defaults(run=autoencoder)
 
@@ -275,7 +191,7 @@ def _add_train(commands: Any) -> None:
         "-h", "--help", action=TrainHelp, nargs=0, default=argparse.SUPPRESS,
         help="show this and every setting, with the values of CONFIG if it comes before",
     )  # fmt: skip
-    sub.add_argument("config", type=place, help="name in rllib_configs/ or a .py file")
+    sub.add_argument("config", type=place, help="one of `tprl list presets` or a .py file")
     sub.add_argument(
         "--out", type=place, default="runs/train", help="a folder, or a URI of shared storage"
     )
@@ -283,30 +199,38 @@ def _add_train(commands: Any) -> None:
         "--resume", nargs="?", type=resume, const=True, default=False, metavar="auto",
         help="continue the run in --out; auto: or start it if there is none",
     )  # fmt: skip
-    sub.add_argument("--init-policy", type=path, help="start from this policy folder")
+    sub.add_argument(
+        "--init-policy", type=path, help="start from this policy folder (default: new weights)"
+    )
     add_trust(sub)
     sub.set_defaults(run=train, takes_fields=True)
 
 
 def _add_evaluate(commands: Any) -> None:
     sub = commands.add_parser("evaluate", help="compare pruners at matched budgets")
-    sub.add_argument("store", type=path)
+    sub.add_argument("store", type=path, help="feature store to measure on")
     sub.add_argument(
         "--lvlm", type=place, required=True, help="the LVLM that the store was encoded with"
     )
-    sub.add_argument("--policy", type=path, help="exported policy folder")
-    sub.add_argument("--calibration", type=path, help="store to calibrate thresholds on")
     sub.add_argument(
-        "--threshold", type=float, help="also keep p > THRESHOLD, 0 to 1 (TPRL eq. 16)"
+        "--policy", type=path, help="folder of a trained policy (default: pruners only)"
+    )
+    sub.add_argument(
+        "--calibration", type=path, help="store to calibrate thresholds on (default: no thresholds)"
+    )
+    sub.add_argument(
+        "--threshold",
+        type=float,
+        help="also keep p > THRESHOLD, 0 to 1 (TPRL eq. 16; default: not)",
     )
     sub.add_argument(
         "--pruners", type=names, help="comma-separated names (default: all that the store allows)"
     )
     add_reducers(sub)
-    sub.add_argument("--budgets", type=counts, help="default: 48,29,14,7,4")
-    sub.add_argument("--limit", type=int, help="use the first so many questions")
+    sub.add_argument("--budgets", type=counts, help="tokens kept (default: 48,29,14,7,4)")
+    sub.add_argument("--limit", type=int, help="use the first so many questions (default: all)")
     sub.add_argument("--trajectories", type=int, help="how many to draw (default: 10)")
-    sub.add_argument("--out", type=path, default=Path("runs/evaluate"))
+    sub.add_argument("--out", type=path, default=Path("runs/evaluate"), help="folder of results")
     add_trust(sub)
     sub.set_defaults(run=evaluate)
 
@@ -315,11 +239,11 @@ def _add_tiny_lvlm(commands: Any) -> None:
     parser = commands.add_parser("tiny-lvlm", help="the built-in LVLM")
     actions = parser.add_subparsers(dest="action", required=True)
     sub = actions.add_parser("train", help="train it from nothing")
-    sub.add_argument("--task", default="crowded")
-    sub.add_argument("--out", type=path, required=True)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--task", default="crowded", help="crowded or sparse")
+    sub.add_argument("--out", type=path, required=True, help="folder of the checkpoint")
+    sub.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     sub.add_argument("--scale", type=float, default=1.0, help="multiplies all step counts")
-    sub.add_argument("--threads", type=int, default=1)
+    sub.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     sub.set_defaults(run=tiny_lvlm)
 
 
@@ -330,13 +254,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (
         _add_quickstart,
-        _add_encode,
+        add_encode,
         _add_autoencoder,
         _add_train,
         _add_evaluate,
         add_compare,
         add_cliff,
         _add_tiny_lvlm,
+        add_scenes,
+        add_list,
         add_submit,
         add_token,
         add_verify,
@@ -344,12 +270,12 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
-    sub.add_argument("file", type=path)
+    sub.add_argument("file", type=path, help="a results.json")
     sub.add_argument(
         "--budgets", type=counts, help="counts that must be there (default: those in the file)"
     )
     sub.set_defaults(run=check_results)
-    return parser
+    return complete(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -358,17 +284,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 after a mistake of the user, which is printed as one sentence.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(ShellWords("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its hints are not the user's
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    options: Sequence[str] = ()
     try:
         words, script = split_script(sys.argv[1:] if argv is None else argv)
         args, rest = build_parser().parse_known_args(words)
         if rest and not getattr(args, "takes_fields", False):
-            raise ValueError(
-                f"unknown arguments {' '.join(rest)}; see `tprl {args.command} --help`"
-            )
+            raise ValueError(unknown_arguments(args.parser, rest))
+        options = [one.dest for one in args.parser._actions if one.option_strings]
         args.overrides, args.script, args.line = rest, script, shlex.join(["tprl", *words])
         from tprl_env.data.features.manifest import trust_files
 
@@ -382,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except USER_ERRORS as error:
-        sentence = " ".join(str(error).split())
+        sentence = shell_words(" ".join(str(error).split()), options)
         cut = "..." if len(sentence) > _LONGEST_SENTENCE else ""
         print(f"tprl: {sentence[:_LONGEST_SENTENCE]}{cut}", file=sys.stderr)
         return 2

@@ -13,6 +13,10 @@ from tprl_env.cli.parsing import path, place
 def compare(args: argparse.Namespace) -> int:
     """Run, resume or only report an experiment."""
     if args.report:
+        if args.out is None:
+            raise ValueError(
+                "tprl compare --report needs the folder of a finished experiment: --out FOLDER"
+            )
         from tprl_env.evaluation.experiment_tables import write_tables
 
         print((write_tables(args.out) / "tables.md").read_text("utf-8"))
@@ -21,6 +25,7 @@ def compare(args: argparse.Namespace) -> int:
         raise ValueError(
             "tprl compare needs the name of an experiment or a .py file, or --report with --out"
         )
+    from tprl_env.lvlm import find_lvlm
     from tprl_env.rllib.experiments.definition import Experiment, load_experiment
 
     experiment = load_experiment(args.config)
@@ -39,6 +44,8 @@ def compare(args: argparse.Namespace) -> int:
             name: str(Path(given[name]).resolve()) for name in ("train", "calibration", "test")
         }
         stores = TaskData(lvlm=given["lvlm"], **paths)
+        find_lvlm(stores.lvlm)  # refused here, before a folder is made
+        stores.fingerprints()
     options: dict[str, Any] = {
         "shared": args.shared,
         "stores": stores,
@@ -92,11 +99,17 @@ def add_compare(commands: Any) -> None:
         "compare", help="run, resume or report an experiment over arms and seeds"
     )
     sub.add_argument(
-        "config", type=place, nargs="?", help="name in rllib_configs/experiments/ or a .py file"
+        "config", type=place, nargs="?", help="one of `tprl list experiments` or a .py file"
     )
     sub.add_argument("--out", type=path, help="default: runs/compare/NAME")
-    sub.add_argument("--shared", type=path, help="folder of stores and runs that experiments share")
-    sub.add_argument("--concurrent", type=int, help="runs at the same time")
+    sub.add_argument(
+        "--shared",
+        type=path,
+        help="folder of stores and runs that experiments share (default: in --out)",
+    )
+    sub.add_argument(
+        "--concurrent", type=int, help="runs at the same time (default: as many as fit)"
+    )
     sub.add_argument(
         "--log", action="append", default=[], help="mlflow[=URI] or wandb[=PROJECT], repeatable"
     )

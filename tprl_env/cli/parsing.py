@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tprl_env.checks import did_you_mean
 
 __all__ = [
     "Parser",
@@ -30,7 +33,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving the process."""
-        raise ValueError(f"{message}; see `{self.prog} --help`")
+        raise ValueError(f"{message}{_near_choice(message)}; see `{self.prog} --help`")
+
+
+def _near_choice(message: str) -> str:
+    """The choice that was meant, from argparse's own complaint about another word."""
+    found = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
+    return did_you_mean(found[1], re.findall(r"[\w-]+", found[2])) if found else ""
 
 
 class TrainHelp(argparse.Action):

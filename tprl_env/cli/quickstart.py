@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, check_positive
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.scenes import TASKS
 from tprl_env.env.scorer import Scorer
@@ -94,6 +94,7 @@ def run_quickstart(
 
     watch = Stopwatch()
     check_choice("task", settings.task, TASKS)
+    check_positive("scale", settings.scale)
     name = f"builtin:{settings.task}"
     fields = {
         "source": str((settings.out / "stores" / "train").resolve()),

@@ -38,7 +38,7 @@ _RENAMED = {"metric": "grader", "kind": "question_type"}
 _MAX_TEXT = 100_000  # characters of a question or answer; no context of an LVLM takes more
 _LOGGED = 10  # bad samples that are logged one by one
 _LOGGED_LENGTH = 500
-_SKIP = "or pass --skip-bad"
+_SKIP = "or pass skip_bad=True"
 
 
 class NoSamplesError(ValueError):
@@ -115,6 +115,12 @@ class JsonlDataset:
             raise BadSampleError(
                 f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
             )
+        if "images" in record:
+            raise BadSampleError(
+                f"{where}: a sample has one picture, given as a text in 'image'; write a line per "
+                f"picture, or ask about several with load_lvlm and prompt(question, visuals), see "
+                f"docs/families.md"
+            )
         missing = [name for name in _REQUIRED if name not in record]
         unknown = [name[:50] for name in record if name not in _KNOWN]
         if missing or unknown:
@@ -156,7 +162,7 @@ class JsonlDataset:
         if not resolved.is_relative_to(self._root):
             raise BadSampleError(
                 f"{where} {record['image'][:200]!r} lies outside of the data folder {self._root}; "
-                f"move it there or pass allow_outside=True (--allow-outside)",
+                f"move it there or pass allow_outside=True",
                 sample=record["id"],
             )
         return resolved

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.checks import check_choice
+from tprl_env.checks import check_choice, check_integer
 from tprl_env.data.sample import Sample
 
 CELL, GRID = 16, 6
@@ -97,7 +97,7 @@ def scan_indices(split: str) -> Ints:
 def seed_sequence(task: str, split: str, seed: int, stream: int) -> np.random.SeedSequence:
     """Seed of one random stream; the spawn key keeps tasks, splits and streams apart."""
     key = (list(TASKS).index(task), SPLITS.index(split), stream)
-    return np.random.SeedSequence(seed, spawn_key=key)
+    return np.random.SeedSequence(check_integer("seed", seed, 0), spawn_key=key)
 
 
 def _warp(scan: npt.NDArray[np.float64], rng: np.random.Generator, distort: float) -> Floats:

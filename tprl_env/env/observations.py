@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from tprl_env.data.features.placement import Placement, raster
 from tprl_env.data.features.source import TokenSource
 
-__all__ = ["VALUE_LIMIT", "Observation", "look_up", "observation_space", "progress"]
+__all__ = ["VALUE_LIMIT", "Observation", "has_areas", "look_up", "observation_space", "progress"]
 
 Observation = dict[str, npt.NDArray[Any]]
 Mask = type[np.bool_] | type[np.int8]
@@ -26,8 +27,17 @@ Mask = type[np.bool_] | type[np.int8]
 VALUE_LIMIT = 65504.0  # largest float16: stores keep tokens in half precision
 
 
+def has_areas(source: TokenSource) -> bool:
+    """Whether observations of a source hold ``areas``: its images have no grid in common."""
+    return not getattr(source, "one_grid", True)
+
+
 def look_up(
-    source: TokenSource, samples: npt.NDArray[np.int64], query: str, masks: Mask = np.bool_
+    source: TokenSource,
+    samples: npt.NDArray[np.int64],
+    query: str,
+    masks: Mask = np.bool_,
+    areas: bool | None = None,
 ) -> Observation:
     """The part of an observation that the sample alone decides.
 
@@ -36,12 +46,17 @@ def look_up(
         samples: int64 (B,), sample numbers.
         query: "mean" or "tokens".
         masks: Type of ``query_mask``; Gymnasium's spaces want int8.
+        areas: Add ``areas``; by default where the source's images have no grid in common.
 
     Returns:
         ``tokens`` float32 (B, N, d) and ``query`` float32 (B, d_q), or, for ``query="tokens"``,
-        ``query`` float32 (B, Q, d_q) and ``query_mask`` (B, Q).
+        ``query`` float32 (B, Q, d_q) and ``query_mask`` (B, Q). ``areas`` float32
+        (B, N, 5): picture, top, left, bottom, right of each token as shares of its picture, zero
+        where padding.
     """
     parts = {"tokens": np.asarray(source.codes(samples), np.float32)}
+    if has_areas(source) if areas is None else areas:
+        parts["areas"] = _areas(source, samples)
     if query == "tokens":
         question, exists = source.query_tokens(samples)
         parts["query"] = np.asarray(question, np.float32)
@@ -49,6 +64,20 @@ def look_up(
     else:
         parts["query"] = np.asarray(source.query(samples), np.float32)
     return parts
+
+
+def _areas(source: TokenSource, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """(B, N, 5) from the source's own areas, or its grids."""
+    found = np.zeros((len(samples), source.max_tokens, 5), np.float32)
+    own = getattr(source, "areas", None)  # sources of one grid need not have it
+    for row, sample in enumerate(samples.tolist()):
+        if own is None:
+            coords = raster(*source.grid(sample))
+            areas = Placement.in_line(coords).areas()
+        else:
+            areas = own(sample)
+        found[row, : len(areas)] = areas
+    return found
 
 
 def progress(
@@ -87,6 +116,8 @@ def observation_space(
         return spaces.Box(low, high, shape, np.float32)
 
     parts: dict[str, spaces.Space[Any]] = {"tokens": box(count, source.code_width)}
+    if has_areas(source):
+        parts["areas"] = box(count, 5)
     if query == "tokens":
         parts["query"] = box(source.max_question_tokens, source.query_width)
         parts["query_mask"] = spaces.Box(0, 1, (source.max_question_tokens,), np.int8)

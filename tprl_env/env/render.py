@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from tprl_env.env.token_layers import Layer, layers_of, layers_text
 from tprl_env.env.token_picture import (
     PAPER,
     Box,
@@ -21,6 +22,7 @@ from tprl_env.env.token_picture import (
     check_picture,
     cut_off,
     frame,
+    layered_picture,
     token_picture,
 )
 
@@ -63,6 +65,7 @@ def draw_step(
     answer: str | None = None,
     size: int = 480,
     box: Box | None = None,
+    layers: Sequence[Layer] | None = None,
 ) -> Picture:
     """Draw one step: the picture with pruned tokens faded, and a caption.
 
@@ -78,6 +81,7 @@ def draw_step(
         size: Side of the picture area in pixels, at least 120.
         box: Part of the picture that the grid covers, (top, left, bottom, right) in its pixels;
             all of it where None. What lies outside is greyed.
+        layers: Where tokens are that are no grid (`layers_of`); a panel each, the tiles first.
 
     Returns:
         uint8 (size + caption, size, 3); the caption's height depends on ``size`` alone.
@@ -88,7 +92,7 @@ def draw_step(
     """
     mask = _check_mask(grid, alive)
     rgb = check_picture(picture)
-    area = token_picture(rgb, mask, (_check_size(size), size), box)
+    area = _area(rgb, mask, (_check_size(size), size), box, layers)
     font, small = _font(size / 26), _font(size / 30)
     line = _line_height(font)
     canvas = Image.new("RGB", (size, size + 5 * line), PAPER)
@@ -124,6 +128,7 @@ def draw_trajectory(
     size: int = 280,
     columns: int | None = None,
     box: Box | None = None,
+    layers: Sequence[Layer] | None = None,
 ) -> Picture:
     """Draw a whole episode as panels side by side (the content of TPRL fig. 4).
 
@@ -138,6 +143,7 @@ def draw_trajectory(
         size: Side of one panel in pixels, at least 120.
         columns: Panels in a row, then the next row begins; all in one row by default.
         box: As in `draw_step`.
+        layers: As in `draw_step`.
 
     Returns:
         uint8 (height, width, 3).
@@ -151,7 +157,9 @@ def draw_trajectory(
     masks = [_check_mask(grid, part.alive) for part in steps]
     top, left, bottom, right = frame(rgb.shape, box)
     panel = min(_check_size(size), max(round(size * (bottom - top) / (right - left)), 1))
-    areas = [token_picture(rgb, mask, (panel, size), box) for mask in masks]
+    if layers is not None and len(layers) > 1:
+        panel = size  # room for a panel per layer
+    areas = [_area(rgb, mask, (panel, size), box, layers) for mask in masks]
     font, small = _font(size / 15), _font(size / 16)
     line = _line_height(font)
     gap = line // 2
@@ -196,6 +204,7 @@ def draw_text(
     question: str,
     answer: str | None = None,
     unseen: float = 0.0,
+    layers: Sequence[Layer] | None = None,
 ) -> str:
     """Draw one step as text: ``#`` for kept, ``.`` for pruned tokens; arguments as `draw_step`.
 
@@ -203,6 +212,8 @@ def draw_text(
     """
     mask = _check_mask(grid, alive)
     rows = ["".join("#" if cell else "." for cell in row) for row in mask]
+    if layers is not None:
+        rows = layers_text(layers, mask.ravel())
     head = f"step {step}  {_score_text(score)}  {_count_text(kept, mask.size)}"
     lines = [head, *textwrap.wrap(question, 80)]
     if answer is not None:
@@ -236,10 +247,26 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     }
     find = getattr(source, "picture_box", None)  # a source of somebody's own may lack it
     box = None if find is None else find(sample)
+    layers = common["layers"] = layers_of(source, sample)
+    if layers is not None:
+        box = None
     if mode == "ansi":
         unseen = 0.0 if box is None else cut_off(source.picture(sample).shape, box)
         return draw_text(grid, alive, **common, unseen=unseen)
     return draw_step(source.picture(sample), grid, alive, **common, box=box)
+
+
+def _area(
+    picture: Picture,
+    mask: npt.NDArray[np.bool_],
+    area: tuple[int, int],
+    box: Box | None,
+    layers: Sequence[Layer] | None,
+) -> Picture:
+    """The picture with its mask, in one panel or one per layer."""
+    if layers is None:
+        return token_picture(picture, mask, area, box)
+    return layered_picture(picture, mask.ravel(), layers, area)
 
 
 def _check_mask(grid: tuple[int, int], alive: npt.ArrayLike) -> npt.NDArray[np.bool_]:

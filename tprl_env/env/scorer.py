@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import NotFiniteError
 from tprl_env.data.features.source import TokenSource
 
 IntArray = npt.NDArray[np.int64]
@@ -30,7 +31,11 @@ class ScoringError(RuntimeError):
 
 
 class Scorer(Protocol):
-    """Anything that maps (sample numbers, keep-masks) to scores in [0, 1]."""
+    """Anything that maps (sample numbers, keep-masks) to scores in [0, 1].
+
+    Scorers that have ``num_layers`` also take ``lives`` in place of masks, told apart by type:
+    uint8 (B, N), the decoder layers that each token enters.
+    """
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
         """Score ``samples`` (B,) int64 with ``keep`` (B, N) bool; returns (B,) float32."""
@@ -110,6 +115,38 @@ def check_request(
     return numbers, masks & exists, exists
 
 
+def split_lives(
+    keep: Any, num_layers: int | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8] | None]:
+    """What reaches the first layer, and lives where some token leaves between layers.
+
+    Args:
+        keep: bool (B, N) masks, or uint8 (B, N) lives; padding must be cleared.
+        num_layers: Decoder layers L of the scorer's LVLM, ``None`` where it has none.
+
+    Returns:
+        The mask, and the lives, or ``None`` where masks say it all: every token has 0 or L.
+
+    Raises:
+        ValueError: Lives above L, or lives for a scorer without layers.
+    """
+    values = np.asarray(keep)
+    if values.dtype != np.uint8:
+        return values, None
+    if num_layers is None:
+        raise ValueError(
+            "lives (uint8) need a scorer with an LVLM's decoder layers, which this one lacks; "
+            "give a bool mask"
+        )
+    if values.size and int(values.max()) > num_layers:
+        raise ValueError(
+            f"lives must lie in [0, {num_layers}], the decoder layers, got {int(values.max())}; a "
+            "mask is given as bool"
+        )
+    entered = values > 0
+    return entered, None if bool((entered == (values == num_layers)).all()) else values
+
+
 def check_scores(
     scores: Any, samples: IntArray, source: TokenSource, *, scorer: str = "the scorer"
 ) -> FloatArray:
@@ -162,10 +199,16 @@ class NamedFailures:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Re-raise a failure with its samples; interrupts and scoring errors pass unchanged."""
+        """Re-raise a failure with its samples, those to blame where the failure says which.
+
+        Interrupts and scoring errors pass unchanged.
+        """
         if isinstance(error, Exception) and not isinstance(error, ScoringError):
+            guilty = self._samples
+            if isinstance(error, NotFiniteError):
+                guilty = np.unique(self._samples[list(error.rows)])
             raise ScoringError(
-                f"{self._scorer} failed on {name_samples(self._samples, self._source)}: "
+                f"{self._scorer} failed on {name_samples(guilty, self._source)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
 

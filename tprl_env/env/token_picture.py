@@ -5,13 +5,25 @@ Only numpy and Pillow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from tprl_env.data.features.source import Box
+from tprl_env.env.token_layers import Layer, panels, token_map
 
-__all__ = ["PAPER", "Box", "Picture", "check_picture", "cut_off", "frame", "token_picture"]
+__all__ = [
+    "PAPER",
+    "Box",
+    "Picture",
+    "check_picture",
+    "cut_off",
+    "frame",
+    "layered_picture",
+    "token_picture",
+]
 
 Picture = npt.NDArray[np.uint8]
 
@@ -63,7 +75,53 @@ def token_picture(
     rows, columns = (_tokens_under(shape, axis, outer, box, mask.shape) for axis in (0, 1))
     seen = (rows >= 0)[:, None] & (columns >= 0)[None, :]
     kept = mask[rows[:, None], columns[None, :]] & seen
-    pixels = _resized(picture, shape, scale, outer)
+    lines = np.zeros(shape, bool)
+    lines[1:] |= (np.diff(rows) > 0)[:, None]
+    lines[:, 1:] |= (np.diff(columns) > 0)[None, :]
+    return _painted(_resized(picture, shape, scale, outer), kept, seen, lines, area)
+
+
+def layered_picture(
+    picture: Picture,
+    alive: npt.NDArray[np.bool_],
+    layers: Sequence[Layer],
+    area: tuple[int, int],
+) -> Picture:
+    """As :func:`token_picture` for tokens in layers, one panel per layer in the same area.
+
+    Args:
+        picture: uint8 (H, W, 3).
+        alive: bool (n,), True = kept.
+        layers: Where the tokens are.
+        area: Height and width of the result.
+    """
+    canvas = np.full((*area, 3), PAPER, np.uint8)
+    places = panels(len(layers), area, picture.shape)
+    for layer, (top, left, height, width) in zip(layers, places, strict=True):
+        scale = min(height / picture.shape[0], width / picture.shape[1])
+        shape = tuple(max(round(side * scale), 1) for side in picture.shape[:2])
+        token = token_map(layer, (shape[0], shape[1]))
+        seen = token >= 0
+        lines = np.zeros(token.shape, bool)
+        lines[1:] |= np.diff(token, axis=0) != 0
+        lines[:, 1:] |= np.diff(token, axis=1) != 0
+        outer = frame(picture.shape, None)
+        pixels = _resized(picture, (shape[0], shape[1]), scale, outer)
+        kept = np.append(alive, False)[token]
+        panel = _painted(pixels, kept, seen, lines, (height, width))
+        canvas[top : top + height, left : left + width] = panel
+    return canvas
+
+
+def _painted(
+    pixels: npt.NDArray[np.float32],
+    kept: npt.NDArray[np.bool_],
+    seen: npt.NDArray[np.bool_],
+    lines: npt.NDArray[np.bool_],
+    area: tuple[int, int],
+) -> Picture:
+    """A picture of its final size with tokens that are kept, pruned, or not there."""
+    shape = pixels.shape[:2]
     grey = pixels @ _LUMA
     faded = (1 - _FADE) * grey + _FADE * _FADED
     period, stroke = max(area[1] // 60, 4), max(area[1] // 240, 1)
@@ -71,9 +129,6 @@ def token_picture(
     faded *= 1 - _HATCH * stripes
     unseen = (1 - _UNSEEN_FADE) * grey + _UNSEEN_FADE * _UNSEEN
     shown = np.where(kept[..., None], pixels, np.where(seen, faded, unseen)[..., None])
-    lines = np.zeros(shape, bool)
-    lines[1:] |= (np.diff(rows) > 0)[:, None]
-    lines[:, 1:] |= (np.diff(columns) > 0)[None, :]
     lines &= seen
     shown[lines] += _GRID_OPACITY * (_GRID - shown[lines])
     shown[_outline(kept, stroke)] = _KEPT_EDGE

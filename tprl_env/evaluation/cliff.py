@@ -23,7 +23,7 @@ from tprl_env.evaluation.plots import new_figure, save_figure
 from tprl_env.files import versions, write_json
 from tprl_env.lvlm.protocol import Positions
 from tprl_env.reducers import PRUNERS, make_pruner
-from tprl_env.reducers.interfaces import Pruner, prune_inputs
+from tprl_env.reducers.interfaces import Pruner, cure_for, prune_inputs
 from tprl_env.reducers.layer import LAYER_PRUNERS, make_layer_pruner
 from tprl_env.reducers.layer_pruner import LayerPruner, OneCut, RankingLayerPruner
 
@@ -61,8 +61,8 @@ def make_rule(name: str, store: FeatureStore) -> Rule:
     missing = [need for need in pruner.needs if getattr(example, need) is None]
     if missing:
         raise ValueError(
-            f"rule {name!r} needs {', '.join(missing)}, which this store does not hold; encode it "
-            "again with them or leave the rule out"
+            f"rule {name!r} needs {', '.join(missing)}, which this store does not hold; "
+            f"{cure_for(missing)}"
         )
     return pruner
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.manifest import trusting
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.contenders import (
     PrunerEntry,
@@ -110,6 +111,7 @@ def compare(
     return evaluate(store, scorer, entries, budgets, samples=samples, on_result=print_row)
 
 
+@trusting
 def evaluate_store(
     store: str | Path,
     lvlm: str,
@@ -123,6 +125,7 @@ def evaluate_store(
     limit: int | None = None,
     trajectories: int = 10,
     command: str = "",
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Compare pruners on a store and write the files that people read (``tprl evaluate``).
 
@@ -139,6 +142,7 @@ def evaluate_store(
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
         command: The command line, for the report; empty for a call from Python.
+        trust: Compare sizes of the stores' files only, not their checksums (``--trust``).
 
     Returns:
         Content of ``results.json``.
@@ -178,6 +182,9 @@ def evaluate_store(
     out.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     rows = compare(opened, scorer, entries, budgets, samples)
     extra: dict[str, Any] = {"made_by": {"command": command, "config": options}}
+    fixed = [opened.fixed_count(opened.image_number(int(sample))) for sample in samples]
+    if any(fixed):  # beside every budget: tokens that show no place of the picture
+        extra["always_kept"] = round(float(np.mean(fixed)), 3)
     if tuned is not None:
         extra["settings"] = {"redundancy_penalty": penalties(tuned)}
     results = build_results(str(Path(store).name), rows, training, extra)

@@ -21,7 +21,7 @@ from tprl_env.lvlm import load_lvlm
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner, choose_penalty
 from tprl_env.reducers import make_pruner
-from tprl_env.reducers.interfaces import PruneInputs, Pruner, prune_inputs
+from tprl_env.reducers.interfaces import PruneInputs, Pruner, cure_for, prune_inputs
 from tprl_env.scoring import local_scorer
 
 PrunerEntry = Pruner | Callable[[int], Pruner]
@@ -79,7 +79,7 @@ def usable_pruners(store: FeatureStore, names: Sequence[str] | None = None) -> d
         if missing and names is not None:
             raise ValueError(
                 f"pruner {name!r} needs {', '.join(missing)}, which this store does not hold; "
-                "encode it again with them or leave the pruner out"
+                f"{cure_for(missing)}"
             )
         if not missing:
             chosen[name] = pruner

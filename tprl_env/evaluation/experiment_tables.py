@@ -39,7 +39,7 @@ def check_experiment(found: Mapping[str, Any], wanted: Mapping[str, Any], folder
     different = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
     raise ValueError(
         f"{folder} holds runs of {found.get('name')!r} with other {', '.join(different)}; choose "
-        "another --out, so that no table mixes two experiments"
+        "another out, so that no table mixes two experiments"
     )
 
 

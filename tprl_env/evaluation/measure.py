@@ -141,7 +141,7 @@ def keep_masks(
         pruner: Any pruner.
         store: Store that the samples are rows of.
         samples: Sample numbers, ``(B,)``.
-        budget: Number of tokens to keep.
+        budget: Number of tokens to keep; samples with fewer keep all.
         vision: An LVLM's ``vision_signals``, for pruners that look into the tower.
 
     Returns:
@@ -151,16 +151,19 @@ def keep_masks(
         ValueError: What the pruner gave for a sample is no mask of its tokens, or keeps another
             number than an exact pruner promises; pruner and sample are named.
     """
-    inputs = [prune_inputs(store, int(sample), _reads(pruner), vision) for sample in samples]
-    keep = np.zeros((len(samples), store.max_tokens), dtype=np.bool_)
-    tokens = store.exists(samples).sum(1)
-    masks = pruner.prune_batch(inputs, budget)
-    if not isinstance(masks, Sequence) or len(masks) != len(samples):
+    keep = store.exists(samples)
+    tokens = keep.sum(1)
+    rows = np.arange(len(samples))  # of a budget that nothing can meet: the pruner refuses it
+    if isinstance(budget, (int, np.integer)) and budget <= store.max_tokens:
+        rows = np.flatnonzero(tokens >= budget)  # smaller pictures keep all they have
+    inputs = [prune_inputs(store, int(samples[row]), _reads(pruner), vision) for row in rows]
+    masks = pruner.prune_batch(inputs, budget) if len(rows) else []
+    if not isinstance(masks, Sequence) or len(masks) != len(rows):
         raise ValueError(
-            f"pruner {pruner.name!r} must give {len(samples)} masks, one per sample, got "
+            f"pruner {pruner.name!r} must give {len(rows)} masks, one per sample, got "
             f"{quoted(masks)}"
         )
-    for row, mask in enumerate(masks):
+    for row, mask in zip(rows, masks, strict=True):
         where = f"pruner {pruner.name!r} on sample {store.id(int(samples[row]))!r}"
         exactly = budget if pruner.exact else None
         keep[row, : tokens[row]] = checked_mask(mask, int(tokens[row]), exactly, where)

@@ -25,6 +25,7 @@ from tprl_env.evaluation.measure import by_type, iterate_chunks
 from tprl_env.evaluation.reducer_flops import counted_flops, mean_flops
 from tprl_env.evaluation.reducer_names import Contender, kind_of, substitute_of
 from tprl_env.lvlm.protocol import Positions
+from tprl_env.lvlm.stored import stored_prompt, without_fixed
 from tprl_env.reducers.interfaces import (
     Merged,
     Merger,
@@ -99,8 +100,7 @@ class Bench:
         self._scorers["contiguous"].score_both(samples[:64])
         exists = store.exists(samples)
         self.smallest_image = int(exists.sum(1).min())
-        texts = [len(store.prompt_ids(int(sample))) - 1 for sample in samples]
-        self._texts: IntArray = np.array(texts, np.int64)
+        self._texts: IntArray = np.array([self._beside(int(one)) for one in samples], np.int64)
 
     def flops(self, visual: IntArray, part: slice = slice(None)) -> int | None:
         """Mean of the LLM's operations per question for visual lengths (B, L), where known."""
@@ -154,7 +154,8 @@ class Bench:
         reducer, sample = contender.make(budget), int(self.samples[0])
         try:
             if isinstance(reducer, LayerPruner):
-                prompt, tokens = self._prompt(sample), self.store.tokens(sample)
+                prompt = stored_prompt(self.store, sample)
+                tokens = self.store.visual(sample).tokens
                 self.lvlm.reduce([prompt], [tokens], reducer, float(budget), contender.positions)
             else:
                 inputs = self.inputs(reducer, np.array([sample]))
@@ -188,17 +189,21 @@ class Bench:
             numbers = [one.sample for one in inputs]
             for start in range(0, len(inputs), 32):
                 batch = numbers[start : start + 32]
-                prompts = [self._prompt(sample) for sample in batch]
-                tokens = [self.store.tokens(sample) for sample in batch]
+                prompts = [stored_prompt(self.store, sample) for sample in batch]
+                tokens = [self.store.visual(sample).tokens for sample in batch]
                 if name == "question_attention":
                     maps = self.lvlm.question_attention(prompts, tokens)
                 else:
                     maps = self.lvlm.saliency(prompts, tokens, QuestionRows(layer=0))
                 for one, found in zip(inputs[start : start + 32], maps, strict=True):
-                    setattr(one, name, torch.as_tensor(found))
+                    shown = without_fixed(self.store, one.sample, found)
+                    setattr(one, name, torch.as_tensor(shown))
 
-    def _prompt(self, sample: int) -> Any:
-        return self.lvlm.prompt(self.store.question(sample))
+    def _beside(self, sample: int) -> int:
+        """Places that the LLM's sequence has beside the droppable tokens."""
+        placeholders = len(self.store.visual_at(sample))
+        fixed = self.store.fixed_count(self.store.image_number(sample))
+        return len(self.store.prompt_ids(sample)) - placeholders + fixed
 
     def _run(self, contender: Contender, reducer: Reducer, samples: IntArray, budget: int) -> Part:
         scorer = self._scorers[contender.positions]
@@ -219,9 +224,7 @@ class Bench:
         scored = time.perf_counter()
         if isinstance(reducer, Merger):
             merged = [one for one in results if isinstance(one, Merged)]
-            places = [one.places.cpu().numpy() for one in merged]
-            tokens = [one.tokens for one in merged]
-            scores, _ = scorer.score_merged(samples, tokens, places, contender.positions)
+            scores, _ = scorer.score_merged(samples, merged, contender.positions)
         else:
             scores, _ = scorer.score_both(samples, lives > 0)
         ended = time.perf_counter()

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from tprl_env.env.render import TrajectoryStep, draw_trajectory
 from tprl_env.env.scorer import Scorer
+from tprl_env.env.token_layers import layers_of
 from tprl_env.evaluation.plots import RUN_TEXT
 from tprl_env.files import write_atomically
 from tprl_env.policy.pruner import PolicyPruner
@@ -186,6 +187,7 @@ def _draw_strip(
         answer=store.answers(sample)[0],
         columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
         box=store.picture_box(sample),
+        layers=layers_of(store, sample),
     )
     told = PngInfo()
     if run:
@@ -221,7 +223,10 @@ def _answers(
     """What the LVLM says with each mask."""
     import torch
 
-    tokens = torch.from_numpy(np.array(store.tokens(sample)))
-    prompt = lvlm.prompt(store.question(sample))
-    keep = [mask[: len(tokens)] for mask in masks]
+    from tprl_env.lvlm.stored import stored_prompt, with_fixed
+
+    tokens = torch.from_numpy(np.array(store.visual(sample).tokens))
+    prompt = stored_prompt(store, sample)
+    count = len(store.tokens(sample))
+    keep = [with_fixed(store, sample, mask[:count], True) for mask in masks]
     return lvlm.generate([prompt] * len(masks), [tokens] * len(masks), keep)

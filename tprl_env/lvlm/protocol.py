@@ -15,84 +15,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.placement import Pictured, Placement, raster
 from tprl_env.data.features.source import Box
 from tprl_env.reducers.layer_pruner import LayerPruner, RankingLayerPruner
 from tprl_env.reducers.vision import VisionSignals
 
+__all__ = [
+    "LVLM",
+    "Inside",
+    "LVLMScores",
+    "Placement",
+    "Positions",
+    "Prompt",
+    "Visual",
+    "raster",
+]
+
 Positions = Literal["original", "contiguous"]
 """Rotary positions of kept tokens: their place in the full prompt, or closed up without gaps."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where visual tokens stand: in their pictures, and in the sequence.
-
-    The placeholders of a prompt form runs, one per picture in most families, one per tile in some.
-
-    Attributes:
-        coords: (n, 3) int64 tile or frame, row and column in it; -1 for a token that shows no
-            place of the picture, such as the newline behind a row of tiles.
-        runs: Tokens of each run, in order; their sum is n.
-        offsets: (A, n) int64 rotary positions from their run's first place; A is 1, or 3 where the
-            language model has axes for time, row and column.
-        extents: Positions by which the text behind each run moves on.
-    """
-
-    coords: npt.NDArray[np.int64]
-    runs: tuple[int, ...]
-    offsets: npt.NDArray[np.int64]
-    extents: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse parts that do not fit together.
-
-        Raises:
-            ValueError: Counts differ.
-        """
-        count = len(self.coords)
-        fits = self.coords.shape == (count, 3) and self.offsets.shape[1:] == (count,)
-        if not fits or sum(self.runs) != count or len(self.extents) != len(self.runs):
-            raise ValueError(
-                f"a placement needs coords (n, 3), offsets (axes, n), runs that add up to n and an "
-                f"extent per run; got {self.coords.shape}, {self.offsets.shape}, {self.runs} and "
-                f"{self.extents}"
-            )
-
-    @property
-    def droppable(self) -> npt.NDArray[np.bool_]:
-        """Bool (n,): tokens that show a place of the picture; the others are always kept."""
-        shown: npt.NDArray[np.bool_] = self.coords[:, 0] >= 0
-        return shown
-
-    @classmethod
-    def in_line(cls, coords: npt.NDArray[np.int64], runs: Sequence[int] | None = None) -> Placement:
-        """Tokens at consecutive positions, in one run unless ``runs`` says otherwise."""
-        given = (len(coords),) if runs is None else tuple(runs)
-        offsets = np.concatenate([np.arange(run) for run in given]) if given else np.zeros(0, int)
-        return cls(coords, given, offsets[None], given)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Placement]) -> Placement:
-        """The placements of a prompt's pictures, in order; tiles are counted on."""
-        coords, tiles = [], 0
-        for part in parts:
-            shown = part.droppable
-            moved = part.coords.copy()
-            moved[shown, 0] += tiles
-            coords.append(moved)
-            tiles = int(moved[shown, 0].max()) + 1 if shown.any() else tiles
-        return cls(
-            np.concatenate(coords),
-            tuple(run for part in parts for run in part.runs),
-            np.concatenate([part.offsets for part in parts], 1),
-            tuple(extent for part in parts for extent in part.extents),
-        )
-
-
-def raster(rows: int, columns: int, tile: int = 0) -> npt.NDArray[np.int64]:
-    """(rows * columns, 3) coordinates of a grid, row by row."""
-    place = np.arange(rows * columns)
-    return np.stack([np.full_like(place, tile), place // columns, place % columns], 1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +48,7 @@ class Visual:
         cls_attention: (n,) float32, attention of the tower's CLS token to each patch, mean over
             heads, renormalisation left out (they sum to one minus CLS's attention to itself);
             ``None`` for towers without a CLS token.
-        grid: (rows, columns) with rows * columns = n.
+        grid: (rows, columns) where the droppable tokens are one full grid, else (1, n).
         box: (top, left, bottom, right), the part of the picture that the grid covers, in its
             pixels; ``None`` for all of it.
         placement: Where the tokens stand; ``None`` for one grid at consecutive positions.
@@ -171,6 +111,10 @@ class Prompt:
                 f"visual tokens; it needs one per run"
             )
 
+    def droppable(self, count: int) -> npt.NDArray[np.bool_]:
+        """Bool (count,): which of its visual tokens a budget is about; see ``Placement``."""
+        return np.ones(count, bool) if self.placement is None else self.placement.droppable
+
     @property
     def behind_images(self) -> int:
         """First index behind the last placeholder; 0 in a prompt without pictures."""
@@ -188,7 +132,9 @@ class LVLMScores:
         padded_tokens: Padding places among them.
         lives: With a reducer, per row uint8 (n,): the number of decoder layers that each visual
             token entered, 0 = dropped before the language model. Its sum over the number of layers
-            is the row's average of visual tokens per layer.
+            is the row's average of visual tokens per layer. Tokens that show no place of the
+            picture (see :attr:`Placement.droppable`) enter all layers and are no part of a
+            reducer's budget.
     """
 
     exact: npt.NDArray[np.float32]
@@ -252,7 +198,7 @@ class LVLM(Protocol):
         """What methods may ask of the tower and the projector for one picture, on request."""
         ...
 
-    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise a question inside the checkpoint's own template.
 
         ``visuals`` are the pictures that it asks about, in order; without them one picture of one
@@ -309,7 +255,10 @@ class LVLM(Protocol):
     def saliency(
         self, prompts: Sequence[Prompt], tokens: Sequence[Any], rule: RankingLayerPruner
     ) -> list[npt.NDArray[np.float32]]:
-        """Per row the values (n,) of a rule at its first cut, all tokens present before it."""
+        """Per row the values (n,) of a rule at its first cut, all tokens present before it.
+
+        Tokens that show no place of the picture, which no budget is about, have zero.
+        """
         ...
 
     def question_attention(

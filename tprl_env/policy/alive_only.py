@@ -56,7 +56,10 @@ def _shortened(policy: Forward, obs: dict[str, Tensor], length: int) -> PolicyOu
     alive, tokens = obs["alive"].bool(), obs["tokens"]
     place = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :length]
     moved = tokens.gather(1, place[..., None].expand(-1, -1, tokens.shape[2]))
-    found = policy({**obs, "tokens": moved, "alive": alive.gather(1, place), "index": place})
+    few = {**obs, "tokens": moved, "alive": alive.gather(1, place), "index": place}
+    if "areas" in obs:
+        few["areas"] = obs["areas"].gather(1, place[..., None].expand(-1, -1, 5))
+    found = policy(few)
     dead = torch.full(alive.shape, DEAD_LOGIT, dtype=found.logits.dtype, device=alive.device)
     return PolicyOutput(dead.scatter(1, place, found.logits), found.value)
 

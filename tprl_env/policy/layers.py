@@ -50,6 +50,33 @@ class ResidualHead(nn.Module):
         return self.score(g).squeeze(-1)
 
 
+class AreaEncoding(nn.Module):
+    """Vectors for tokens by where they are in their picture, for pictures of any shape and tiling.
+
+    Sines and cosines of the token's middle at four frequencies per axis, the logarithms of its
+    sides, and its picture's number; then one linear map.
+
+    Args:
+        width: Width of the vectors.
+    """
+
+    FREQUENCIES = 4
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(4 * self.FREQUENCIES + 3, width, bias=False)
+
+    def forward(self, areas: Tensor) -> Tensor:
+        """(B, N, w) from (B, N, 5): picture, top, left, bottom, right as shares of the picture."""
+        first, last = areas[..., 1:3], areas[..., 3:5]
+        scales = torch.pi * 2.0 ** torch.arange(self.FREQUENCIES, device=areas.device)
+        angles = ((first + last) / 2)[..., None] * scales.to(areas.dtype)
+        sides = (last - first).clamp(min=1e-4).log()
+        waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+        encoded: Tensor = self.out(torch.cat([waves, sides, areas[..., :1]], -1))
+        return encoded
+
+
 class QuestionMatch(nn.Module):
     """How well each visual token matches the question's tokens, as a feature of width w.
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from tprl_env.checks import check_choice, check_integer, check_types
 from tprl_env.policy.distributions import check_logits
-from tprl_env.policy.layers import AttentionBlock, QuestionMatch, ResidualHead
+from tprl_env.policy.layers import AreaEncoding, AttentionBlock, QuestionMatch, ResidualHead
 from tprl_env.policy.weights import MOST_LAYERS, WIDEST, load_module, read_config, save_weights
 
 DEAD_LOGIT = -1e9  # large, finite: softmax, sigmoid and their gradients stay numbers
@@ -71,6 +71,8 @@ class PolicyConfig:
         position_slots: Learned embeddings of the tokens' original indices; 0 for none, as in the
             paper. Redundant tokens look alike, and a policy without positions is equivariant: it
             cannot keep one of them and drop the others.
+        coordinates: Tell each token by where it is in its picture (`AreaEncoding`), for sources
+            whose pictures have no grid in common; ``position_slots`` must be 0 then.
         value_query: Let the critic see the mean query directly.
         value_input_detach: Stop the critic's gradient before the shared features.
         initial_keep: Keep-probability around which an untrained policy starts.
@@ -96,6 +98,7 @@ class PolicyConfig:
     query_norm: Norm = "none"
     query_scale: float = 1.0
     position_slots: int = 0
+    coordinates: bool = False
     value_query: bool = False
     value_input_detach: bool = False
     initial_keep: float = 0.5
@@ -109,6 +112,11 @@ class PolicyConfig:
         for name in ("max_steps", "trained_steps"):
             _check_positive(name, getattr(self, name))
         check_integer("position_slots", self.position_slots, 0)
+        if self.coordinates and self.position_slots:
+            raise ValueError(
+                f"position_slots={self.position_slots} and coordinates both say where a token is; "
+                f"leave position_slots at 0"
+            )
         for name in ("width", "hidden"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
@@ -185,6 +193,8 @@ class PruningPolicy(nn.Module):
         if config.position_slots:
             self.position = nn.Embedding(config.position_slots, width)
             nn.init.normal_(self.position.weight, std=0.1)
+        if config.coordinates:
+            self.area = AreaEncoding(width)
         if config.conditions:
             self.condition = nn.Linear(config.conditions, width, bias=False)
         if config.query == "tokens":
@@ -217,7 +227,8 @@ class PruningPolicy(nn.Module):
             obs: The environment's observation, batched: ``tokens`` (B, N, d), ``alive`` (B, N)
                 0/1, ``query`` (B, d_q) or, for ``query="tokens"``, (B, Q, d_q) with
                 ``query_mask`` (B, Q) 0/1; ``budget`` (B, 1), the wanted count, and ``step``
-                (B, 1) where the configuration uses them. Other keys are ignored.
+                (B, 1) where the configuration uses them; ``areas`` (B, N, 5) for
+                ``coordinates``. Other keys are ignored.
 
         Raises:
             ValueError: On a missing key or a shape that does not fit, or, without gradients, on
@@ -253,6 +264,8 @@ class PruningPolicy(nn.Module):
             x = x + self.match(codes, question, mask)
         if self.config.position_slots:
             x = x + self.position(self._indices(obs, x))
+        if self.config.coordinates:
+            x = x + self.area(_entry(obs, "areas", 3, 5).to(dtype))
         if condition is not None:
             x, q = x + condition[:, None], q + condition
         if self.config.architecture == "attention":
@@ -327,6 +340,8 @@ class PruningPolicy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, each atomically."""
         fields = asdict(self.config)
+        if not self.config.coordinates:
+            del fields["coordinates"]  # which earlier releases do not know
         if not self.config.step_input:
             del fields["max_steps"]  # means nothing then, and would read as the trained steps
         save_weights(folder, kind="pruning-policy", config=fields, module=self)

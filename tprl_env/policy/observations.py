@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.placement import Placement, raster
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env.observations import Observation, look_up, progress
 from tprl_env.policy.network import PolicyConfig
@@ -46,7 +47,9 @@ def observe(
         ``config.query == "tokens"``, ``query_mask``.
     """
     numbers = np.asarray(samples, dtype=np.int64)
-    parts = look_up(source, numbers, config.query) | progress(source.exists(numbers), step=0)
+    areas = True if config.coordinates else None
+    parts = look_up(source, numbers, config.query, areas=areas)
+    parts |= progress(source.exists(numbers), step=0)
     return to_tensors(parts, device)
 
 
@@ -68,6 +71,8 @@ def observe_inputs(
         obs["query"], obs["query_mask"] = _pad([_field(one, "query_tokens") for one in inputs])
     else:
         obs["query"] = torch.stack([_field(one, "query") for one in inputs])
+    if config.coordinates:
+        obs["areas"] = _pad([_areas(one) for one in inputs])[0]
     obs = with_progress(obs, alive=alive, step=0, budget=None)
     return {key: value.to(device) for key, value in obs.items()}
 
@@ -96,6 +101,19 @@ def _field(inputs: PruneInputs, name: str) -> Tensor:
         raise ValueError(f"the policy needs {name}, which sample {inputs.sample} lacks")
     field: Tensor = value
     return field
+
+
+def _areas(inputs: PruneInputs) -> Tensor:
+    """(n, 5) as the environment's ``areas``; of a grid where nothing else is given."""
+    if inputs.areas is not None:
+        return inputs.areas
+    rows, columns = inputs.grid or (0, 0)
+    if rows * columns != inputs.num_tokens:
+        raise ValueError(
+            f"the policy needs to know where the tokens of sample {inputs.sample} are; give areas "
+            f"(n, 5), or the grid"
+        )
+    return torch.from_numpy(Placement.in_line(raster(rows, columns)).areas())
 
 
 def _column(value: int | Tensor, rows: int, device: torch.device) -> Tensor:

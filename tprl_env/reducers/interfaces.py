@@ -38,7 +38,10 @@ class PruneInputs:
         tokens: float32 (n, D), visual tokens as the LLM gets them.
         tower: float32 (n, Dv), features of the vision tower before the projector.
         cls_attention: float32 (n,), attention of the tower's [CLS] token.
-        grid: Rows and columns of the tokens.
+        grid: Rows and columns of the tokens; (1, n) where they are not one grid.
+        coords: int64 (n, 3), tile or frame, row and column in it; None where they are one grid.
+        areas: float32 (n, 5), picture, top, left, bottom, right of each token as shares of its
+            picture; None where they are one grid.
         query: float32 (d_q,), mean of the question's token embeddings.
         query_tokens: float32 (Q, d_q), the question's token embeddings.
         codes: float32 (n, d), autoencoder output.
@@ -55,6 +58,8 @@ class PruneInputs:
     tower: Tensor | None = None
     cls_attention: Tensor | None = None
     grid: tuple[int, int] | None = None
+    coords: Tensor | None = None
+    areas: Tensor | None = None
     query: Tensor | None = None
     query_tokens: Tensor | None = None
     codes: Tensor | None = None
@@ -113,6 +118,10 @@ def prune_inputs(
 
     row = np.array([sample])
     inputs = PruneInputs(sample=int(sample), grid=source.grid(sample))
+    if not getattr(source, "one_grid", True):  # sources of one grid need not have these
+        inputs.areas = torch.from_numpy(source.areas(sample))
+        if inputs.grid is not None and inputs.grid[0] == 1:
+            inputs.coords = torch.from_numpy(source.coords(sample))
     for name in ("tokens", "tower", "cls_attention", "relevance"):
         if wanted(name):
             setattr(inputs, name, _tensor(getattr(source, name)(sample)))
@@ -173,7 +182,7 @@ class Reducer(ABC):
         if missing:
             raise ValueError(
                 f"{self._kind} {self.name!r} needs {', '.join(missing)}, which sample "
-                f"{inputs.sample} lacks; {_cure(missing)}"
+                f"{inputs.sample} lacks; {cure_for(missing)}"
             )
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)):
             raise ValueError(f"budget must be a whole number of tokens, got {budget!r}")
@@ -357,8 +366,18 @@ def given(value: T | None) -> T:
     return value
 
 
-def _cure(missing: Sequence[str]) -> str:
-    """What to do about missing fields."""
+_CURES = {
+    "question_attention": "a store gets it by the same `tprl encode` again with "
+    "--question-attention, a picture without a store has none",
+    "question_rows": "a store gets it by the same `tprl encode` again with --question-rows, a "
+    "picture without a store has none",
+    "relevance": "only the built-in scenes know it (`tprl list datasets`)",
+    "cls_attention": "vision towers without a CLS token, such as SigLIP, have none",
+}
+
+
+def cure_for(missing: Sequence[str]) -> str:
+    """What to do about fields of `PruneInputs` that are missing."""
     if "clip_text" in missing:
         return (
             "LLaVA checkpoints lack CLIP's text tower; give the field relevance='query', which "
@@ -366,7 +385,8 @@ def _cure(missing: Sequence[str]) -> str:
         )
     if missing == ["vision"]:
         return "give prune_inputs vision=lvlm.vision_signals, and a source that holds pictures"
-    return "encode the store with them"
+    cures = [_CURES[name] for name in missing if name in _CURES]
+    return "; ".join([*cures, "or take another method"]) if cures else "take another method"
 
 
 def _tensor(array: Any) -> Tensor | None:

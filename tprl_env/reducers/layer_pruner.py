@@ -49,6 +49,9 @@ class Stage:
 class Wants:
     """What a rule looks at before a layer; nothing else is computed for it.
 
+    A rule that reads neither rows nor text is asked once for all questions about one image, as
+    long as these share their layers.
+
     Attributes:
         rows: Attention rows, or ``None``.
         source: Where the rows come from. "own" costs the layer's key projection once more and the
@@ -79,7 +82,7 @@ class LayerView:
         average: The average that was asked for; ``None`` for the authors' own schedule.
         alive: bool (B, M), False at padding.
         places: int64 (B, M), the place in the full image of each token, in sequence order.
-        full: int64 (B,), visual tokens of the full image.
+        full: int64 (B,), visual tokens of the full image, those that always stay left out.
         rows: float32 (B, H, R, M), softmax over ALL places that the row's query sees, columns of
             the visual tokens; zero at padding.
         row_valid: bool (B, R).
@@ -89,7 +92,7 @@ class LayerView:
         queries: (B, H, M, d) of the visual tokens, before the rotary turn.
         keys: (B, Hkv, M, d) of the visual tokens, before the rotary turn.
         turned_keys: (B, Hkv, M, d) after it.
-        memory: Kept from stage to stage of one pass; a rule may leave tensors here.
+        memory: Kept from stage to stage of one pass; a rule may leave tensors of B rows here.
     """
 
     stage: int

@@ -50,7 +50,7 @@ class ScoreReply:
 @dataclass
 class _Request:
     samples: npt.NDArray[np.int64]
-    keep: npt.NDArray[np.bool_]
+    keep: npt.NDArray[Any]  # bool masks or uint8 lives
     alone: bool
     reply: asyncio.Future[ScoreReply]
 
@@ -83,6 +83,10 @@ class ScorerActor:
         """Process id, once the scorer is built."""
         return os.getpid()
 
+    async def num_layers(self) -> int | None:
+        """Decoder layers of the scorer's LVLM, None where it has none and takes no lives."""
+        return getattr(self._scorer, "num_layers", None)
+
     async def report_failure(self, message: str) -> None:
         """Remember why scoring failed, for the driver; the first message wins."""
         self._failure = self._failure or message
@@ -92,14 +96,19 @@ class ScorerActor:
         return self._failure
 
     async def score(
-        self, samples: npt.NDArray[np.int64], packed: npt.NDArray[np.uint8], alone: bool = False
+        self,
+        samples: npt.NDArray[np.int64],
+        packed: npt.NDArray[np.uint8],
+        alone: bool = False,
+        lives: bool = False,
     ) -> ScoreReply:
-        """Score masks.
+        """Score masks or lives.
 
         Args:
             samples: int64 (b,), sample numbers.
             packed: uint8 (b, ceil(N / 8)), `numpy.packbits` of the masks.
             alone: Never merge this request with others (after it was near a crash).
+            lives: ``packed`` is uint8 (b, N), decoder layers that each token enters.
 
         Returns:
             The scores, or what went wrong; an exception of the scorer never escapes as such, so
@@ -108,7 +117,9 @@ class ScorerActor:
         if self._queue is None:
             self._queue = asyncio.Queue()
             self._worker = asyncio.get_running_loop().create_task(self._serve(self._queue))
-        keep = np.unpackbits(packed, axis=1, count=self._max_tokens).astype(bool)
+        keep: npt.NDArray[Any] = packed
+        if not lives:
+            keep = np.unpackbits(packed, axis=1, count=self._max_tokens).astype(bool)
         reply: asyncio.Future[ScoreReply] = asyncio.get_running_loop().create_future()
         await self._queue.put(_Request(samples, keep, alone, reply))
         return await reply
@@ -121,7 +132,9 @@ class ScorerActor:
             held, group, rows = None, [first], len(first.samples)
             while not first.alone and rows < self._spec.batch_size and not queue.empty():
                 following = queue.get_nowait()
-                if following.alone or rows + len(following.samples) > self._spec.batch_size:
+                # masks and lives must not meet in one array, where True would read as one layer
+                apart = following.alone or following.keep.dtype != first.keep.dtype
+                if apart or rows + len(following.samples) > self._spec.batch_size:
                     held = following
                     break
                 group.append(following)
@@ -150,7 +163,7 @@ class ScorerActor:
         ]
 
     async def _run(
-        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[np.float32] | BaseException, dict[str, float]]:
         """One call of the scorer in its thread; an exception is returned, not raised."""
         before, start = self._counters(), time.perf_counter()
@@ -180,7 +193,7 @@ class ScorerActor:
         return {name: table[name] for name in _COUNTED} if set(_COUNTED) <= set(table) else {}
 
     async def _find_guilty(
-        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[Any]
     ) -> tuple[int, ...]:
         """Halve the request as long as one half fails on its own."""
         while len(samples) > 1:

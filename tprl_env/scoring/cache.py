@@ -31,6 +31,7 @@ from tprl_env.env.scorer import (
     ScorerStats,
     check_request,
     check_scores,
+    split_lives,
 )
 
 __all__ = ["CachedScorer", "Plan", "ScoreCache"]
@@ -44,6 +45,7 @@ class Plan:
         samples: int64 (M,), sample numbers to compute.
         keep: bool (M, N), their masks, padding cleared.
         packed: uint8 (M, ceil(N / 8)), `numpy.packbits` of ``keep``.
+        lives: uint8 (M, N), decoder layers that each token enters; None where masks say it all.
         keys: M cache keys.
         known: float32 (U,), scores of the distinct rows, NaN where not known yet.
         missing: int64 (M,), places of the computed rows among the distinct ones.
@@ -59,6 +61,7 @@ class Plan:
     missing: IntArray
     inverse: IntArray
     counted: ScorerStats
+    lives: npt.NDArray[np.uint8] | None = None
 
 
 class ScoreCache:
@@ -67,7 +70,9 @@ class ScoreCache:
     In this order: a row that keeps every existing token is answered from
     ``source.full_scores(score_kind)``; equal rows of one request are computed once; masks scored by
     earlier requests come from an LRU memory keyed by (sample, packed mask bits). Entries of
-    ``keep`` beyond a sample's own tokens are ignored.
+    ``keep`` beyond a sample's own tokens are ignored. Lives (uint8, see
+    :class:`~tprl_env.env.scorer.Scorer`) of 0 and L alone are masks in every respect; others are
+    keyed by (sample, lives).
 
     Safe to call from several threads. Nothing is locked between `plan` and `finish`, so two threads
     that ask for the same new mask at the same moment both compute it (and get the same number).
@@ -76,15 +81,23 @@ class ScoreCache:
         source: Where sample numbers point; gives the scores with all tokens.
         score_kind: ``"exact"`` or ``"likelihood"``.
         size: Masks remembered (about 150 bytes each at 144 tokens); 0 switches the memory off.
+        num_layers: Decoder layers of the scorer's LVLM, for lives.
 
     Raises:
         ValueError: ``size`` is negative.
     """
 
-    def __init__(self, source: TokenSource, score_kind: str, size: int = 200_000) -> None:
+    def __init__(
+        self,
+        source: TokenSource,
+        score_kind: str,
+        size: int = 200_000,
+        num_layers: int | None = None,
+    ) -> None:
         if size < 0:
             raise ValueError(f"cache_size must be 0 (off) or positive, got {size}")
         self.source, self.score_kind, self._size = source, score_kind, size
+        self.num_layers = num_layers
         self._full = np.asarray(source.full_scores(score_kind))
         self._memory: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
@@ -92,7 +105,7 @@ class ScoreCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles start with an empty memory: a lock cannot be copied."""
-        return ScoreCache, (self.source, self.score_kind, self._size)
+        return ScoreCache, (self.source, self.score_kind, self._size, self.num_layers)
 
     @property
     def stats(self) -> ScorerStats:
@@ -105,16 +118,25 @@ class ScoreCache:
 
         Args:
             samples: int (B,), sample numbers.
-            keep: bool (B, N); entries beyond a sample's tokens are ignored.
+            keep: bool (B, N), or uint8 lives; entries beyond a sample's tokens are ignored.
 
         Raises:
             ValueError: The request is malformed.
             ScoringError: The source's score with all tokens is not a score.
         """
-        samples, keep, exists = check_request(samples, keep, self.source)
+        mask, lives = split_lives(keep, self.num_layers)
+        samples, keep, exists = check_request(samples, mask, self.source)
         packed = np.packbits(keep, axis=1)
-        keys, first, inverse = _distinct(_keys(samples, packed))
+        every = _keys(samples, packed)
         whole = (keep == exists).all(axis=1)
+        if lives is not None:
+            lives = lives * exists.astype(np.uint8)
+            inside = ((lives > 0) & (lives != self.num_layers)).any(axis=1)
+            whole &= ~inside
+            # one byte more than sample and lives: no mask has such a key, not even of one token
+            named = _keys(samples, np.pad(lives, ((0, 0), (0, 1))))
+            every = [b if there else a for a, b, there in zip(every, named, inside, strict=True)]
+        keys, first, inverse = _distinct(every)
         full, full_hits = whole[first], int(whole.sum())
         known = np.full(len(first), np.nan, np.float32)
         if full_hits:
@@ -133,9 +155,10 @@ class ScoreCache:
             full_hits=full_hits,
         )
         wanted = [keys[place] for place in missing.tolist()]
-        return Plan(
-            samples[rows], keep[rows], packed[rows], wanted, known, missing, inverse, counted
-        )
+        if lives is not None:
+            lives = lives[rows] if bool(inside[rows].any()) else None
+        masks = keep[rows], packed[rows]
+        return Plan(samples[rows], *masks, wanted, known, missing, inverse, counted, lives)
 
     def _look_up(self, keys: list[bytes], places: list[int], known: FloatArray) -> IntArray:
         """Fill in remembered scores; returns the places that nobody has scored yet."""
@@ -188,7 +211,7 @@ class CachedScorer(ScoreCache):
     def __init__(
         self, inner: Scorer, source: TokenSource, score_kind: str, cache_size: int = 200_000
     ) -> None:
-        super().__init__(source, score_kind, cache_size)
+        super().__init__(source, score_kind, cache_size, getattr(inner, "num_layers", None))
         self.inner = inner
         self._name = getattr(inner, "__name__", type(inner).__name__)
 
@@ -218,7 +241,8 @@ class CachedScorer(ScoreCache):
             return self.finish(plan, np.zeros(0, np.float32))
         began = time.perf_counter()
         with NamedFailures(plan.samples, self.source, self._name):
-            found = self.inner(plan.samples, plan.keep)
+            wanted: Any = plan.keep if plan.lives is None else plan.lives
+            found = self.inner(plan.samples, wanted)
         plan.counted.busy_seconds = time.perf_counter() - began
         return self.finish(plan, check_scores(found, plan.samples, self.source, scorer=self._name))
 

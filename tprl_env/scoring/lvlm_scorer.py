@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,11 @@ from tprl_env.env.scorer import (
     ScorerStats,
     check_request,
     check_scores,
+    split_lives,
 )
 from tprl_env.lvlm.protocol import LVLM, Inside, Positions, Prompt
+from tprl_env.lvlm.stored import beside_fixed, stored_prompt, with_fixed, without_fixed
+from tprl_env.reducers.interfaces import Merged
 from tprl_env.reducers.layer_pruner import LayerPruner
 
 SCORE_KINDS = ("exact", "likelihood")
@@ -92,6 +96,12 @@ class LVLMScorer:
                 f"the store was encoded by another LVLM ({store.manifest.lvlm_fingerprint}) than "
                 f"{lvlm.name} ({lvlm.fingerprint}); encode it again or load the LVLM it names"
             )
+        kind = getattr(lvlm, "model_type", "")
+        if store.manifest.version < 2 and kind not in ("", "llava"):
+            raise ValueError(
+                f"{store.path} has format version 1, which does not say where the visual tokens of "
+                f"a {kind!r} checkpoint stand; encode it again with --restart"
+            )
         if score_kind not in SCORE_KINDS:
             raise ValueError(
                 f"score_kind must be one of {', '.join(SCORE_KINDS)}, got {score_kind!r}"
@@ -117,14 +127,35 @@ class LVLMScorer:
         self._lock = threading.Lock()
 
     def __call__(self, samples: IntArray, keep: BoolArray) -> FloatArray:
-        """Score a request with ``score_kind``; see :class:`~tprl_env.scoring.cache.Scorer`.
+        """Score a request with ``score_kind``; see :class:`~tprl_env.env.scorer.Scorer`.
+
+        Of a request of lives, rows that say no more than a mask are scored as masks.
 
         Raises:
             ValueError: The request is malformed.
             ScoringError: The LVLM failed; the message names the samples.
         """
-        exact, likelihood = self.score_both(samples, keep)
-        return exact if self.score_kind == "exact" else likelihood
+        entered, lives = split_lives(keep, self.num_layers)
+        if lives is None:
+            exact, likelihood = self.score_both(samples, entered)
+            return exact if self.score_kind == "exact" else likelihood
+        numbers, masks, exists = check_request(samples, entered, self.store)
+        lives = lives * exists.astype(np.uint8)
+        inside = ((lives > 0) & (lives != self.num_layers)).any(1)
+        found = np.zeros(len(numbers), np.float32)
+        if not inside.all():
+            found[~inside] = self(numbers[~inside], masks[~inside])
+        if inside.any():
+            scores = self.score_inside(
+                numbers[inside], lives=lives[inside], positions=self._positions
+            )
+            found[inside] = scores.exact if self.score_kind == "exact" else scores.likelihood
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, the largest value of lives."""
+        return self.lvlm.num_layers
 
     def score_both(
         self, samples: IntArray, keep: BoolArray | None = None
@@ -145,7 +176,7 @@ class LVLMScorer:
         counted = ScorerStats(requests=1, scores=len(numbers), computed=len(numbers))
         found = np.zeros((2, len(numbers)), np.float32)
         texts = [self._text(int(sample)) for sample in numbers]
-        lengths = masks.sum(1) + np.array([len(p.ids) + max(map(len, a)) - 2 for p, a in texts])
+        lengths = masks.sum(1) + self._beside(numbers, texts)
         sequences = np.array([len(answers) for _, answers in texts], np.int64)
         counts = exists.sum(1).tolist()
         for rows in self._batches(lengths, sequences):
@@ -155,7 +186,7 @@ class LVLMScorer:
                     [texts[r][0] for r in rows],
                     [texts[r][1] for r in rows],
                     [self._visual(int(sample)) for sample in batch],
-                    [masks[r, : counts[r]] for r in rows],
+                    [self._whole(numbers[r], masks[r, : counts[r]], True) for r in rows],
                     self._positions,
                 )
             found[0, rows], found[1, rows] = scores.exact, scores.likelihood
@@ -208,7 +239,10 @@ class LVLMScorer:
             texts = [self._text(int(numbers[r])) for r in rows]
             inside: Inside = {"reducer": reducer, "average": average}
             if lives is not None:
-                inside = {"lives": [given[r, : counts[r]] for r in rows]}
+                depth = self.lvlm.num_layers
+                inside = {
+                    "lives": [self._whole(numbers[r], given[r, : counts[r]], depth) for r in rows]
+                }
             with NamedFailures(numbers[rows], self.store, self._name):
                 scores = self.lvlm.score(
                     [prompt for prompt, _ in texts],
@@ -220,7 +254,7 @@ class LVLMScorer:
                 )
             found[0, rows], found[1, rows] = scores.exact, scores.likelihood
             for r, one in zip(rows, scores.lives or (), strict=False):
-                entered[r, : counts[r]] = one
+                entered[r, : counts[r]] = without_fixed(self.store, int(numbers[r]), one)
             counted.batches += 1
             counted.batch_rows += scores.sequences
             counted.padded_tokens += scores.padded_tokens
@@ -235,40 +269,35 @@ class LVLMScorer:
     def score_merged(
         self,
         samples: IntArray,
-        tokens: Sequence[Tensor],
-        places: Sequence[npt.NDArray[np.int64]],
+        merged: Sequence[Merged],
         positions: Positions | None = None,
     ) -> tuple[FloatArray, FloatArray]:
         """Score samples from merged tokens instead of their own.
 
         Args:
             samples: (B,) sample numbers.
-            tokens: Per sample (m, D).
-            places: Per sample (m,), the place in the full image that each token stands for.
+            merged: What a merger left of the droppable tokens of each.
             positions: Rotary positions; default: original.
 
         Returns:
             (exact, likelihood), float32 (B,) each.
         """
         numbers = np.asarray(samples, np.int64)
-        sizes = self.store.exists(numbers).sum(1).tolist()
         texts = [self._text(int(sample)) for sample in numbers]
-        lengths = np.array(
-            [len(t) + len(p.ids) + max(map(len, a)) - 2
-             for t, (p, a) in zip(tokens, texts, strict=True)]
-        )  # fmt: skip
+        lengths = np.array([len(one.places) for one in merged]) + self._beside(numbers, texts)
         sequences = np.array([len(answers) for _, answers in texts], np.int64)
+        whole = [self._merged(int(n), one) for n, one in zip(numbers, merged, strict=True)]
         found = np.zeros((2, len(numbers)), np.float32)
         for rows in self._batches(lengths, sequences):
             with NamedFailures(numbers[rows], self.store, self._name):
                 scores = self.lvlm.score(
                     [texts[r][0] for r in rows],
                     [texts[r][1] for r in rows],
-                    [tokens[r].to(self.lvlm.device, self.lvlm.dtype) for r in rows],
+                    [whole[r][0].to(self.lvlm.device, self.lvlm.dtype) for r in rows],
                     None,
                     positions,
-                    places=[places[r] for r in rows],
-                    sizes=[sizes[r] for r in rows],
+                    places=[whole[r][1] for r in rows],
+                    sizes=[whole[r][2] for r in rows],
                 )
             found[0, rows], found[1, rows] = scores.exact, scores.likelihood
         checked = [check_scores(one, numbers, self.store, scorer=self._name) for one in found]
@@ -278,7 +307,7 @@ class LVLMScorer:
         """Rows by image, then by length; a shared first layer allows larger batches."""
         images = np.array([self.store.image_number(int(sample)) for sample in numbers])
         texts = [self._text(int(sample)) for sample in numbers]
-        lengths = visual + np.array([len(p.ids) + max(map(len, a)) - 2 for p, a in texts])
+        lengths = visual + self._beside(numbers, texts)
         batch: list[int] = []
         places = 0
         for row in np.lexsort((lengths, images)).tolist():
@@ -314,13 +343,29 @@ class LVLMScorer:
         if batch:
             yield batch
 
+    def _beside(
+        self, numbers: IntArray, texts: Sequence[tuple[Prompt, list[tuple[int, ...]]]]
+    ) -> IntArray:
+        """(B,) places that a sequence has beside the droppable tokens it keeps."""
+        fixed = [self.store.fixed_count(self.store.image_number(int(one))) for one in numbers]
+        places = [len(p.ids) - len(p.visual_at) + max(map(len, a)) - 1 for p, a in texts]
+        return np.array(places, np.int64) + np.array(fixed, np.int64)
+
+    def _merged(self, sample: int, merged: Merged) -> tuple[Tensor, IntArray, int]:
+        """Merged tokens with those that are always kept, their places, and all places."""
+        tokens = self._visual(sample)
+        placement = self.store.placement(self.store.image_number(sample))
+        return (*beside_fixed(merged, tokens, placement), len(tokens))
+
+    def _whole(self, sample: int, values: npt.NDArray[Any], fixed: int) -> npt.NDArray[Any]:
+        """A mask or lives with the tokens that are always kept."""
+        return with_fixed(self.store, int(sample), values, fixed)
+
     def _text(self, sample: int) -> tuple[Prompt, list[tuple[int, ...]]]:
         """Prompt and answers of a sample, read once (a few hundred bytes each)."""
         known = self._texts.get(sample)
         if known is None:
-            ids = tuple(self.store.prompt_ids(sample).tolist())
-            span = self.store.question_span(sample)
-            prompt = Prompt(ids, (ids.index(self.lvlm.image_token_id),), (span[0], span[1]))
+            prompt = stored_prompt(self.store, sample)
             answers: Sequence[IntArray] = self.store.answer_ids(sample)
             known = (prompt, [tuple(answer.tolist()) for answer in answers])
             self._texts[sample] = known
@@ -334,7 +379,7 @@ class LVLMScorer:
             if known is not None:
                 self._tokens.move_to_end(image)
                 return known
-        stored = np.array(self.store.tokens(sample))  # a copy: the store's memory is read-only
+        stored = np.array(self.store.visual(sample).tokens)  # a copy: the store is read-only
         tokens = torch.from_numpy(stored).to(self.lvlm.device, self.lvlm.dtype)
         with self._lock:
             if image not in self._tokens:

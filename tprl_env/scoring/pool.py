@@ -44,7 +44,7 @@ class PendingScores:
 
     def __init__(self, pool: ScorerPool, plan: Plan) -> None:
         self._pool, self._plan = pool, plan
-        self.request = Request(plan.samples, plan.keep, plan.packed)
+        self.request = Request(plan.samples, plan.keep, plan.packed, plan.lives)
         self._scores: npt.NDArray[np.float32] | None = None
 
     @property
@@ -177,13 +177,13 @@ class ScorerPool:
         return len(self._router.actors)
 
     def __call__(
-        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]
+        self, samples: npt.NDArray[np.int64], keep: npt.NDArray[Any]
     ) -> npt.NDArray[np.float32]:
         """Score and wait (the Scorer protocol).
 
         Args:
             samples: int64 (B,), sample numbers.
-            keep: bool (B, N), masks.
+            keep: bool (B, N) masks, or uint8 (B, N) lives.
 
         Returns:
             float32 (B,) in [0, 1].
@@ -194,12 +194,17 @@ class ScorerPool:
         """
         return self.submit(samples, keep).result()
 
-    def submit(self, samples: npt.NDArray[np.int64], keep: npt.NDArray[np.bool_]) -> PendingScores:
+    def submit(self, samples: npt.NDArray[np.int64], keep: npt.NDArray[Any]) -> PendingScores:
         """Send a request off and return at once; chunks beyond the caps wait in this process.
 
         Raises:
             ValueError: If the request is malformed.
         """
+        if (
+            np.asarray(keep).dtype == np.uint8 and self.cache.num_layers is None
+        ):  # lives: L is the actors'
+            handle = self._router.actors[0].handle
+            self.cache.num_layers = ray.get(handle.num_layers.remote())
         pending = PendingScores(self, self.cache.plan(samples, keep))
         self._router.submit(pending.request)
         return pending

@@ -60,6 +60,7 @@ class Request:
         samples: int64 (M,), sample numbers.
         keep: bool (M, N), masks.
         packed: uint8 (M, ceil(N / 8)), `numpy.packbits` of the masks, which is what travels.
+        lives: uint8 (M, N), which travels instead where masks do not say it all.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Request:
         samples: npt.NDArray[np.int64],
         keep: npt.NDArray[np.bool_],
         packed: npt.NDArray[np.uint8],
+        lives: npt.NDArray[np.uint8] | None = None,
     ) -> None:
-        self.samples, self.packed = samples, packed
+        self.samples, self.packed = samples, packed if lives is None else lives
+        self.kind = () if lives is None else (True,)  # masks travel as they did before lives
         self.work = keep.sum(axis=1) + _PROMPT_WORK
         self.scores = np.full(len(samples), np.nan, np.float32)
         self.left = len(samples)
@@ -222,7 +225,7 @@ class Router:
             packed = chunk.request.packed[chunk.places]
             # No retry by Ray: it would hide how often a request has killed its actor.
             ref = actor.handle.score.options(max_task_retries=0).remote(
-                chunk.samples, packed, chunk.alone
+                chunk.samples, packed, chunk.alone, *chunk.request.kind
             )
             actor.outstanding[ref] = chunk
             actor.work += chunk.work

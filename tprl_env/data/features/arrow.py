@@ -39,7 +39,7 @@ class ArrowRows:
             if found != count:
                 raise StoreError(
                     f"{path} holds {found} rows, its feature store recorded {count}; "
-                    f"encode the store again with --restart"
+                    f"encode the store again with resume=False"
                 )
             found_batches.extend(batch for batch in batches if batch.num_rows)
         self.batches = tuple(found_batches)
@@ -74,6 +74,16 @@ class ArrowRows:
     def lengths(self, name: str) -> npt.NDArray[np.int64]:
         """Return how many numbers each list cell holds."""
         return np.concatenate([np.diff(self._list(name, i)[1]) for i in range(len(self.batches))])
+
+    def list_lengths(self, name: str) -> npt.NDArray[np.int64]:
+        """As :meth:`lengths`, 0 in files that were written without that column."""
+        parts = [
+            np.diff(self._list(name, i)[1])
+            if batch.schema.get_field_index(name) >= 0
+            else np.zeros(batch.num_rows, np.int64)
+            for i, batch in enumerate(self.batches)
+        ]
+        return np.concatenate(parts)
 
     def value(self, name: str, row: int) -> Any:
         """Return one cell as a Python value."""
@@ -142,7 +152,8 @@ def _map_batches(path: Path) -> list[pa.RecordBatch]:
             batch.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(
-            f"{path} is not a readable Arrow file ({error}); encode the store again with --restart"
+            f"{path} is not a readable Arrow file ({error}); encode the store again with "
+            f"resume=False"
         ) from error
     return batches
 

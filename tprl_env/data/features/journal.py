@@ -27,7 +27,6 @@ from tprl_env.data.features.manifest import (
     MANIFEST_NAME,
     PACKAGES,
     SEAL,
-    VERSION,
     FileEntry,
     Manifest,
     StoreError,
@@ -42,7 +41,7 @@ from tprl_env.files import LOCK_NAME, versions, write_json
 
 logger = logging.getLogger(__name__)
 
-START_OVER = "start over with --restart (resume=False in Python)"
+START_OVER = "start over with resume=False"
 _OWN_FILES = re.compile(
     r"\.?((images|samples)-\d+\.arrow|channel-[a-z0-9_]+\.(arrow|json|raw\.tmp)|manifest\.json|"
     r"encoding\.json|skipped\.jsonl)(-\d+\.tmp)?"
@@ -52,7 +51,7 @@ Skipped = dict[str, str]
 """A sample that was left out: its ``id`` and the ``reason``."""
 
 COMPUTING = {
-    "dtype": "with that one (--dtype {})",
+    "dtype": "with that one (dtype={})",
     "image_backend": "where transformers prepares pictures with {} (torchvision, if installed)",
 }
 """How an LVLM computed, beside what it is, and how to continue with the same."""
@@ -155,8 +154,11 @@ class Journal:
         if not self.lvlm:
             self.lvlm = lvlm
             return
-        before = {k: v for k, v in self.lvlm.items() if k not in COMPUTING}
-        if before != {k: v for k, v in lvlm.items() if k not in COMPUTING}:
+        skipped = set(COMPUTING)
+        if not self.lvlm.get("model_type"):  # not recorded by the first releases
+            skipped.add("model_type")
+        before = {k: v for k, v in self.lvlm.items() if k not in skipped}
+        if before != {k: v for k, v in lvlm.items() if k not in skipped}:
             raise StoreError(
                 f"{self.folder} was started with the LVLM {self.lvlm['name']} (fingerprint "
                 f"{self.lvlm['fingerprint']}), not {lvlm['name']} ({lvlm['fingerprint']}); "
@@ -296,7 +298,7 @@ class DatasetHash:
     """Running hash over samples in order: ids, texts and pictures."""
 
     def __init__(self) -> None:
-        self._hash = hashlib.sha256(f"samples v{VERSION}".encode())
+        self._hash = hashlib.sha256(b"samples v1")
 
     def add(self, sample: Sample, picture_digest: bytes) -> None:
         """Add one sample."""

@@ -7,20 +7,26 @@ construction and a folder without one is a store that was never finished.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from tprl_env.files import write_json
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 FORMAT = "tprl-features"
-VERSION = 1
+VERSION = 2
+READABLE = (1, VERSION)
+"""Version 1 knows one grid at consecutive positions only: what it holds means the same."""
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "encoding.json"
 _LATER = ("dtype", "image_backend")
@@ -28,7 +34,7 @@ _LATER = ("dtype", "image_backend")
 PACKAGES = ("numpy", "pyarrow", "torch", "transformers", "Pillow")
 
 
-CURE = "encode the store again with --restart"
+CURE = "encode the store again with resume=False"
 _DATA_FILE = re.compile(r"(images|samples)-[0-9]{5,9}\.arrow")
 _TEXTS = ("lvlm", "lvlm_fingerprint", "model_type", "dataset", "dataset_fingerprint")
 _COUNTS = (
@@ -157,10 +163,11 @@ class Manifest:
                 f"{folder} is not a feature store ({MANIFEST_NAME} belongs to something else); "
                 f"give a folder written by `tprl encode`"
             )
-        if content.get("version") != VERSION:
+        if content.get("version") not in READABLE:
             raise StoreError(
                 f"the feature store {folder} has format version {content.get('version')!r}, this "
-                f"package reads version {VERSION}; encode it again with --restart"
+                f"package reads versions {' and '.join(map(str, READABLE))}; encode it again with "
+                f"resume=False"
             )
         check_seal(path, {"format": FORMAT, **content}, CURE)
         content.pop(SEAL, None)
@@ -169,7 +176,7 @@ class Manifest:
         if wrong:
             raise StoreError(
                 f"{path} is damaged: fields {sorted(wrong)} are missing or unknown; encode the "
-                f"store again with --restart"
+                f"store again with resume=False"
             )
         try:
             for name, entry in content["files"].items():
@@ -180,7 +187,7 @@ class Manifest:
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(
                 f"{path} is damaged: its table of files is malformed; encode the store again with "
-                f"--restart"
+                f"resume=False"
             ) from error
         check_numbers(path, content, _COUNTS, CURE)
         odd = [name for name in _TEXTS if not isinstance(content[name], str)]
@@ -200,11 +207,11 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # numbers of 5000 digits too
         raise StoreError(
-            f"{path} is damaged or unreadable ({error}); encode the store again with --restart"
+            f"{path} is damaged or unreadable ({error}); encode the store again with resume=False"
         ) from error
     if not isinstance(content, dict):
         raise StoreError(
-            f"{path} is damaged: expected a JSON object; encode the store again with --restart"
+            f"{path} is damaged: expected a JSON object; encode the store again with resume=False"
         )
     return content
 
@@ -265,6 +272,17 @@ def trust_files(trust: bool = True) -> Iterator[None]:
     finally:
         if trust and before is None:
             del os.environ[_TRUST]
+
+
+def trusting(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function that has the keyword ``trust`` within `trust_files` where it is given."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with trust_files(bool(kwargs.get("trust", False))):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def default_verify() -> Verify:

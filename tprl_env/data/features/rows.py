@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tprl_env.data.features.arrow import list_column
-from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.arrow import ArrowRows, list_column
+from tprl_env.data.features.manifest import CURE, StoreError
+from tprl_env.data.features.placement import TILE_FIELDS, Placement, StoredVisual
 from tprl_env.data.features.source import Box
 from tprl_env.data.sample import Sample
 
@@ -34,6 +35,10 @@ class ImageRow:
         cls_attention: ``(n,)`` or None; stored as float32.
         grid: Rows and columns of the token grid.
         box: Part of the picture that the grid covers; None for all of it.
+        placement: Where the tokens stand; None for one grid at consecutive positions. ``tokens``
+            are the droppable ones then, and ``fixed`` the others, in the placement's order.
+        fixed: ``(m, D)`` tokens that are always kept, or None; stored as float16.
+        placeholder: Text that stands for the image in a prompt; empty for the placeholder alone.
     """
 
     image_id: str
@@ -43,6 +48,9 @@ class ImageRow:
     cls_attention: npt.NDArray[Any] | None
     grid: tuple[int, int]
     box: Box | None = None
+    placement: Placement | None = None
+    fixed: npt.NDArray[Any] | None = None
+    placeholder: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class SampleRow:
     Attributes:
         sample: The sample.
         image: Number of its image.
-        prompt_ids: Prompt with one image placeholder, ``(P,)``.
-        image_at: Place of the placeholder.
+        prompt_ids: Prompt with one image placeholder per run of visual tokens, ``(P,)``.
+        visual_at: Places of the placeholders.
         question_span: Where the question's text starts and stops.
         answer_ids: Token ids of each answer.
         query_tokens: ``(Q, d_q)``; stored as float16.
@@ -64,7 +72,7 @@ class SampleRow:
     sample: Sample
     image: int
     prompt_ids: Sequence[int]
-    image_at: int
+    visual_at: Sequence[int]
     question_span: tuple[int, int]
     answer_ids: Sequence[Sequence[int]]
     query_tokens: npt.NDArray[Any]
@@ -80,12 +88,13 @@ def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
     """
     import pyarrow as pa
 
-    tokens, towers, attention = [], [], []
+    tokens, towers, attention, fixed = [], [], [], []
     for row in rows:
         name = f"image {row.image_id!r}"
         tokens.append(_half(row.tokens, f"{name}: tokens", rank=2))
         count = len(tokens[-1])
         towers.append(None if row.tower is None else _half(row.tower, f"{name}: tower", 2, count))
+        fixed.append(None if row.fixed is None else _half(row.fixed, f"{name}: fixed", rank=2))
         attention.append(
             None
             if row.cls_attention is None
@@ -103,8 +112,79 @@ def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
             # absent from the first stores
             "box": pa.array([row.box for row in rows], pa.list_(pa.float32())),
             "picture": pa.array([_png(row.picture) for row in rows], pa.large_binary()),
+            "fixed": list_column(fixed, np.float16),
+            **_placement_columns(rows),
         }
     )
+
+
+def _placement_columns(rows: Sequence[ImageRow]) -> dict[str, Any]:
+    """Null where an image is one grid at consecutive positions."""
+    import pyarrow as pa
+
+    places = [row.placement for row in rows]
+
+    def column(name: str, dtype: npt.DTypeLike) -> pa.LargeListArray:
+        found = [None if place is None else getattr(place, name) for place in places]
+        return list_column([None if f is None else np.asarray(f) for f in found], dtype)
+
+    return {
+        **{name: column(name, np.int32) for name in ("coords", "runs", "offsets", "extents")},
+        "tiles": column("tiles", np.float32),
+        "placeholder": pa.array([row.placeholder or None for row in rows], pa.string()),
+    }
+
+
+def read_visual(images: ArrowRows, image: int, width: int) -> StoredVisual:
+    """A stored image's tokens in the order of the sequence, those that are always kept included.
+
+    Raises:
+        StoreError: The row's placement contradicts its tokens.
+    """
+    tokens = images.view("tokens", image).reshape(-1, width)
+    grid = images.value("grid_rows", image), images.value("grid_columns", image)
+    if images.optional("coords", image) is None:
+        return StoredVisual(tokens, grid)
+    placement = read_placement(images, image)
+    shown = placement.droppable
+    fixed = images.view("fixed", image).reshape(-1, width)
+    if (int(shown.sum()), int((~shown).sum())) != (len(tokens), len(fixed)):
+        raise StoreError(
+            f"image {images.value('image_id', image)!r} holds {len(tokens)} + {len(fixed)} tokens "
+            f"where its placement has {int(shown.sum())} + {int((~shown).sum())}; {CURE}"
+        )
+    whole = tokens
+    if len(fixed):
+        whole = np.empty((len(shown), width), tokens.dtype)
+        whole[shown], whole[~shown] = tokens, fixed
+    return StoredVisual(whole, grid, placement, images.value("placeholder", image) or "")
+
+
+def read_placement(images: ArrowRows, image: int) -> Placement:
+    """The placement of an image that has one.
+
+    Raises:
+        StoreError: Its parts do not fit together.
+    """
+
+    def column(name: str) -> npt.NDArray[np.int64]:
+        return images.view(name, image).astype(np.int64)
+
+    try:
+        coords = column("coords").reshape(-1, 3)
+        tiles = images.view("tiles", image).reshape(-1, TILE_FIELDS)
+        return Placement(
+            coords,
+            tuple(column("runs").tolist()),
+            column("offsets").reshape(-1, len(coords)),
+            tuple(column("extents").tolist()),
+            tiles if len(tiles) else None,
+        )
+    except ValueError as error:
+        raise StoreError(
+            f"the placement of image {images.value('image_id', image)!r} is damaged ({error}); "
+            f"{CURE}"
+        ) from error
 
 
 def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordBatch:
@@ -140,7 +220,11 @@ def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordB
             "question": pa.array([s.question for s in samples], strings),
             "answers": pa.array([list(s.answers) for s in samples], pa.list_(strings)),
             "prompt_ids": list_column([np.asarray(r.prompt_ids) for r in rows], np.int32),
-            "image_at": pa.array([row.image_at for row in rows], pa.int32()),
+            # the first of several placeholders, which alone the first stores know
+            "image_at": pa.array([row.visual_at[0] for row in rows], pa.int32()),
+            "visual_at": list_column(
+                [np.array(r.visual_at) if len(r.visual_at) > 1 else None for r in rows], np.int32
+            ),
             "question_start": pa.array([row.question_span[0] for row in rows], pa.int32()),
             "question_stop": pa.array([row.question_span[1] for row in rows], pa.int32()),
             "answer_ids": pa.array([[list(a) for a in r.answer_ids] for r in rows], ids),

@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.placement import Placement, raster
+
 Box = tuple[float, float, float, float]
 """Part of a picture: (top, left, bottom, right) in its pixels, beyond its edges where padded."""
 
@@ -105,8 +107,21 @@ class TokenSource(Protocol):
         ...
 
     def grid(self, sample: int) -> tuple[int, int]:
-        """Return rows and columns of the token grid."""
+        """Return rows and columns of the token grid; ``(1, n)`` where it is not one grid."""
         ...
+
+    @property
+    def one_grid(self) -> bool:
+        """Whether all images have the same grid, so that a token's index says where it is."""
+        return True
+
+    def coords(self, sample: int) -> npt.NDArray[np.int64]:
+        """Return tile or frame, row and column in it of each token, ``(n, 3)``."""
+        return raster(*self.grid(sample))
+
+    def areas(self, sample: int) -> npt.NDArray[np.float32]:
+        """Return ``(n, 5)``: picture, top, left, bottom, right of each token, shares of it."""
+        return Placement.in_line(self.coords(sample)).areas()
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture, ``(H, W, 3)``."""

@@ -30,6 +30,7 @@ from tprl_env.data.features.channels import (
 )
 from tprl_env.data.features.manifest import Manifest, StoreError, Verify, check_file, default_verify
 from tprl_env.data.features.source import Box, TokenSource
+from tprl_env.data.features.stored_images import StoredImages
 from tprl_env.data.features.toy import ToyStore
 from tprl_env.data.features.validation import check_rows
 from tprl_env.files import folder_lock
@@ -67,7 +68,7 @@ def shared_source(location: str) -> TokenSource:
     return open_source(location)
 
 
-class FeatureStore:
+class FeatureStore(StoredImages):
     """A folder of encoded samples, memory-mapped; make one with ``tprl encode``.
 
     Images are stored once (``images-*.arrow``) and shared by the questions about them
@@ -93,7 +94,7 @@ class FeatureStore:
         self._images = self._rows("images-")
         self._samples = self._rows("samples-")
         check_rows(path, manifest, self._images, self._samples)
-        self._counts = self._images.vector("count")
+        super().__init__(manifest, self._images)
         self._image_numbers = self._samples.vector("image")
         self._question_counts = self._samples.vector("question_tokens")
         self._full = {m: self._samples.vector(f"full_{m}") for m in ("exact", "likelihood")}
@@ -133,7 +134,7 @@ class FeatureStore:
                 f"{manifest.lvlm_fingerprint}, not by the given one with {lvlm_fingerprint}; "
                 f"load that LVLM or encode again"
             )
-        cure = "encode the store again with --restart"
+        cure = "encode the store again with resume=False"
         for name, entry in manifest.files.items():
             check_file(folder / name, entry, verify=verify, cure=cure)
         store = cls(folder, manifest, verify)
@@ -214,26 +215,8 @@ class FeatureStore:
         """Return the number of the sample's image."""
         return int(self._image_numbers[self._numbers([sample])[0]])
 
-    def image_id(self, image: int) -> str:
-        """Return the id of an image."""
-        return str(self._images.value("image_id", image))
-
-    def image_tokens(self, image: int) -> npt.NDArray[np.float16]:
-        """Return the visual tokens of an image, ``(n, D)``."""
-        return self._images.view("tokens", image).reshape(-1, self.token_width)
-
-    def image_tower(self, image: int) -> npt.NDArray[np.float16] | None:
-        """Return the vision-tower features of an image, ``(n, Dv)``, or None."""
-        if not self.manifest.tower_width:
-            return None
-        return self._images.view("tower", image).reshape(-1, self.manifest.tower_width)
-
-    def image_count(self, image: int) -> int:
-        """Return the number of visual tokens n of an image."""
-        return int(self._counts[image])
-
     def tokens(self, sample: int) -> npt.NDArray[np.float16]:
-        """Return the visual tokens as the LLM gets them, ``(n, D)``."""
+        """Return the droppable visual tokens as the LLM gets them, ``(n, D)``."""
         return self.image_tokens(self.image_number(sample))
 
     def tower(self, sample: int) -> npt.NDArray[np.float16] | None:
@@ -250,11 +233,6 @@ class FeatureStore:
         values = self._samples.view("relevance", sample)
         return values if len(values) else None
 
-    def grid(self, sample: int) -> tuple[int, int]:
-        """Return rows and columns of the token grid."""
-        image, value = self.image_number(sample), self._images.value
-        return value("grid_rows", image), value("grid_columns", image)
-
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture as it was encoded, ``(H, W, 3)``.
 
@@ -268,7 +246,7 @@ class FeatureStore:
         except ValueError as error:
             raise StoreError(
                 f"the picture of sample {sample} in {self.path} is damaged ({error}); encode the "
-                f"store again with --restart"
+                f"store again with resume=False"
             ) from error
 
     def picture_box(self, sample: int) -> Box | None:
@@ -283,13 +261,18 @@ class FeatureStore:
         if len(box) != 4 or not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
             raise StoreError(
                 f"{self.path} holds the picture box {box} for sample {self.id(sample)!r}; encode "
-                f"the store again with --restart"
+                f"the store again with resume=False"
             )
         return (*box,)
 
     def prompt_ids(self, sample: int) -> npt.NDArray[np.int64]:
-        """Return the prompt's token ids with one image placeholder, ``(P,)``."""
+        """Return the prompt's token ids, one image placeholder per run of tokens, ``(P,)``."""
         return self._samples.view("prompt_ids", sample).astype(np.int64)
+
+    def visual_at(self, sample: int) -> tuple[int, ...]:
+        """Return the places of the image placeholders in the prompt."""
+        places = self._samples.optional("visual_at", sample)
+        return tuple(places or (self._samples.value("image_at", sample),))
 
     def question_span(self, sample: int) -> tuple[int, int]:
         """Return where the question's text starts and stops in the prompt."""

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.data.features.placement import Placement, raster
 from tprl_env.data.features.source import Box
 
 CATEGORIES = ("red", "green", "blue", "yellow")
@@ -161,6 +162,19 @@ class ToyStore:
     def grid(self, sample: int) -> tuple[int, int]:
         """Return rows and columns of the token grid."""
         return _near_square(int(self._counts[sample]))
+
+    @property
+    def one_grid(self) -> bool:
+        """Return True: a token's index is all that is known of its place."""
+        return True
+
+    def coords(self, sample: int) -> npt.NDArray[np.int64]:
+        """Return tile 0, row and column of each token, ``(n, 3)``."""
+        return raster(*self.grid(sample))
+
+    def areas(self, sample: int) -> npt.NDArray[np.float32]:
+        """Return ``(n, 5)``: picture 0, top, left, bottom, right of each token, shares of it."""
+        return Placement.in_line(self.coords(sample)).areas()
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
         """Return the picture, ``(H, W, 3)`` uint8: one coloured cell per token."""

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from tprl_env.data.features.arrow import ArrowRows
 from tprl_env.data.features.manifest import Manifest, StoreError
+from tprl_env.data.features.placement import TILE_FIELDS
 
-CURE = "encode the store again with --restart"
+CURE = "encode the store again with resume=False"
 HALVES, FLOATS, INTS = ("large_list<halffloat>",), ("large_list<float>",), ("int32",)
 IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {
     "image_id": ("string",),
@@ -26,12 +27,17 @@ IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {
     "cls_attention": FLOATS,
     "picture": ("large_binary",),
     "box": ("list<float>",),
+    "fixed": HALVES,
+    **dict.fromkeys(("coords", "runs", "offsets", "extents"), ("large_list<int32>",)),
+    "tiles": FLOATS,
+    "placeholder": ("string",),
 }
 SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("id", "kind", "metric", "question"), ("string",)),
     "image": ("int64",),
     "answers": ("list<string>",),
     "prompt_ids": ("large_list<int32>",),
+    "visual_at": ("large_list<int32>",),
     "answer_ids": ("list<list<int32>>",),
     **dict.fromkeys(("image_at", "question_start", "question_stop", "question_tokens"), INTS),
     "query_tokens": HALVES,
@@ -39,8 +45,9 @@ SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("full_exact", "full_likelihood"), ("float",)),
 }
 VALUES = {"values": HALVES + FLOATS}
-OPTIONAL = ("tower", "cls_attention", "relevance", "box")  # null where there is none
-LATER = ("box",)  # columns that the first stores lack
+PLACES = ("fixed", "coords", "runs", "offsets", "extents", "tiles", "placeholder")
+LATER = ("box", "visual_at", *PLACES)  # columns that the first stores lack
+OPTIONAL = ("tower", "cls_attention", "relevance", *LATER)  # null where there is none
 
 
 def check_columns(
@@ -52,9 +59,10 @@ def check_columns(
         StoreError: One is missing, of another type, or holds nulls where it must not.
     """
     for batch in rows.batches:
+        names = _names(where, batch, wanted, cure)
         for name, types in wanted.items():
             place = batch.schema.get_field_index(name)
-            if place < 0 and name in LATER and name not in batch.schema.names:
+            if place < 0 and name in LATER and name not in names:
                 continue
             if place < 0:
                 raise StoreError(f"{where} is damaged: its rows have no {name!r}; {cure}")
@@ -67,6 +75,22 @@ def check_columns(
                 )
             if _nulls(column, name in OPTIONAL):
                 raise StoreError(f"{where} is damaged: {name!r} has empty cells; {cure}")
+
+
+def _names(where: Path, batch: Any, wanted: Mapping[str, object], cure: str) -> list[str]:
+    """Names of a batch's columns: an unknown one may be the damaged name of one that is missed.
+
+    Raises:
+        StoreError: One is unknown.
+    """
+    try:
+        names: list[str] = batch.schema.names
+    except UnicodeDecodeError:
+        names = ["a name that is no text"]
+    for name in names:
+        if name not in wanted:
+            raise StoreError(f"{where} is damaged: its rows have {name!r}; {cure}")
+    return names
 
 
 def _type_name(kind: Any) -> str:
@@ -110,6 +134,7 @@ def check_rows(folder: Path, manifest: Manifest, images: ArrowRows, samples: Arr
     _good(folder, "places of the question", (start >= 0) & (start <= stop) & (stop <= prompts))
     place = samples.vector("image_at")
     _good(folder, "places of the image", (place >= 0) & (place < prompts))
+    _check_placements(folder, manifest, images, samples)
     width, tower, query = manifest.token_width, manifest.tower_width, manifest.query_width
     per_sample = counts[numbers].astype(np.int64)
     for name, rows, expected, optional in (
@@ -125,6 +150,28 @@ def check_rows(folder: Path, manifest: Manifest, images: ArrowRows, samples: Arr
     for name in ("full_exact", "full_likelihood"):
         scores = samples.vector(name)
         _good(folder, f"values of {name}", (scores >= 0) & (scores <= 1))
+
+
+def _check_placements(
+    folder: Path, manifest: Manifest, images: ArrowRows, samples: ArrowRows
+) -> None:
+    """Compare the lengths of placements with the tokens they are about."""
+    counts, numbers = images.vector("count").astype(np.int64), samples.vector("image")
+    width = manifest.token_width
+    coords, fixed = images.list_lengths("coords"), images.list_lengths("fixed")
+    whole = np.where(coords > 0, counts + fixed // max(width, 1), 0)
+    _good(folder, "lengths of coords", coords == 3 * whole)
+    _good(folder, "lengths of fixed", fixed % max(width, 1) == 0)
+    _good(folder, "lengths of fixed", (coords > 0) | (fixed == 0))
+    runs = images.list_lengths("runs")
+    _good(folder, "lengths of runs", (runs > 0) == (coords > 0))
+    _good(folder, "lengths of extents", images.list_lengths("extents") == runs)
+    axes = images.list_lengths("offsets")
+    _good(folder, "lengths of offsets", np.isin(axes, (0,)) | (axes == whole) | (axes == 3 * whole))
+    _good(folder, "lengths of offsets", (axes > 0) == (coords > 0))
+    _good(folder, "lengths of tiles", images.list_lengths("tiles") % TILE_FIELDS == 0)
+    wanted = np.where(runs[numbers] > 1, runs[numbers], 0)
+    _good(folder, "numbers of image placeholders", samples.list_lengths("visual_at") == wanted)
 
 
 def _same(folder: Path, name: str, recorded: int, found: int) -> None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 from tprl_env.data.features.journal import Journal, Skipped
 from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.placement import StoredVisual
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
 from tprl_env.files import write_text
 from tprl_env.lvlm.encoding.units import SkippingReader
+from tprl_env.lvlm.stored import stored_prompt
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.protocol import LVLM, Prompt
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SKIPPED_NAME = "skipped.jsonl"
+CURE = "; repair it or pass skip_bad=True"
 LOW_SCORE = 0.03
 """Mean full score below which an LVLM is taken not to do the task at all."""
 
@@ -31,14 +34,27 @@ _SHOWN = 3
 Texts = tuple["Prompt", list[tuple[int, ...]]]
 
 
-def tokenise(lvlm: LVLM, sample: Sample) -> Texts:
+def tokenise(
+    lvlm: LVLM, sample: Sample, visual: StoredVisual | None = None, before: Texts | None = None
+) -> Texts:
     """Prompt and answers of a sample.
+
+    Args:
+        lvlm: The LVLM.
+        sample: The sample.
+        visual: Its picture, which decides the prompt where it is not one grid in one run.
+        before: What was found without it.
 
     Raises:
         BadSampleError: The LVLM cannot be asked this question or cannot write an answer.
     """
+    if before is not None and (visual is None or visual.placement is None):
+        return before
     try:
-        prompt = lvlm.prompt(sample.question)
+        if visual is None or visual.placement is None:  # one grid in one run
+            prompt = lvlm.prompt(sample.question)
+        else:
+            prompt = lvlm.prompt(sample.question, [visual])
         return prompt, [lvlm.answer_ids(prompt, answer) for answer in sample.answers]
     except ValueError as error:
         raise _bad(sample, str(error)) from error
@@ -57,8 +73,10 @@ def check_context(lvlm: LVLM, sample: Sample, texts: Texts, tokens: int) -> None
         BadSampleError: Prompt, visual tokens and the longest answer need more places than it has.
     """
     prompt, answers = texts
-    # one placeholder stands for all visual tokens, and the end token is written but not read
-    needed = len(prompt.ids) - 1 + tokens + max(map(len, answers)) - 1
+    where = getattr(prompt, "placement", None)
+    places = tokens if where is None else sum(where.extents)
+    # a placeholder stands for a run of tokens, and the end token is written but not read
+    needed = len(prompt.ids) - len(prompt.visual_at) + places + max(map(len, answers)) - 1
     if needed > lvlm.max_positions:
         raise _bad(
             sample,
@@ -70,9 +88,7 @@ def check_context(lvlm: LVLM, sample: Sample, texts: Texts, tokens: int) -> None
 def _bad(sample: Sample, reason: str) -> BadSampleError:
     where = sample.meta.get("where")
     place = f" ({where})" if where else ""
-    return BadSampleError(
-        f"sample {sample.id!r}{place}: {reason}; repair it or pass --skip-bad", sample=sample.id
-    )
+    return BadSampleError(f"sample {sample.id!r}{place}: {reason}{CURE}", sample=sample.id)
 
 
 @contextmanager
@@ -83,8 +99,9 @@ def leaving_out(skipped: list[Skipped], skip_bad: bool) -> Iterator[None]:
     except BadSampleError as error:
         if not skip_bad:
             raise
-        skipped.append({"id": error.sample, "reason": str(error)})
-        logger.warning("left out: %s", error)
+        reason = str(error).removesuffix(CURE)
+        skipped.append({"id": error.sample, "reason": reason})
+        logger.warning("left out: %s", reason)
 
 
 def finish(journal: Journal, units: int, reader: SkippingReader) -> None:
@@ -131,7 +148,7 @@ def warn_of_low_scores(store: FeatureStore, lvlm: LVLM | None) -> None:
     if lvlm is not None:
         numbers = range(min(_SHOWN, len(store)))
         said = lvlm.generate(
-            [lvlm.prompt(store.question(n)) for n in numbers], [store.tokens(n) for n in numbers]
+            [stored_prompt(store, n) for n in numbers], [store.visual(n).tokens for n in numbers]
         )
         shown = ". " + "; ".join(
             f"{store.id(n)!r}: said {text!r}, expected {' or '.join(map(repr, store.answers(n)))}"

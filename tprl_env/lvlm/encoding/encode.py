@@ -21,8 +21,15 @@ from tqdm import tqdm
 
 from tprl_env.data.features.arrow import ArrowRows, write_arrow
 from tprl_env.data.features.journal import Journal, Skipped, UnitEntry, unit_names
-from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file
-from tprl_env.data.features.rows import ImageRow, SampleRow, image_batch, sample_batch
+from tprl_env.data.features.manifest import JOURNAL_NAME, StoreError, describe_file, trusting
+from tprl_env.data.features.placement import StoredVisual
+from tprl_env.data.features.rows import (
+    ImageRow,
+    SampleRow,
+    image_batch,
+    read_visual,
+    sample_batch,
+)
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.sample import Sample
 from tprl_env.files import folder_lock
@@ -46,12 +53,12 @@ from tprl_env.lvlm.encoding.units import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tprl_env.lvlm.protocol import LVLM
+    from tprl_env.lvlm.protocol import LVLM, Visual
 
 logger = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-TokensOf = Callable[[int], npt.NDArray[np.float16]]
+VisualOf = Callable[[int], StoredVisual]
 
 
 def write_unit(
@@ -60,7 +67,7 @@ def write_unit(
     folder: Path,
     batch_size: int,
     tower: bool,
-    earlier: TokensOf,
+    earlier: VisualOf,
     skip_bad: bool = False,
 ) -> UnitEntry:
     """Encode one unit and write its two files.
@@ -71,7 +78,7 @@ def write_unit(
         folder: The store.
         batch_size: Images, and questions, per call of the LVLM.
         tower: Store the vision-tower features too.
-        earlier: Gives the tokens of images from earlier units.
+        earlier: Gives images from earlier units.
         skip_bad: Leave out samples that the LVLM cannot be asked; the entry lists them.
 
     Raises:
@@ -97,24 +104,24 @@ def write_unit(
     image_rows = write_arrow(image_file, schema, image_batches())
     written = ArrowRows([image_file], [image_rows])
 
-    def tokens_of(image: int) -> npt.NDArray[np.float16]:
+    def visual_of(image: int) -> StoredVisual:
         if image < unit.first_image:
             return earlier(image)
-        flat = written.view("tokens", image - unit.first_image)
-        return flat.reshape(-1, lvlm.token_width)
+        return read_visual(written, image - unit.first_image, lvlm.token_width)
 
     rows: list[SampleRow] = []
     counts: list[int] = []
     asked = list(texts)
     for part in (asked[at : at + batch_size] for at in range(0, len(asked), batch_size)):
-        tokens: dict[int, npt.NDArray[np.float16]] = {}
+        visuals: dict[int, StoredVisual] = {}
         for i in part:
-            visual = tokens_of(unit.images[i])
+            visual = visual_of(unit.images[i])
             with leaving_out(skipped, skip_bad):
-                check_context(lvlm, unit.samples[i], texts[i], len(visual))
-                tokens[i] = visual
-        rows += _encode_samples(lvlm, unit, tokens, texts)
-        counts += [len(t) for t in tokens.values()]
+                texts[i] = tokenise(lvlm, unit.samples[i], visual, texts[i])
+                check_context(lvlm, unit.samples[i], texts[i], len(visual.tokens))
+                visuals[i] = visual
+        rows += _encode_samples(lvlm, unit, visuals, texts)
+        counts += [int(visual.droppable.sum()) for visual in visuals.values()]
     batch = sample_batch(rows, counts)
     sample_rows = write_arrow(sample_file, batch.schema, [batch])
     return UnitEntry(
@@ -137,39 +144,58 @@ def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[Ima
                 f"image {sample.image_id!r}: the LVLM gave tokens of shape {tokens.shape}, its "
                 f"token width is {lvlm.token_width}"
             )
-        features = to_numpy(visual.tower) if tower and visual.tower is not None else None
-        attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
-        grid = (int(visual.grid[0]), int(visual.grid[1]))
-        box = getattr(visual, "box", None)  # LVLMs that see whole pictures need not know of it
-        rows.append(ImageRow(sample.image_id, sample.image, tokens, features, attention, grid, box))
+        rows.append(_image_row(sample, visual, tokens, tower))
     return rows
+
+
+def _image_row(sample: Sample, visual: Visual, tokens: npt.NDArray[Any], tower: bool) -> ImageRow:
+    """One image, its tokens that are always kept apart from the others."""
+    # LVLMs of one grid that see whole pictures need not know of boxes and placements
+    box, placement = getattr(visual, "box", None), getattr(visual, "placement", None)
+    shown = np.ones(len(tokens), bool) if placement is None else placement.droppable
+    features = to_numpy(visual.tower) if tower and visual.tower is not None else None
+    if features is not None and features.shape[1:] == (0,):  # the LVLM hands out none
+        features = None
+    attention = None if visual.cls_attention is None else to_numpy(visual.cls_attention)
+    return ImageRow(
+        sample.image_id,
+        sample.image,
+        tokens[shown] if not shown.all() else tokens,
+        features if features is None or shown.all() else features[shown],
+        attention if attention is None or shown.all() else attention[shown],
+        (int(visual.grid[0]), int(visual.grid[1])),
+        box,
+        placement,
+        None if shown.all() else tokens[~shown],
+        getattr(visual, "placeholder", ""),
+    )
 
 
 def _encode_samples(
     lvlm: LVLM,
     unit: Unit,
-    tokens: Mapping[int, npt.NDArray[np.float16]],
+    visuals: Mapping[int, StoredVisual],
     texts: Mapping[int, Texts],
 ) -> list[SampleRow]:
-    """Score those samples of a unit that ``tokens`` names by their place."""
-    if not tokens:
+    """Score those samples of a unit that ``visuals`` names by their place."""
+    if not visuals:
         return []
-    prompts, answers = zip(*(texts[i] for i in tokens), strict=True)
-    scores = lvlm.score(prompts, answers, list(tokens.values()), None)
+    prompts, answers = zip(*(texts[i] for i in visuals), strict=True)
+    scores = lvlm.score(prompts, answers, [visual.tokens for visual in visuals.values()], None)
     exact, likelihood = to_numpy(scores.exact), to_numpy(scores.likelihood)
     return [
         SampleRow(
             sample=unit.samples[i],
             image=unit.images[i],
             prompt_ids=prompts[row].ids,
-            image_at=prompts[row].visual_at[0],
+            visual_at=prompts[row].visual_at,
             question_span=prompts[row].question_span,
             answer_ids=answers[row],
             query_tokens=to_numpy(lvlm.question_embeddings(prompts[row])),
             exact=float(exact[row]),
             likelihood=float(likelihood[row]),
         )
-        for row, i in enumerate(tokens)
+        for row, i in enumerate(visuals)
     ]
 
 
@@ -247,6 +273,7 @@ def writing(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@trusting
 def encode_dataset(
     lvlm: LVLM,
     samples: Iterable[Sample],
@@ -259,6 +286,7 @@ def encode_dataset(
     skip_bad: bool = False,
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> FeatureStore:
     """Encode samples into a feature store, continuing an interrupted run.
 
@@ -276,6 +304,7 @@ def encode_dataset(
             LVLM cannot be asked; they are counted, and listed in the store's ``skipped.jsonl``.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
+        trust: Compare sizes of files there already, not their checksums (``--trust``).
 
     Returns:
         The finished store; at once if ``out`` holds these samples already.
@@ -304,7 +333,7 @@ def encode_dataset(
                 if unit.number < len(journal.units):
                     check_unit(journal, unit)
                 else:
-                    earlier = _earlier_tokens(journal, lvlm.token_width)
+                    earlier = _earlier_visuals(journal, lvlm.token_width)
                     work = (lvlm, unit, folder, batch_size, tower, earlier, skip_bad)
                     journal.commit(write_unit(*work))
                 units += 1
@@ -315,13 +344,13 @@ def encode_dataset(
     return store
 
 
-def _earlier_tokens(journal: Journal, width: int) -> TokensOf:
+def _earlier_visuals(journal: Journal, width: int) -> VisualOf:
     opened: list[ArrowRows] = []
 
-    def tokens(image: int) -> npt.NDArray[np.float16]:
+    def visual(image: int) -> StoredVisual:
         # Opened on the first use: most datasets ask about an image in one go.
         if not opened:
             opened.append(journal.rows(0))
-        return opened[0].view("tokens", image).reshape(-1, width)
+        return read_visual(opened[0], image, width)
 
-    return tokens
+    return visual

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tprl_env.data.features.journal import Journal, UnitEntry
-from tprl_env.data.features.manifest import StoreError
+from tprl_env.data.features.manifest import StoreError, trusting
+from tprl_env.data.features.placement import StoredVisual
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.data.jsonl import BadSampleError
 from tprl_env.data.sample import Sample
@@ -96,13 +97,16 @@ class UnitWorker:
                 self._lvlm, unit, self._folder, self._batch_size, self._tower, again, self._skip_bad
             )
 
-    def _again(self, unit: Unit, image: int) -> npt.NDArray[np.float16]:
+    def _again(self, unit: Unit, image: int) -> StoredVisual:
         """Encode an image of an earlier unit again: that unit may not be written yet."""
         sample = unit.samples[unit.images.index(image)]
         (visual,) = self._lvlm.encode_images([sample.image])
-        return to_numpy(visual.tokens).astype(np.float16)
+        tokens = to_numpy(visual.tokens).astype(np.float16)
+        placement = getattr(visual, "placement", None)
+        return StoredVisual(tokens, visual.grid, placement, getattr(visual, "placeholder", ""))
 
 
+@trusting
 def encode_dataset_ray(
     lvlm: str | LoadLVLM,
     samples: Iterable[Sample],
@@ -118,6 +122,7 @@ def encode_dataset_ray(
     skip_bad: bool = False,
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
+    trust: bool = False,
     wave_bytes: int = 4 << 30,
 ) -> FeatureStore:
     """Encode samples with several workers; content and arguments as in ``encode_dataset``.
@@ -136,6 +141,7 @@ def encode_dataset_ray(
         skip_bad: Leave out bad samples as ``encode_dataset`` does, count and list them.
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
+        trust: Compare sizes of files there already, not their checksums (``--trust``).
         wave_bytes: Pictures handed to Ray at a time; workers load the LVLM once per wave.
 
     Returns:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tprl_env.data.features.manifest import StoreError
 from tprl_env.data.features.store import QUESTION_ATTENTION, QUESTION_ROWS, FeatureStore
 from tprl_env.lvlm.encoding.encode import check_sizes, to_numpy
+from tprl_env.lvlm.stored import stored_prompt, without_fixed
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.protocol import LVLM
@@ -85,9 +86,10 @@ def _add_maps(
     def rows() -> Iterator[npt.NDArray[np.float32]]:
         numbers = iter(range(len(store)))
         while batch := list(islice(numbers, batch_size)):
-            prompts = [lvlm.prompt(store.question(sample)) for sample in batch]
-            tokens = [store.tokens(sample) for sample in batch]
-            yield from (to_numpy(one) for one in maps(prompts, tokens))
+            prompts = [stored_prompt(store, sample) for sample in batch]
+            tokens = [store.visual(sample).tokens for sample in batch]
+            for sample, one in zip(batch, maps(prompts, tokens), strict=True):
+                yield without_fixed(store, sample, to_numpy(one))
 
     meta = {"lvlm": lvlm.name, "lvlm_fingerprint": lvlm.fingerprint, **meta}
     store.write_channel(name, rows(), per="sample", meta=meta)

@@ -157,7 +157,7 @@ class SkippingReader:
             refused = BadSampleError(
                 f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
                 f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
-                f'"{COMPUTED_GRADER}", or pass --skip-bad',
+                f'"{COMPUTED_GRADER}", or pass skip_bad=True',
                 sample=sample.id,
             )
             if not self._skip_bad:

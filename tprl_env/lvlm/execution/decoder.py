@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import rotate_half
 
+from tprl_env.checks import NotFiniteError
+
 TEXT_MODELS = (
     *("llama", "mistral", "qwen2", "qwen3"),
     *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"),
@@ -31,7 +33,10 @@ rotary embedding folds them.
 
 _LOGIT_ELEMENTS = 1 << 26
 
-_NOT_FINITE = (
+_HEAD_ELEMENTS = 1 << 24
+"""Weights of the output embedding that are in float32 at a time: 64 MB."""
+
+NOT_FINITE = (
     "the language model's logits are not finite: visual tokens, weights or config.json are "
     "damaged, or the number type is too small (dtype='float32' has the largest range)"
 )
@@ -98,9 +103,31 @@ def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rows_at(values: Tensor, places: Tensor) -> Tensor:
-    """Gather (R, A, width) from (R or 1, L, width)."""
-    values = values.expand(places.shape[0], -1, -1)
-    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
+    """Gather (R, A, width) from (R or 1, L, width); whole rows, faster than a gather by entry."""
+    rows, width = values.shape[0], values.shape[-1]
+    first = torch.arange(rows, device=values.device)[:, None] * values.shape[1]
+    flat = (places + first).flatten()
+    return values.reshape(-1, width).index_select(0, flat).view(*places.shape, width)
+
+
+def logits(states: Tensor, head: Tensor) -> Tensor:
+    """(M, V) float32 logits; logits in bfloat16 would tie and flip the arg-max.
+
+    A head that is not float32 is widened a chunk of words at a time: a float32 copy of the whole
+    would take 2.5 GB beside the weights where the vocabulary has 150 000 words.
+
+    Args:
+        states: (M, D) final states.
+        head: (V, D) output embedding in the model's type.
+    """
+    states = states.to(head.device, torch.float32)
+    if head.dtype == torch.float32:
+        return states @ head.T
+    found = states.new_empty(len(states), len(head))
+    step = max(1, _HEAD_ELEMENTS // head.shape[1])
+    for start in range(0, len(head), step):
+        found[:, start : start + step] = states @ head[start : start + step].float().T
+    return found
 
 
 def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,31 +137,25 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
 
     Args:
         states: (M, D) final states.
-        head: (V, D) float32 output embedding.
+        head: (V, D) output embedding.
         wanted: (M,) ids.
         ends: (E,) ids of the end tokens.
 
     Returns:
-        bool (M,) and float32 (M,).
-
-    Raises:
-        FloatingPointError: A logit is NaN or infinite.
+        bool (M,) and float32 (M,), which is NaN or infinite where the logits are.
     """
     hits, log_p = [], []
     step = max(1, _LOGIT_ELEMENTS // len(head))
     for state, target in zip(states.split(step), wanted.split(step), strict=True):
-        logits = state.float() @ head.T
-        best, total = logits.argmax(-1), logits.logsumexp(-1)
+        rated = logits(state, head)
+        best, total = rated.argmax(-1), rated.logsumexp(-1)
         ending = torch.isin(target, ends)
         hits.append((best == target) | (torch.isin(best, ends) & ending))
-        alone = logits.gather(1, target[:, None])[:, 0] - total
+        alone = rated.gather(1, target[:, None])[:, 0] - total
         if len(ends) > 1:
-            alone = torch.where(ending, logits[:, ends].logsumexp(-1) - total, alone)
+            alone = torch.where(ending, rated[:, ends].logsumexp(-1) - total, alone)
         log_p.append(alone)
-    every = torch.cat(log_p)
-    if not every.isfinite().all():
-        raise FloatingPointError(_NOT_FINITE)
-    return torch.cat(hits), every
+    return torch.cat(hits), torch.cat(log_p)
 
 
 def greedy(
@@ -150,7 +171,7 @@ def greedy(
 
     Args:
         text: The language model.
-        head: (V, D) float32 output embedding.
+        head: (V, D) output embedding.
         hidden: (R, L, D) LEFT-padded input embeddings.
         positions: (R, L) rotary positions; the next token continues from the last one.
         valid: (R, L) 1 where not padding.
@@ -161,7 +182,7 @@ def greedy(
         Per sequence the generated ids without the end token.
 
     Raises:
-        FloatingPointError: A logit is NaN or infinite.
+        NotFiniteError: A logit is NaN or infinite.
     """
     cache = DynamicCache(config=text.config)
     written: list[list[int]] = [[] for _ in range(hidden.shape[0])]
@@ -174,9 +195,9 @@ def greedy(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        best, chosen = (states.float() @ head.T).max(-1)
+        best, chosen = logits(states, head).max(-1)
         if not best.isfinite().all():
-            raise FloatingPointError(_NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE, (~best.isfinite()).nonzero()[:, 0].tolist())
         for row, token in enumerate(chosen.tolist()):
             if running[row] and token in eos_ids:
                 running[row] = False

@@ -10,7 +10,6 @@ D token width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from tprl_env.checks import NotFiniteError
 from tprl_env.lvlm.execution.attention import IMPLEMENTATION
-from tprl_env.lvlm.execution.decoder import greedy, judge, states_at
+from tprl_env.lvlm.execution.decoder import NOT_FINITE, greedy, judge, states_at
 from tprl_env.lvlm.execution.layerwise import (
     Cuts,
     NoCuts,
@@ -61,6 +61,7 @@ class LanguageModel:
         max_positions: Places of its context.
         num_layers: Decoder layers L.
         levels: DeepStack levels: visual tokens bring as many additions to later states.
+        placed: Prompts must say where their visual tokens stand.
     """
 
     def __init__(
@@ -70,19 +71,20 @@ class LanguageModel:
         eos_ids: Sequence[int],
         max_positions: int,
         levels: int = 0,
+        placed: bool = False,
     ) -> None:
         """Take a frozen model; attention goes through the probe's wrapper from here on."""
         text.set_attn_implementation(IMPLEMENTATION)
         self.text, self._output = text, head
         self.eos_ids = tuple(eos_ids)
-        self.max_positions, self.levels = max_positions, levels
+        self.max_positions, self.levels, self.placed = max_positions, levels, placed
         self.num_layers = len(text.layers)
 
-    @cached_property
+    @property
     def head(self) -> Tensor:
-        """(V, D) float32 output embedding; bfloat16 logits would tie and flip the arg-max."""
+        """(V, D) output embedding, the model's own; see ``decoder.logits``."""
         weight: Any = self._output.weight
-        found: Tensor = weight.float()
+        found: Tensor = weight
         return found
 
     @property
@@ -105,7 +107,7 @@ class LanguageModel:
         selection: Selection,
     ) -> LVLMScores:
         """See ``LVLM.score``."""
-        _check(prompts, tokens, selection, self.num_layers, answers)
+        self._check(prompts, tokens, selection, answers)
         if not prompts:
             return LVLMScores(np.zeros(0, np.float32), np.zeros(0, np.float32))
         distinct = [list(dict.fromkeys(self._one_end(a) for a in row)) for row in answers]
@@ -116,6 +118,9 @@ class LanguageModel:
         check_context(plan, self.max_positions, owner=owner)
         cuts = self._cuts(prompts, visual, selection, owner)
         wrong, log_likelihood = self._teacher_force(plan, [visual[b] for b in owner], targets, cuts)
+        if not np.isfinite(log_likelihood).all():
+            rows = {owner[i] for i in np.flatnonzero(~np.isfinite(log_likelihood))}
+            raise NotFiniteError(NOT_FINITE, sorted(rows))
         exact = np.zeros(len(prompts), np.float32)
         np.maximum.at(exact, owner, (wrong == 0).astype(np.float32))
         likelihood = np.zeros(len(prompts), np.float64)
@@ -132,7 +137,7 @@ class LanguageModel:
         selection: Selection,
     ) -> list[list[int]]:
         """Greedy answers as ids without the end token; see ``LVLM.generate``."""
-        _check(prompts, tokens, selection, self.num_layers)
+        self._check(prompts, tokens, selection)
         if not prompts:
             return []
         visual = self.visual(tokens)
@@ -159,7 +164,7 @@ class LanguageModel:
         self, prompts: Sequence[Prompt], tokens: Sequence[Any], selection: Selection
     ) -> list[npt.NDArray[np.uint8]]:
         """See ``LVLM.reduce``."""
-        _check(prompts, tokens, selection, self.num_layers)
+        self._check(prompts, tokens, selection)
         if not prompts:
             return []
         visual = self.visual(tokens)
@@ -178,8 +183,27 @@ class LanguageModel:
         """See ``LVLM.saliency``."""
         recorder = _Recorder(rule)
         self.reduce(prompts, tokens, Selection(reducer=recorder))
-        found = recorder.values
-        return [] if found is None else [found[b, : len(t)] for b, t in enumerate(tokens)]
+        rows = [np.zeros(len(one), np.float32) for one in tokens]
+        for row, places, values in zip(rows, recorder.places, recorder.values, strict=True):
+            row[places] = values
+        return rows
+
+    def _check(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Any],
+        selection: Selection,
+        answers: Any = None,
+    ) -> None:
+        """Refuse arguments that do not fit together."""
+        check_rows(prompts, tokens, selection.keep, answers, self.placed)
+        for name in ("lives", "places", "sizes"):
+            value = getattr(selection, name)
+            if value is not None and len(value) != len(prompts):
+                raise ValueError(
+                    f"{name} has {len(value)} rows, expected {len(prompts)} as prompts"
+                )
+        selection.check([len(one) for one in tokens], self.num_layers)
 
     def _one_end(self, answer: Sequence[int]) -> tuple[int, ...]:
         """The answer with the first of its possible end tokens: any of them means the same."""
@@ -218,13 +242,13 @@ class LanguageModel:
         """What happens between layers; ``None`` where nothing does."""
         contiguous = selection.positions == "contiguous"
         if selection.reducer is not None:
-            counts = [len(one) for one in visual]
+            droppable = [p.droppable(len(one)) for p, one in zip(prompts, visual, strict=True)]
             return Reduction(
                 self.text,
                 selection.reducer,
                 selection.average,
                 prompts,
-                counts,
+                droppable,
                 owner,
                 contiguous,
             )
@@ -293,7 +317,8 @@ class _Recorder(LayerPruner):
 
     def __init__(self, rule: RankingLayerPruner) -> None:
         self._rule = rule
-        self.values: npt.NDArray[np.float32] | None = None
+        self.places: list[npt.NDArray[np.int64]] = []
+        self.values: list[npt.NDArray[np.float32]] = []
 
     def stages(
         self, num_tokens: int, num_layers: int, average: float | None = None
@@ -305,21 +330,9 @@ class _Recorder(LayerPruner):
         return self._rule.wants(stage)
 
     def select(self, view: LayerView) -> Choice:
-        self.values = self._rule.saliency(view).float().cpu().numpy()
+        alive = view.alive.cpu().numpy()
+        saliency = self._rule.saliency(view).float().cpu().numpy()
+        self.values = [row[mask] for row, mask in zip(saliency, alive, strict=True)]
+        places = view.places.cpu().numpy()
+        self.places = [row[mask] for row, mask in zip(places, alive, strict=True)]
         return Choice(view.alive)
-
-
-def _check(
-    prompts: Sequence[Prompt],
-    tokens: Sequence[Any],
-    selection: Selection,
-    num_layers: int,
-    answers: Any = None,
-) -> None:
-    """Refuse arguments that do not fit together."""
-    check_rows(prompts, tokens, selection.keep, answers=answers)
-    for name in ("lives", "places", "sizes"):
-        value = getattr(selection, name)
-        if value is not None and len(value) != len(prompts):
-            raise ValueError(f"{name} has {len(value)} rows, expected {len(prompts)} as prompts")
-    selection.check([len(one) for one in tokens], num_layers)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tprl_env.lvlm.execution.attention import Probe, probing
-from tprl_env.lvlm.execution.decoder import last_layer_at
+from tprl_env.lvlm.execution.decoder import last_layer_at, logits
 from tprl_env.lvlm.execution.shared_prefix import SharedPrefix, run_shared
 
 
@@ -73,6 +73,16 @@ class Stream:
             lengths,
             self.image.gather(1, order).masked_fill(padding, -1),
             tuple(_gather(one, order) for one in self.deep),
+        )
+
+    def only(self, sequences: Tensor) -> Stream:
+        """Some of the sequences, as they are; without what they share."""
+        return Stream(
+            self.hidden[sequences],
+            self.positions.index_select(-2, sequences),
+            self.lengths[sequences],
+            self.image[sequences],
+            tuple(one[sequences] for one in self.deep),
         )
 
     def repacked(self) -> Stream:
@@ -280,7 +290,7 @@ def greedy_with_cuts(
     written: list[list[int]] = [[] for _ in range(rows)]
     running = [True] * rows
     for step in range(max_new_tokens):
-        chosen = (states.float() @ head.T).argmax(-1)
+        chosen = logits(states, head).argmax(-1)
         for row, token in enumerate(chosen.tolist()):
             if running[row] and token in eos_ids:
                 running[row] = False

@@ -27,7 +27,7 @@ def question_map(
     Raises:
         ValueError: The template puts the question before the image, where it cannot see it.
     """
-    check_rows(prompts, tokens, None)
+    check_rows(prompts, tokens, None, placed=language.placed)
     if any(p.question_span[0] < p.behind_images for p in prompts):
         raise ValueError(
             "question_attention needs the image before the question, but this checkpoint's "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tprl_env.lvlm.execution.attention import Probe
 from tprl_env.lvlm.execution.decoder import project, rows_at, turned
 from tprl_env.lvlm.execution.layerwise import Stream
+from tprl_env.lvlm.execution.shared_prefix import SharedPrefix
 from tprl_env.lvlm.protocol import Prompt
 from tprl_env.reducers.layer_pruner import Choice, LayerPruner, LayerView, Stage, Wants
 
@@ -77,7 +78,7 @@ class Reduction:
         reducer: LayerPruner,
         average: float | None,
         prompts: Sequence[Prompt],
-        counts: Sequence[int],
+        droppable: Sequence[npt.NDArray[np.bool_]],
         owner: Sequence[int],
         contiguous: bool,
     ) -> None:
@@ -88,7 +89,8 @@ class Reduction:
             reducer: The method.
             average: Wanted average of visual tokens per layer, see ``LayerPruner.stages``.
             prompts: B prompts.
-            counts: B numbers of visual tokens.
+            droppable: Per sample bool (n,), the visual tokens that the budget is about; the
+                others stay, and count as text.
             owner: (R,) sample of each sequence, ascending.
             contiguous: Close up positions after every stage.
 
@@ -99,6 +101,7 @@ class Reduction:
         self._prompts, self._average = prompts, average
         device = text.norm.weight.device
         depth = len(text.layers)
+        counts, self._sizes = [int(one.sum()) for one in droppable], [len(d) for d in droppable]
         plans = {n: reducer.stages(n, depth, average) for n in set(counts)}
         self.layers = _common_layers(plans, reducer.label)
         kept = [[stage.keep for stage in plans[n]] for n in counts]
@@ -108,7 +111,16 @@ class Reduction:
         alone = len(owner) == len(counts)
         self._first = None if alone else torch.tensor(starts, device=device)
         self._owner = None if alone else torch.tensor(owner, device=device)
-        most = max(counts)
+        fixed = np.subtract(self._sizes, counts)
+        runs = [len(prompt.visual_at) for prompt in prompts]
+        self._shift = torch.from_numpy(fixed - runs).to(device)
+        most = max(self._sizes)
+        self._fixed: Tensor | None = None
+        if fixed.any():
+            table = np.zeros((len(counts), most), np.bool_)
+            for row, one in zip(table, droppable, strict=True):
+                row[: len(one)] = ~one
+            self._fixed = torch.from_numpy(table[list(owner)]).to(device)
         self._lives = torch.full((len(counts), most + 1), depth, dtype=torch.uint8, device=device)
         self._memory: dict[str, Tensor] = {}
         self._probe: _RowProbe | None = None
@@ -119,7 +131,7 @@ class Reduction:
     def lives(self) -> list[npt.NDArray[np.uint8]]:
         """Per sample (n,) uint8."""
         found = self._lives.cpu().numpy()
-        return [found[b, :n].copy() for b, n in enumerate(self._full.tolist())]
+        return [found[b, :n].copy() for b, n in enumerate(self._sizes)]
 
     def _check(self, wants: Wants, layer: int) -> None:
         name = self._reducer.label
@@ -134,8 +146,16 @@ class Reduction:
         if any(p.behind_images >= len(p.ids) for p in self._prompts):
             raise ValueError(f"{name} needs text behind the image, which a prompt here lacks")
 
+    def _offered(self, stream: Stream) -> Stream:
+        """The stream with the tokens that always stay as text."""
+        if self._fixed is None:
+            return stream
+        stays = self._fixed.gather(1, stream.image.clamp(min=0))
+        return replace(stream, image=stream.image.masked_fill(stays, -1))
+
     def probe(self, stream: Stream, layer: int) -> Probe | None:
         """A probe on the layer below, where the rule wants its rows."""
+        stream = self._offered(stream)
         wants = self._reducer.wants(self.layers.index(layer))
         self._probe = None
         if wants.rows and wants.source == "previous":
@@ -147,6 +167,7 @@ class Reduction:
 
     def cut(self, stream: Stream, layer: int) -> Stream:
         """Show the layer to the rule and drop what it does not keep."""
+        stream = self._offered(stream)
         stage = self.layers.index(layer)
         image = self._of_samples(stream.image)
         visual = image >= 0
@@ -168,13 +189,44 @@ class Reduction:
         )
         if not most:
             return stream
-        self._look(view, stream, columns, alive)
-        choice = self._reducer.select(view)
+        choice = self._choose(view, stream, columns, alive)
         if choice.states is None and bool((choice.keep | ~view.alive).all()):
             return stream  # all stay, and what sequences share too
         self._record(view, choice, layer)
         stream = self._apply(stream, choice, view.alive, columns)
         return stream.repacked() if self._contiguous else stream
+
+    def _choose(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> Choice:
+        """Ask the rule; one that reads the image alone is asked once for all its questions."""
+        wants = self._reducer.wants(view.stage)
+        if wants.hidden or wants.text or wants.vectors or wants.source == "own":
+            stream = self._sampled(stream)
+        shared = stream.shared
+        if shared is None or wants.rows or wants.text:
+            self._look(view, stream, columns, alive)
+            return self._reducer.select(view)
+        leaders, group = shared.leaders, shared.group
+        names = ("keep", "plan", "alive", "places", "full")
+        part = replace(view, **{name: getattr(view, name)[leaders] for name in names})
+        part.memory = {name: value[leaders] for name, value in view.memory.items()}
+        self._look(part, stream.only(leaders), columns[leaders], alive[leaders])
+        choice = self._reducer.select(part)
+        view.memory.update({name: value[group] for name, value in part.memory.items()})
+        states, behind = (
+            None if one is None else one[group] for one in (choice.states, choice.behind)
+        )
+        return Choice(choice.keep[group], states, behind)
+
+    def _sampled(self, stream: Stream) -> Stream:
+        """One sequence for each sample, the first."""
+        if self._first is None or self._owner is None:
+            return stream
+        alone, shared = stream.only(self._first), stream.shared
+        if shared is None:
+            return alone
+        # the leader of a prefix is the first sequence of its sample
+        leaders, group = self._owner[shared.leaders], shared.group[self._first]
+        return replace(alone, shared=SharedPrefix(group, leaders, shared.length))
 
     def _of_samples(self, values: Tensor) -> Tensor:
         return values if self._first is None else values[self._first]
@@ -186,8 +238,7 @@ class Reduction:
         limits = torch.tensor(spans, device=alive.device)
         index = limits[:, :1] + torch.arange(longest, device=alive.device)
         valid = index < limits[:, 1:]
-        runs = torch.tensor([len(p.visual_at) for p in self._prompts], device=alive.device)
-        return torch.minimum(index, limits[:, 1:] - 1) + (alive - runs)[:, None], valid
+        return torch.minimum(index, limits[:, 1:] - 1) + (alive + self._shift)[:, None], valid
 
     def _look(self, view: LayerView, stream: Stream, columns: Tensor, alive: Tensor) -> None:
         """Fill in what the rule wants."""
@@ -202,10 +253,10 @@ class Reduction:
             index = columns[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
             view.rows = rows.gather(3, index) * view.alive[:, None, None]
         if wants.hidden:
-            view.hidden = rows_at(self._of_samples(stream.hidden), columns)
+            view.hidden = rows_at(stream.hidden, columns)
         if wants.text:
             places, view.text_valid = self._text_places("text", alive)
-            view.text = rows_at(self._of_samples(stream.hidden), places)
+            view.text = rows_at(stream.hidden, places)
         if wants.vectors:
             self._vectors(view, stream, columns)
 
@@ -213,40 +264,33 @@ class Reduction:
         """Rows of a layer that has not run, from its own queries and keys."""
         layer = self._text.layers[number]
         attention = layer.self_attn
-        hidden = self._of_samples(stream.hidden)
-        cos, sin = self._rotary(stream, hidden)
-        asked = layer.input_layernorm(rows_at(hidden, places))
-        queries = project(attention.q_proj, attention, asked)
-        queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
+        hidden = stream.hidden
+        cos, sin = self._text.rotary_emb(hidden, position_ids=stream.positions)
         shared = stream.shared
         if shared is None:
             normed = layer.input_layernorm(hidden)
+            asked = rows_at(normed, places)
             keys = turned(project(attention.k_proj, attention, normed), cos, sin)
         else:
             begin, first = shared.length, shared.leaders
-            whole, sines = self._text.rotary_emb(hidden, position_ids=stream.positions)
-            whole, sines = (
-                one.expand(len(stream.hidden), -1, -1)[first, :begin] for one in (whole, sines)
-            )
-            prefix = layer.input_layernorm(stream.hidden[first, :begin])
+            cos, sin = (one.expand(len(hidden), -1, -1) for one in (cos, sin))
+            whole, sines = cos[first, :begin], sin[first, :begin]
+            prefix = layer.input_layernorm(hidden[first, :begin])
             before = turned(project(attention.k_proj, attention, prefix), whole, sines)
-            rest = project(attention.k_proj, attention, layer.input_layernorm(hidden[:, begin:]))
+            normed = layer.input_layernorm(hidden[:, begin:])
+            asked = rows_at(normed, places - begin)  # text behind the image, behind the prefix too
+            rest = project(attention.k_proj, attention, normed)
             rest = turned(rest, cos[:, begin:], sin[:, begin:])
-            keys = torch.cat([before[self._of_samples(shared.group)], rest], 2)
+            keys = shared.spread(before, rest, 2)
+        queries = project(attention.q_proj, attention, asked)
+        queries = turned(queries, rows_at(cos, places), rows_at(sin, places))
         return attention_rows(queries, keys, places, attention.scaling)
-
-    def _rotary(self, stream: Stream, normed: Tensor) -> tuple[Tensor, Tensor]:
-        positions = stream.positions
-        if self._first is not None:
-            positions = positions.index_select(-2, self._first)
-        cos, sin = self._text.rotary_emb(normed, position_ids=positions)
-        return cos, sin
 
     def _vectors(self, view: LayerView, stream: Stream, columns: Tensor) -> None:
         layer = self._text.layers[view.layer]
         attention = layer.self_attn
-        cos, sin = self._rotary(stream, self._of_samples(stream.hidden))
-        normed = layer.input_layernorm(rows_at(self._of_samples(stream.hidden), columns))
+        cos, sin = self._text.rotary_emb(stream.hidden, position_ids=stream.positions)
+        normed = layer.input_layernorm(rows_at(stream.hidden, columns))
         view.queries = project(attention.q_proj, attention, normed)
         view.keys = project(attention.k_proj, attention, normed)
         view.turned_keys = turned(view.keys, rows_at(cos, columns), rows_at(sin, columns))
@@ -273,7 +317,10 @@ class Reduction:
         if states is not None:
             hidden = stream.hidden.clone()
             row, column = torch.nonzero(keep, as_tuple=True)
-            hidden[row, columns[row, column]] = states[row, column].to(hidden.dtype)
+            width = hidden.shape[-1]
+            merged = states.reshape(-1, width).index_select(0, row * states.shape[1] + column)
+            places = row * hidden.shape[1] + columns[row, column]
+            hidden.view(-1, width).index_copy_(0, places, merged.to(hidden.dtype))
             stream = replace(stream, hidden=hidden)
         moved = None if behind is None else torch.zeros_like(text).scatter(1, spare, behind)[:, :-1]
         return stream.take(stays, moved)

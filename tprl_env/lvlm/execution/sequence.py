@@ -196,18 +196,29 @@ def check_context(plan: Layout, limit: int, new: int = 1, owner: Sequence[int] =
         raise ValueError(
             f"row {owner[row] if len(owner) else row}: prompt, visual tokens and answer need "
             f"{needed[row]} places, the language model has {limit} (max_position_embeddings); "
-            f"ask a shorter question, or allow a shorter answer"
+            f"ask a shorter question, about fewer or smaller pictures, or allow a shorter answer"
         )
 
 
 def check_rows(
-    prompts: Sequence[Prompt], tokens: Sequence[Any], keep: Any, answers: Any = None
+    prompts: Sequence[Prompt],
+    tokens: Sequence[Any],
+    keep: Any,
+    answers: Any = None,
+    placed: bool = False,
 ) -> None:
     """Refuse arguments that do not have one entry per prompt.
 
     Raises:
-        ValueError: Lengths differ, or a row has no answer or an empty one.
+        ValueError: Lengths differ, a row has no answer or an empty one, or, where visual tokens
+            must be ``placed``, a prompt does not say where its own stand.
     """
+    for row, prompt in enumerate(prompts):
+        if placed and prompt.placement is None:
+            raise ValueError(
+                f"row {row}: the prompt was made without its pictures, on which text and rotary "
+                f"positions depend in this family; make it with prompt(question, visuals)"
+            )
     given = {"tokens": tokens, "keep": keep, "answers": answers}
     for name, value in given.items():
         if value is not None and len(value) != len(prompts):

@@ -36,7 +36,7 @@ class SharedPrefix:
 
     def spread(self, prefix: Tensor, rest: Tensor, dim: int = 1) -> Tensor:
         """Put (U, ..., P, ...) and (R, ..., T, ...) together: (R, ..., S, ...)."""
-        return torch.cat([prefix[self.group], rest], dim)
+        return torch.cat([prefix.index_select(0, self.group), rest], dim)
 
 
 def shared_prefix(

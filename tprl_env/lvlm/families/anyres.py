@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from tprl_env.data.features.placement import tile_row
 from tprl_env.lvlm.families.family import Placed
 from tprl_env.lvlm.protocol import Placement, raster
 
@@ -34,4 +37,14 @@ def place(model: Any, prepared: Mapping[str, Any], placeholder: str) -> Placed:
     newline = torch.full((3,), math.nan)
     packed = model.base_model.pack_image_features([maps], sizes, image_newline=newline, **more)
     coords = packed[0][0].nan_to_num(-1.0).round().long().numpy()
-    return Placement.in_line(coords), placeholder
+    table = _tiles(tuple(int(n) for n in sizes[0]), points, tower.image_size, side)
+    return Placement.in_line(coords, tiles=table[:count]), placeholder
+
+
+def _tiles(size: tuple[int, ...], points: Any, tile: int, side: int) -> npt.NDArray[np.float32]:
+    """The whole picture, stretched to a square, then tiles of it with its shape kept, padded."""
+    canvas = select_best_resolution(size, points)
+    scale = min(canvas[0] / size[0], canvas[1] / size[1])
+    gaps = [(1 - min(math.ceil(n * scale), c) / c) / 2 for n, c in zip(size, canvas, strict=True)]
+    cut = tile_row(canvas[0] // tile, canvas[1] // tile, side, (gaps[0], gaps[1]))
+    return np.concatenate([tile_row(1, 1, side), cut])

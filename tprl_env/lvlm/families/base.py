@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tprl_env.data.features.placement import Pictured
 from tprl_env.lvlm.execution.language import LanguageModel
 from tprl_env.lvlm.execution.question_map import question_map
 from tprl_env.lvlm.execution.selection import Selection
@@ -31,6 +32,7 @@ class VisionPart(Protocol):
 
     backend: str
     width: int
+    placed: bool
 
     def encode(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
         """Encode (H, W, 3) uint8 RGB pictures."""
@@ -59,6 +61,9 @@ class FrozenLVLM:
         query_width: D, width of the language model's input embeddings.
         tower_width: Dv of the features before the projector.
         image_token_id: The placeholder's id.
+        placed: Whether prompts need their pictures before they can be run, because tokens stand
+            otherwise than in one run at consecutive positions, or with text between them.
+        model_type: The checkpoint's family.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class FrozenLVLM:
         """
         config = model.config
         self.name = name
+        self.model_type = str(getattr(config, "model_type", ""))
         self._fingerprint = fingerprint
         self._model = model.eval().requires_grad_(False)
         self._text = text
@@ -96,11 +102,11 @@ class FrozenLVLM:
         self._eos_ids = end_ids(model, processor.tokenizer)
         self._prompter = Prompter(processor, self.image_token_id, self._eos_ids[0])
         self._vision = vision
-        self.image_backend = vision.backend
+        self.image_backend, self.placed = vision.backend, vision.placed
         words = config.get_text_config()
         self.max_positions = int(words.max_position_embeddings)
         self._language = LanguageModel(
-            text, model.lm_head, self._eos_ids, self.max_positions, levels
+            text, model.lm_head, self._eos_ids, self.max_positions, levels, self.placed
         )
         self.num_layers = self._language.num_layers
         self.query_width = int(words.hidden_size)
@@ -147,7 +153,7 @@ class FrozenLVLM:
         """What methods may ask of the tower and the projector for one picture, on request."""
         return self._vision.signals(image)
 
-    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""
         return self._prompter.prompt(question, visuals)
 
@@ -193,7 +199,7 @@ class FrozenLVLM:
         Raises:
             ValueError: Lengths differ, a row has no answer, an array does not fit, an average
                 cannot be met, or a sequence does not fit into the context.
-            FloatingPointError: The language model computes what is not a number.
+            NotFiniteError: The language model computes what is not a number.
         """
         return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
 

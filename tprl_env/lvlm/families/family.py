@@ -25,9 +25,13 @@ class Family:
         model: Name of the library's class.
         place: From the model, the image processor's output for one picture, and the placeholder
             to the placement and the text of its tokens.
+        needs: What the image processor must give, pixels first.
+        axes: Axes of the pixels of one call.
         prepare: More arguments of the image processor.
     """
 
     model: str
     place: Callable[[Any, Mapping[str, Any], str], Placed]
+    needs: tuple[str, ...]
+    axes: int
     prepare: Mapping[str, Any] = field(default_factory=dict)

@@ -17,11 +17,13 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
+from tprl_env.data.features.placement import full_grid
+from tprl_env.data.pictures import PictureError
 from tprl_env.lvlm.families import anyres, internvl, qwen_vl, smolvlm
 from tprl_env.lvlm.families.base import FrozenLVLM
 from tprl_env.lvlm.families.family import Family
 from tprl_env.lvlm.loading.checkpoint import check_folder, is_local, read_config
-from tprl_env.lvlm.loading.processor import load_parts
+from tprl_env.lvlm.loading.processor import check_pictures, load_parts
 from tprl_env.lvlm.loading.supported import (
     check_text_model,
     check_vocabulary,
@@ -34,16 +36,21 @@ from tprl_env.lvlm.protocol import Visual
 from tprl_env.reducers.vision import VisionSignals
 
 _ROWS_AND_COLUMNS = {"return_row_col_info": True}
+_TILES = (("pixel_values", "image_sizes"), 5)
+_PATCHES = (("pixel_values", "image_grid_thw"), 2)
+_NAMED_TILES = (("pixel_values", "rows", "cols"), 5, _ROWS_AND_COLUMNS)
 
 LIBRARY_FAMILIES: Mapping[str, Family] = {
-    "llava_next": Family("LlavaNextForConditionalGeneration", anyres.place),
-    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", anyres.place),
-    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen_vl.place),
-    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen_vl.place),
-    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", qwen_vl.place),
-    "internvl": Family("InternVLForConditionalGeneration", internvl.place),
-    "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS),
-    "idefics3": Family("Idefics3ForConditionalGeneration", smolvlm.place, _ROWS_AND_COLUMNS),
+    "llava_next": Family("LlavaNextForConditionalGeneration", anyres.place, *_TILES),
+    "llava_onevision": Family("LlavaOnevisionForConditionalGeneration", anyres.place, *_TILES),
+    "qwen2_vl": Family("Qwen2VLForConditionalGeneration", qwen_vl.place, *_PATCHES),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", qwen_vl.place, *_PATCHES),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", qwen_vl.place, *_PATCHES),
+    "internvl": Family(
+        "InternVLForConditionalGeneration", internvl.place, ("pixel_values", "num_patches"), 4
+    ),
+    "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm.place, *_NAMED_TILES),
+    "idefics3": Family("Idefics3ForConditionalGeneration", smolvlm.place, *_NAMED_TILES),
 }
 """Family by the ``model_type`` of config.json."""
 
@@ -90,6 +97,7 @@ class LibraryLVLM(FrozenLVLM):
         check_text_model(config, checkpoint)
         parts = load_parts(source, checkpoint, **options)
         check_vocabulary(config, parts.tokenizer, checkpoint)
+        check_fit(parts.image_processor, config, family, checkpoint)
         if local:
             check_size(model_class, config, local, checkpoint)
         model = load_model(
@@ -116,7 +124,10 @@ class LibraryVision:
     Attributes:
         backend: "pil" or "torchvision", which differ by a grey level here and there.
         width: 0: the library hands out projected tokens only.
+        placed: Prompts need their pictures.
     """
+
+    placed = True
 
     def __init__(self, model: Any, parts: Any, family: Family) -> None:
         """Use a model, its image processor and its family's row of the table."""
@@ -129,8 +140,26 @@ class LibraryVision:
         self._known = [name for name in known if name != "kwargs"]
 
     def encode(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
-        """Encode (H, W, 3) uint8 RGB pictures, one after the other: their sizes differ."""
-        return [self._encode(Image.fromarray(image)) for image in images]
+        """Encode (H, W, 3) uint8 RGB pictures, one after the other: their sizes differ.
+
+        Raises:
+            PictureError: The image processor refuses one, such as a very long and thin one.
+        """
+        found = []
+        for number, image in enumerate(images):
+            picture = Image.fromarray(image)
+            try:
+                prepared = self._image_processor(
+                    images=[picture], return_tensors="pt", **self._family.prepare
+                )
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise PictureError(
+                    f"picture {number} of {picture.width} x {picture.height} pixels cannot be "
+                    f"prepared for {self._model.config.model_type} ({reason}); crop or pad it"
+                ) from error
+            found.append(self._encode(picture, prepared))
+        return found
 
     def project(self, features: Tensor) -> Tensor:
         """Refused: there is no projector that takes single features.
@@ -155,10 +184,7 @@ class LibraryVision:
             f"Take a method on tokens or inside the language model, such as divprune or fastv"
         )
 
-    def _encode(self, picture: Image.Image) -> Visual:
-        prepared = self._image_processor(
-            images=[picture], return_tensors="pt", **self._family.prepare
-        )
+    def _encode(self, picture: Image.Image, prepared: Mapping[str, Any]) -> Visual:
         weight = next(self._model.parameters())
         inputs = {name: prepared[name] for name in self._known if name in prepared}
         inputs = {
@@ -168,7 +194,9 @@ class LibraryVision:
         found = self._model.base_model.get_image_features(**inputs, return_dict=True)
         tokens = _flat(found.pooler_output)
         levels = [_flat(level) for level in getattr(found, "deepstack_features", None) or ()]
-        placement, text = self._family.place(self._model, prepared, self._placeholder)
+        limits = [getattr(self._image_processor, f"{end}_patches", 1) for end in ("min", "max")]
+        seen = {**prepared, "picture": (picture.height, picture.width), "tile_limits": limits}
+        placement, text = self._family.place(self._model, seen, self._placeholder)
         if len(placement.coords) != len(tokens):
             raise ValueError(
                 f"{self._model.config.model_type} made {len(tokens)} tokens of a picture of "
@@ -177,16 +205,48 @@ class LibraryVision:
                 f"of one checkpoint"
             )
         shown = placement.coords[placement.droppable]
-        grid = (1, len(tokens)) if len(shown) == 0 else _grid(placement.coords)
+        grid = full_grid(shown)
         nothing = tokens.new_zeros(len(tokens), 0)
         joined = torch.cat([tokens, *levels], 1)
         return Visual(joined, nothing, None, grid, placement=placement, placeholder=text)
 
 
-def _grid(coords: npt.NDArray[np.int64]) -> tuple[int, int]:
-    """Rows and columns where the tokens are one full grid, else one row of all."""
-    rows, columns = int(coords[:, 1].max()) + 1, int(coords[:, 2].max()) + 1
-    return (rows, columns) if rows * columns == len(coords) else (1, len(coords))
+def check_fit(image_processor: Any, config: Any, family: Family, checkpoint: str) -> None:
+    """Refuse an image processor of another model before its weights are loaded.
+
+    Args:
+        image_processor: The checkpoint's.
+        config: The library's configuration.
+        family: Its row of the table.
+        checkpoint: What the user called it.
+
+    Raises:
+        ValueError: It gives other arrays, tiles or patches than the model takes.
+    """
+    tower = config.vision_config
+    size: Any = getattr(tower, "image_size", None)
+    if "image_grid_thw" in family.needs:
+        last = int(tower.in_channels * tower.temporal_patch_size * tower.patch_size**2)
+    else:
+        last = int(size[0] if isinstance(size, (list, tuple)) else size)
+    check_pictures(
+        image_processor, checkpoint, family.needs, family.axes, last, **dict(family.prepare)
+    )
+    for name, wanted in (
+        ("merge_size", getattr(tower, "spatial_merge_size", None)),
+        ("image_grid_pinpoints", getattr(config, "image_grid_pinpoints", None)),
+    ):
+        found = getattr(image_processor, name, None)
+        if wanted is not None and found is not None and _plain(found) != _plain(wanted):
+            raise ValueError(
+                f"{checkpoint!r}: {name} of the image processor is {_plain(found)!r}, config.json "
+                f"has {_plain(wanted)!r}; fetch both of one checkpoint"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, so that both compare."""
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _flat(parts: Any) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from tprl_env.lvlm.families.base import FrozenLVLM
 from tprl_env.lvlm.loading.checkpoint import check_folder, is_local, read_config
-from tprl_env.lvlm.loading.processor import load_processor
+from tprl_env.lvlm.loading.processor import check_pictures, load_processor
 from tprl_env.lvlm.loading.supported import (
     check_kinds,
     check_parts,
@@ -89,6 +89,7 @@ class LlavaLVLM(FrozenLVLM):
         check_parts(config, checkpoint)
         processor = load_processor(LlavaProcessor, source, checkpoint, **options)
         check_vocabulary(config, processor.tokenizer, checkpoint)
+        check_pictures(processor.image_processor, checkpoint, ("pixel_values",), axes=4, rows=1)
         if local:
             check_size(LlavaForConditionalGeneration, config, local, checkpoint)
         model = load_model(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tprl_env.data.features.placement import tile_row
 from tprl_env.lvlm.families.family import Placed
 from tprl_env.lvlm.protocol import Placement, raster
 
@@ -26,4 +27,5 @@ def place(model: Any, prepared: Mapping[str, Any], placeholder: str) -> Placed:
         text += "\n"
     text += ("\n" if rows else "") + f"{_AROUND}{_WHOLE}{placeholder}{_AROUND}"
     coords = np.concatenate([raster(side, side, tile) for tile in range(tiles)])
-    return Placement.in_line(coords, [side * side] * tiles), text
+    table = np.concatenate([tile_row(rows, columns, side), tile_row(1, 1, side)])
+    return Placement.in_line(coords, [side * side] * tiles, table), text

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from tprl_env.checks import quoted
@@ -94,6 +95,55 @@ class _PartsLoader:
         if template is None and older.is_file():
             template = json.loads(older.read_text(encoding="utf-8")).get("chat_template")
         return Parts(tokenizer, images, template)
+
+
+def check_pictures(
+    image_processor: Any,
+    checkpoint: str,
+    needs: Sequence[str],
+    axes: int,
+    last: int | None = None,
+    rows: int | None = None,
+    **prepare: Any,
+) -> None:
+    """Refuse an image processor of another family or size, by what it makes of a grey picture.
+
+    Args:
+        image_processor: The checkpoint's.
+        checkpoint: What the user called it.
+        needs: What it must give, pixels first.
+        axes: Axes of the pixels of one call.
+        last: Their last size; ``None`` where any will do.
+        rows: Their first size, of one picture; ``None`` where any will do.
+        **prepare: More arguments of the image processor.
+
+    Raises:
+        ValueError: It gives something else.
+    """
+    name = type(image_processor).__name__
+    picture = Image.new("RGB", (64, 48), "grey")
+    try:
+        prepared = image_processor(images=[picture], return_tensors="pt", **prepare)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{checkpoint!r}: its image processor, {name}, does not fit its model ({reason}); "
+            f"fetch {_FILES} of the same checkpoint"
+        ) from error
+    missing = [one for one in needs if one not in prepared]
+    if missing:
+        raise ValueError(
+            f"{checkpoint!r}: its image processor, {name}, gives {', '.join(prepared)} but the "
+            f"model needs {', '.join(missing)}; fetch {_FILES} of the same checkpoint"
+        )
+    shape = tuple(prepared[needs[0]].shape)
+    if len(shape) != axes or last not in (None, shape[-1]) or rows not in (None, shape[0]):
+        sizes = {"first": rows, "last": last}
+        wanted = f"{axes} axes" + "".join(f", the {n} of {k}" for n, k in sizes.items() if k)
+        raise ValueError(
+            f"{checkpoint!r}: its image processor, {name}, gives pixels of shape {shape}, but the "
+            f"model takes {wanted}; fetch {_FILES} of the same checkpoint"
+        )
 
 
 def _check_template(path: Path, checkpoint: str) -> None:

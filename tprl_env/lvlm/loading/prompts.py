@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tprl_env.checks import quoted
-from tprl_env.lvlm.protocol import Placement, Prompt, Visual, raster
+from tprl_env.data.features.placement import Pictured, Placement, raster
+from tprl_env.lvlm.protocol import Prompt
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
 """LLaVA-1.5's conversation without its system text, for checkpoints that carry no template."""
@@ -87,7 +88,7 @@ class Prompter:
         head, tail = text.split(_SENTINEL)
         return head, tail
 
-    def prompt(self, question: str, visuals: Sequence[Visual] | None = None) -> Prompt:
+    def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise ``question`` inside the template.
 
         Args:
@@ -201,7 +202,7 @@ class Prompter:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _placement(visuals: Sequence[Visual] | None) -> Placement | None:
+def _placement(visuals: Sequence[Pictured] | None) -> Placement | None:
     """Where the tokens of all pictures stand; ``None`` for one run at consecutive positions."""
     if visuals is None:
         return None

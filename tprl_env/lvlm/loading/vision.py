@@ -34,7 +34,10 @@ class VisionEncoder:
         width: Dv; the widths of all selected tower layers together.
         cls_attention_layer: Tower layer whose CLS attention is reported: the field of that name
             in the checkpoint's config.json, else :data:`DEFAULT_CLS_LAYER`.
+        placed: False: one run of tokens at consecutive positions.
     """
+
+    placed = False
 
     def __init__(self, model: Any, image_processor: Any) -> None:
         """Use the tower and projector of a ``LlavaForConditionalGeneration``.

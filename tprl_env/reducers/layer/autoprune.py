@@ -34,8 +34,10 @@ class AutoPrune(RankingLayerPruner):
     sample spends the same average. Tokens are ranked by the attention of the text in the layer
     below, mean over words and heads.
 
-    Our reading of the authors' code, which has one more cut behind layer 0 that needs the vision
-    tower's attention, and recycles dropped tokens as SparseVLM does: both are left out. A k below
+    Two parts of the authors' code are left out. Its cut behind layer 0 ranks by the vision tower's
+    CLS attention, and a rule inside the language model is shown nothing of the tower: prune with
+    `fastervlm` before it instead. Its recycling, as SparseVLM's, would add tokens on top of the
+    curve, whose counts a sample has spent already. A k below
     zero, where early layers would keep less than late ones, is zero: one count for all layers.
 
     Attributes:

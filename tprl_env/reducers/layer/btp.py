@@ -65,7 +65,7 @@ class BTP(LayerPruner):
         self, num_tokens: int, num_layers: int, average: float | None = None
     ) -> tuple[Stage, ...]:
         """288, 144, 48 and none of 576 before layers 3, 6, 14 and 22: average 129."""
-        layers = at_depth(self.layers, self.depth, num_layers, first=1)
+        layers = tuple(at_depth(self.layers, self.depth, num_layers, first=1))
         if average is None:
             return merged_stages(layers, [round(share * num_tokens) for share in self.shares])
         return meet_average(self.name, layers, self._powers, num_tokens, num_layers, average)

@@ -37,7 +37,9 @@ class PACT(LayerPruner):
     than the schedule wants and as many as possible; a share above ``keep`` prunes less. Each
     clustering is O(n^2) and as many rounds as centres wait for one another. Our
     reading: a cluster counts once in later attention, while the authors add the logarithm of its
-    size to the logits (proportional attention), which needs a mask in every later layer.
+    size to the logits (proportional attention). That is an additive mask in every later layer and
+    decoding step, while prefill here runs without one (a causal mask kept by the fused kernel);
+    clusters of many tokens weigh less than in the authors' figures.
 
     Attributes:
         layer: The cut is before this layer.

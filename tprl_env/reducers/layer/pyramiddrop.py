@@ -52,7 +52,7 @@ class PyramidDrop(RankingLayerPruner):
         self, num_tokens: int, num_layers: int, average: float | None = None
     ) -> tuple[Stage, ...]:
         """Counts int(N * share) of the full image; halving at 8, 16, 24 of 32: average 270."""
-        layers = at_depth(self.layers, self.depth, num_layers)
+        layers = tuple(at_depth(self.layers, self.depth, num_layers))
         if average is None:
             counts = [int(num_tokens * share) for share in self._shares(self.ratio)]
             return merged_stages(layers, counts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from tprl_env.reducers.layer_pruner import Stage
 
@@ -91,15 +92,16 @@ def one_cut(
     return (Stage(layer, min(max(count, 1), num_tokens)),)
 
 
+@lru_cache(maxsize=256)
 def meet_average(
     name: str,
-    layers: Sequence[int],
+    layers: tuple[int, ...],
     shares: Callable[[float], Sequence[float]],
     num_tokens: int,
     num_layers: int,
     average: float,
 ) -> tuple[Stage, ...]:
-    """Several stages that meet an average as closely as whole tokens allow.
+    """Several stages that meet an average as closely as whole tokens allow; remembered.
 
     Args:
         name: Of the method, for the message.

@@ -39,8 +39,8 @@ class SparseVLM(LayerPruner):
       the place of its cluster's centre. v1.5 computes the raters' rows beside a fused attention,
       as everything does here, and has a list for 96 tokens.
     * v2 (SparseVLM+) keeps positions, merges nothing and takes only the heads whose text looks most
-      at the image, 14 of 32. Our reading leaves out its "gravity correction" of the rotary bias,
-      which needs logits before the softmax.
+      at the image, 14 of 32. Our reading leaves out its "gravity correction", which divides
+      the logits by a bias of the rotary distance: a rule here is shown rows behind the softmax.
 
     Between and beyond the authors' lists the shares of the tokens are interpolated. Their names do
     not count as this package does: the list called 192 has an average of (2 * 576 + 4 * 300
@@ -92,7 +92,7 @@ class SparseVLM(LayerPruner):
         self, num_tokens: int, num_layers: int, average: float | None = None
     ) -> tuple[Stage, ...]:
         """A first stage before layer 0, where raters are found and nothing leaves, and the cuts."""
-        layers = at_depth(self.layers, self.depth, num_layers, first=1)
+        layers = tuple(at_depth(self.layers, self.depth, num_layers, first=1))
         if average is None:
             counts = [round(num_tokens * count / FULL) for count in LISTS[self.version][192]]
             cuts = merged_stages(layers, counts)

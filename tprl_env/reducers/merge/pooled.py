@@ -47,6 +47,12 @@ class Pooled(Merger):
                 f"merger 'pooled' needs a full grid, got {height}x{width} for {len(tokens)} tokens "
                 f"of sample {inputs.sample}"
             )
+        if inputs.coords is not None and int(inputs.coords[:, :2].max()) > 0:
+            raise ValueError(
+                f"merger 'pooled' averages squares of one full grid, but the tokens of sample "
+                f"{inputs.sample} lie in tiles; take 'tome', or an LVLM of one grid such as "
+                f"qwen2_5_vl"
+            )
         side = self.window or _nearest_side(height, width, budget)
         columns = -(-width // side)
         place = torch.arange(len(tokens), device=tokens.device)

@@ -53,6 +53,10 @@ class OraclePruner(RankingPruner):
 
 def _cells(inputs: PruneInputs) -> Tensor:
     """Number of every token's cell, int64 (n,)."""
+    if inputs.coords is not None:  # cells of each tile
+        tile, row, column = inputs.coords.T
+        side = int(inputs.coords[:, 1:].max()) + 1
+        return (tile * side + row // _CELL) * side + column // _CELL
     height, width = inputs.grid or (0, 0)
     if height * width != inputs.num_tokens:
         raise ValueError(

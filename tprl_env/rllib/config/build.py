@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tprl_env.data.features.source import TokenSource
+from tprl_env.env.observations import has_areas
 from tprl_env.rllib.config.train_config import TrainConfig
 from tprl_env.scoring.spec import ScorerSpec
 
@@ -41,7 +42,10 @@ def policy_config(config: TrainConfig, source: TokenSource) -> PolicyConfig:
     from tprl_env.policy.network import PolicyConfig  # torch: a config alone never needs it
 
     table = policy_fields(config)
-    table["position_slots"] = source.max_tokens if config.policy.positions else 0
+    # an index says where a token is only where all pictures have one grid
+    table["coordinates"] = has_areas(source)
+    slots = config.policy.positions and not table["coordinates"]
+    table["position_slots"] = source.max_tokens if slots else 0
     table |= {"token_width": source.code_width, "query_width": source.query_width}
     return PolicyConfig(**table, trained_steps=config.rules.max_steps)
 
@@ -53,11 +57,11 @@ def scorer_spec(config: TrainConfig) -> ScorerSpec:
         ValueError: If source or LVLM are missing.
     """
     if not config.source:
-        raise ValueError("source is empty; pass --source STORE, a folder made by `tprl encode`")
+        raise ValueError("source is empty; pass source=STORE, a folder made by `tprl encode`")
     scoring = config.scoring
     if scoring.scorer == "lvlm" and not config.lvlm:
         raise ValueError(
-            "lvlm is empty; pass --lvlm with the LVLM the store was encoded with, such as "
+            "lvlm is empty; pass lvlm=LVLM, the one that the store was encoded with, such as "
             "builtin:crowded"
         )
     return ScorerSpec(

@@ -49,7 +49,8 @@ class PolicySettings:
         token_norm: LayerNorm on the codes.
         query_norm: Normalisation of the query: "none", "rms" or "layer".
         query_scale: Factor on the query after its normalisation.
-        positions: Learn an embedding per token index.
+        positions: Learn an embedding per token index. Where the pictures of the source have no
+            grid in common, the policy is told where each token is in its picture instead.
         value_query: Let the critic see the query.
         value_input_detach: Stop the critic's gradient before the shared features.
         initial_keep: Keep-probability of an untrained policy.

@@ -55,7 +55,7 @@ def search(
     folder = Path(out).resolve()
     table = folder / "search.json"
     if table.is_file():
-        raise ValueError(f"{folder} holds a finished search; choose another --out")
+        raise ValueError(f"{folder} holds a finished search; choose another out")
     root = (Path(shared).resolve() if shared else folder) / "data"
     place = stores or builtin_data(search_, search_.task, 64, root, 12)
     first = search_.config({}).replace(source=place.train, lvlm=place.lvlm)

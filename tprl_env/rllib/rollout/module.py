@@ -216,7 +216,8 @@ class TokenPruningModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         """Complete an observation of sample numbers from the source."""
         source = shared_source(self.model_config["source"])
         samples = obs["sample"].reshape(-1).cpu().numpy().astype(np.int64)
-        parts = look_up(source, samples, self.pruning_policy.config.query)
+        config = self.pruning_policy.config
+        parts = look_up(source, samples, config.query, areas=config.coordinates)
         return {**obs, **to_tensors(parts, self.device)}
 
     def _counts(self, alive: Tensor, budget: Tensor, step: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def check_changes(
         table = ", ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in different)
         raise ValueError(
             f"the run in {where!r} trains a policy of another shape ({table}); resume "
-            "with its own settings, or choose another --out"
+            "with its own settings, or choose another out"
         )
     old_table, new_table = old.flat(), new.flat()
     changed = {
@@ -75,7 +75,7 @@ def check_changes(
         )
         raise ValueError(
             f"the run in {where!r} would become another one ({table}); resume with its own "
-            "settings, or choose another --out; what may change is listed in docs/reliability.md"
+            "settings, or choose another out; what may change is listed in docs/reliability.md"
         )
     return changed
 

@@ -140,8 +140,8 @@ class RunFolder:
             self.newest()  # refuses a run whose checkpoints are all damaged
         elif saved.exists():
             raise ValueError(
-                f"{self.where!r} holds a run already; resume it with --resume, or choose "
-                "another --out"
+                f"{self.where!r} holds a run already; resume it with resume=True, or choose "
+                "another out"
             )
         return resume
 
@@ -293,7 +293,7 @@ class RunFolder:
             raise ValueError(
                 f"none of the {len(damaged)} checkpoints in {str(self._checkpoints)!r} is whole "
                 f"({damaged[-1].name}: {self._damage(damaged[-1])}); restore one from a copy, or "
-                "start again with another --out"
+                "start again with another out"
             )
         return None
 

@@ -42,7 +42,7 @@ def _check_rules(config: TrainConfig, source: TokenSource) -> None:
         if not str(error).startswith("budget"):
             raise
         fitting = f"{min(budget[0], most)},{most}" if isinstance(budget, tuple) else f"{most}"
-        raise ValueError(f"rules.{error}; pass --rules.budget {fitting}") from error
+        raise ValueError(f"rules.{error}; pass rules.budget={fitting}") from error
 
 
 def _check_demonstrator(config: TrainConfig, source: TokenSource) -> None:

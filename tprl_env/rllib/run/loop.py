@@ -148,7 +148,7 @@ class Loop:
         kept = "there is no checkpoint before it" if newest is None else f"{newest[0]} is kept"
         return DivergedError(
             f"the run diverged in iteration {number}: {wrong}; {kept}; lower algorithm.lr "
-            f"({self.config.algorithm.lr:g} now) and resume, or start again with another --out"
+            f"({self.config.algorithm.lr:g} now) and resume, or start again with another out"
         )
 
     def _due(self, saved: int) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tprl_env.data.features import shared_source
+from tprl_env.data.features.manifest import trusting
 from tprl_env.files import folder_lock
 from tprl_env.policy.imitation import ImitationReport
 from tprl_env.ray_session import ray_session
@@ -65,6 +66,7 @@ class TrainResult:
     imitation: ImitationReport | None = None
 
 
+@trusting
 def train(
     config: TrainConfig,
     out: str | Path | RunFolder,
@@ -77,6 +79,7 @@ def train(
     max_scores: int | None = None,
     max_seconds: float | None = None,
     on_iteration: OnIteration | None = None,
+    trust: bool = False,
 ) -> TrainResult:
     """Train a policy.
 
@@ -92,6 +95,7 @@ def train(
         max_scores: Overrides ``limits.max_scores``; counts requested scores over all starts.
         max_seconds: Overrides ``limits.max_seconds``; counts training time over all starts.
         on_iteration: Called after each iteration with the row of metrics and the policy.
+        trust: Compare sizes of the store's files only, not their checksums (``--trust``).
 
     Raises:
         ValueError: For a run without an end, a folder or a policy that does not fit, a folder that
