@@ -315,6 +315,32 @@ def test_a_cluster_that_stays_away_is_given_up(monkeypatch):
         jobs.follow(client, "job_1")
 
 
+class StartingClient:
+    """Has no agent at first, as a head of a few seconds; then takes one job."""
+
+    def __init__(self, refusals: int, reason: str = "No available agent to submit job") -> None:
+        self.refusals, self.reason, self.ids = refusals, reason, []
+
+    def submit_job(self, *, submission_id: str, entrypoint: str) -> str:
+        self.ids.append(submission_id)
+        if len(self.ids) <= self.refusals:
+            raise RuntimeError(f"Request failed with status code 500: {self.reason}")
+        return submission_id
+
+
+def test_a_head_that_has_just_started_is_waited_for(capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "_AGENT_PAUSE", 0.0)
+    client = StartingClient(2)
+    job = jobs._submitted(client, entrypoint="true")
+    assert client.ids == [job] * 3  # one job, whichever request got through
+    assert capsys.readouterr().err.count("waiting until it takes jobs") == 2
+    with pytest.raises(RuntimeError, match="no such environment"):
+        jobs._submitted(StartingClient(1, "no such environment"), entrypoint="true")
+    monkeypatch.setattr(jobs, "_AGENT_SECONDS", -1.0)
+    with pytest.raises(RuntimeError, match="No available agent"):
+        jobs._submitted(StartingClient(1), entrypoint="true")
+
+
 # A real head ---------------------------------------------------------------------------------
 
 

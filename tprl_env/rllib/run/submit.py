@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -51,6 +52,7 @@ _CHATTY = (  # tell every ignored file and every closed connection
     "ray.dashboard.modules.job.sdk",
 )
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_AGENT_SECONDS, _AGENT_PAUSE = 90.0, 2.0  # for the agent of a head that has just started
 _PATIENCE = 300.0  # seconds without the cluster after which following ends
 _INTERRUPTED = 130
 
@@ -173,7 +175,8 @@ def send(
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(
+        job = _submitted(
+            client,
             entrypoint=command,
             runtime_env=dict(environment),
             entrypoint_num_cpus=driver_cpus or None,
@@ -187,6 +190,30 @@ def send(
         reason = str(error).strip().splitlines()[-1]
         raise OSError(f"the cluster at {address} refused the job: {reason}") from error
     return client, job
+
+
+def _submitted(client: Any, **job: Any) -> str:
+    """The id of a submitted job.
+
+    A head that has just started takes jobs some seconds before its agent can run them; until then
+    it answers "No available agent ... try again later". The id is fixed beforehand, so that no job
+    starts twice.
+
+    Raises:
+        RuntimeError: The cluster refuses the job, or its agent is not there in time.
+    """
+    job_id = f"raysubmit_{secrets.token_hex(8)}"
+    until = time.monotonic() + _AGENT_SECONDS
+    while True:
+        try:
+            submitted: str = client.submit_job(submission_id=job_id, **job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise
+            print("the head has just started; waiting until it takes jobs", file=sys.stderr)
+            time.sleep(_AGENT_PAUSE)
+        else:
+            return submitted
 
 
 def dashboard_address() -> str:
