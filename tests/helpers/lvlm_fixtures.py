@@ -154,7 +154,7 @@ def pictures(count: int, seed: int = 0, size: tuple[int, int] = (IMAGE, IMAGE)) 
 class MemoryStore:
     """What an LVLMScorer needs of a FeatureStore, held in memory."""
 
-    visual: list[np.ndarray]
+    encoded: list[np.ndarray]
     prompts: list[Any]
     answers: list[list[np.ndarray]]
     images: list[int]
@@ -163,13 +163,13 @@ class MemoryStore:
 
     @property
     def max_tokens(self) -> int:
-        return max(len(tokens) for tokens in self.visual)
+        return max(len(tokens) for tokens in self.encoded)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def exists(self, samples: Sequence[int]) -> np.ndarray:
-        counts = np.array([len(self.visual[self.images[int(s)]]) for s in samples], np.int64)
+        counts = np.array([len(self.encoded[self.images[int(s)]]) for s in samples], np.int64)
         return np.arange(self.max_tokens)[None] < counts[:, None]
 
     def id(self, sample: int) -> str:
@@ -182,7 +182,19 @@ class MemoryStore:
         return self.images[sample]
 
     def tokens(self, sample: int) -> np.ndarray:
-        return self.visual[self.images[sample]]
+        return self.encoded[self.images[sample]]
+
+    def visual(self, sample: int) -> SimpleNamespace:
+        return SimpleNamespace(tokens=self.tokens(sample))
+
+    def visual_at(self, sample: int) -> tuple[int, ...]:
+        return self.prompts[sample].visual_at
+
+    def placement(self, image: int) -> None:
+        return None
+
+    def fixed_count(self, image: int) -> int:
+        return 0
 
     def prompt_ids(self, sample: int) -> np.ndarray:
         return np.array(self.prompts[sample].ids)
@@ -201,7 +213,7 @@ def memory_store(lvlm: Any, samples: int = 12, seed: int = 0) -> MemoryStore:
     prompts = [lvlm.prompt(QUESTIONS[i % len(QUESTIONS)]) for i in range(samples)]
     texts = [["7", "red c1"] if i % 3 == 0 else [str(i % 10)] for i in range(samples)]
     return MemoryStore(
-        visual=[v.tokens.float().cpu().numpy().astype(np.float16) for v in visual],
+        encoded=[v.tokens.float().cpu().numpy().astype(np.float16) for v in visual],
         prompts=prompts,
         answers=[
             [np.array(lvlm.answer_ids(p, a)) for a in accepted]
@@ -209,5 +221,5 @@ def memory_store(lvlm: Any, samples: int = 12, seed: int = 0) -> MemoryStore:
         ],
         images=images,
         full={m: np.ones(samples, np.float32) for m in ("exact", "likelihood")},
-        manifest=SimpleNamespace(lvlm_fingerprint=lvlm.fingerprint),
+        manifest=SimpleNamespace(lvlm_fingerprint=lvlm.fingerprint, version=2),
     )
