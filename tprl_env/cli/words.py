@@ -22,7 +22,9 @@ _PHRASES = {
     "resume=True": "--resume",
     "another out": "another --out",
 }
-_PASSED = re.compile(r"(\bpass |\bwith |(?<!\w)\()([a-z][a-z_.]*)=([^\s;)]+?)(?=[,.]?(?:\s|;|\)|$))")
+_PASSED = re.compile(
+    r"(\bpass |\bwith |(?<!\w)\()([a-z][a-z_.]*)=([^\s;)]+?)(?=[,.]?(?:\s|;|\)|$))"
+)
 _SUBJECT = re.compile(r"^([a-z]+(?:_[a-z]+)*) must ")
 
 
