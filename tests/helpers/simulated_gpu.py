@@ -267,5 +267,14 @@ def simulated_gpus(count: int = 1) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         stack.enter_context(_Operations(labels))
-        stack.enter_context(_Calls(labels, count))
+        calls = stack.enter_context(_Calls(labels, count))
+        run_backward = torch.autograd._engine_run_backward
+
+        def with_calls(*args: Any, **kwargs: Any) -> Any:
+            with calls:  # off inside a call, but backward functions in Python ask for devices too
+                return run_backward(*args, **kwargs)
+
+        stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", with_calls)
+        )
         yield

@@ -95,9 +95,10 @@ class TokenAutoencoder(nn.Module):
         return self.config.code_width
 
     def encode(self, tokens: Tensor) -> Tensor:
-        """Return codes ``(..., d)`` of tokens ``(..., d_v)``."""
-        raw = self.encoder((tokens - self.token_mean) / self.token_scale)
-        return (raw - self.code_mean) / self.code_scale
+        """Return codes ``(..., d)`` of tokens ``(..., d_v)``, on the device of the tokens."""
+        here = tokens.to(self.token_mean.device)
+        raw = self.encoder((here - self.token_mean) / self.token_scale)
+        return ((raw - self.code_mean) / self.code_scale).to(tokens.device)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return reconstructed tokens ``(..., d_v)`` of codes ``(..., d)``."""

@@ -81,4 +81,4 @@ class Trim(Merger):
         mean = vision.project(features[~keep].mean(0, keepdim=True))
         last = scores.masked_fill(keep, -torch.inf).argmax()
         places = torch.cat([keep.nonzero()[:, 0], last[None]])
-        return Merged(torch.cat([tokens[keep], mean.to(tokens.dtype)]), places)
+        return Merged(torch.cat([tokens[keep], mean.to(tokens)]), places)
