@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +18,15 @@ pytest.importorskip("transformers")
 
 from tprl_env.data.features.store import FeatureStore, open_source
 from tprl_env.data.sample import Sample
+from tprl_env.evaluation.reducer_names import contenders
+from tprl_env.evaluation.reducers import Bench
 from tprl_env.inference import PrunedLVLM
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.lvlm.encoding.saliency import add_question_attention, add_question_rows
 from tprl_env.lvlm.tiny.families import RANDOM_FAMILIES, save_random
 from tprl_env.policy import PolicyConfig, PolicyPruner, PruningPolicy
-from tprl_env.policy.autoencoder_training import write_codes, train_autoencoder
+from tprl_env.policy.autoencoder_training import train_autoencoder, write_codes
 from tprl_env.policy.demonstrations import saliency_demonstrator
 from tprl_env.policy.distributions import ConditionalBernoulli, MaskedBernoulli
 from tprl_env.policy.imitation import pretrain
@@ -197,7 +200,9 @@ class Case:
             except ValueError as error:
                 found[name] = str(error)
         refused = {name: why for name, why in found.items() if isinstance(why, str)}
-        assert not (refused if self.name in ("llava", "llava_mistral") else len(refused) > 15), refused
+        assert not (refused if self.name in ("llava", "llava_mistral") else len(refused) > 15), (
+            refused
+        )
         return found
 
 
@@ -237,3 +242,131 @@ def test_every_reducer_leaves_on_a_gpu_what_it_leaves_on_the_cpu(case: Case) -> 
         found = case.reduced(SimpleNamespace(lvlm=lvlm, autoencoder=autoencoder))
     case.cpu.autoencoder.to("cpu")
     assert found == wanted
+
+
+def measured(store: FeatureStore, lvlm: Any, budget: int) -> list[Any]:
+    bench = Bench(store, lvlm, np.arange(4))
+    chosen = contenders(["visionzip", "tome", "divprune", "pact"])
+    return [row for one in chosen for row in bench.measure(one, [budget])]
+
+
+def test_reducers_are_measured_on_a_gpu_as_on_the_cpu(case: Case) -> None:
+    store, budget = case.cpu.store, 12
+    with simulated_gpus():
+        found = measured(store, load_lvlm(case.folder, dtype="float32"), budget)
+    for one, wanted in zip(found, measured(store, case.cpu.lvlm, budget), strict=True):
+        assert one.row.get("reason") == wanted.row.get("reason")
+        assert np.array_equal(one.lives, wanted.lives) and np.array_equal(one.scores, wanted.scores)
+
+
+# ---------- the policy
+
+
+def close(found: Any, wanted: Any) -> None:
+    """Equal up to rounding, wherever they are."""
+    torch.testing.assert_close(found.detach().cpu(), wanted.detach().cpu(), rtol=1e-4, atol=1e-5)
+
+
+def toy_policy(device: str) -> PruningPolicy:
+    torch.manual_seed(0)
+    source = open_source(TOY)
+    config = PolicyConfig.question_aware(source.code_width, source.query_width, width=16)
+    return PruningPolicy(config).to(device)
+
+
+def imitated(device: str) -> tuple[PruningPolicy, float]:
+    source, policy = open_source(TOY), toy_policy(device)
+    demonstrator = saliency_demonstrator(source, REDUCERS["oracle"](), 2, 6)
+    return policy, pretrain(policy, source, demonstrator, steps=3, batch_size=4).agreement
+
+
+def test_a_policy_imitates_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+    wanted, agreement = imitated("cpu")
+    with simulated_gpus():
+        found, shares = imitated("cuda")
+        assert {p.device.type for p in found.parameters()} == {"cuda"}
+        found.save_pretrained(tmp_path)
+        again = PruningPolicy.from_pretrained(tmp_path, device="cuda")
+        assert again.device.type == "cuda"
+    assert shares == pytest.approx(agreement)
+    for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
+        close(one, other)
+
+
+def judged(device: str, exact: bool) -> list[Tensor]:
+    """Everything that a learner asks of a distribution, and gradients of the policy."""
+    source, policy = open_source(TOY), toy_policy(device)
+    rows = np.arange(6)
+    obs = observe(source, rows, policy.config, device=policy.device)
+    alive = torch.from_numpy(source.exists(rows)).to(policy.device)
+    output = policy(with_progress(obs, alive=alive, step=0, budget=4))
+    logits, count = output.logits, torch.full((6,), 4, device=policy.device)
+    made: Any = (
+        ConditionalBernoulli(logits, alive, count)
+        if exact
+        else MaskedBernoulli(logits, alive, 0.5, 0.9)
+    )
+    other: Any = (
+        ConditionalBernoulli(logits.detach() + 0.1 * alive, alive, count)
+        if exact
+        else MaskedBernoulli(logits.detach() + 0.1, alive, 0.5, 0.9)
+    )
+    drawn = made.sample(torch.Generator(policy.device).manual_seed(1))
+    log_prob, entropy, kl = made.log_prob(drawn), made.entropy(), made.kl(other)
+    (log_prob + entropy + kl + output.value.square()).sum().backward()
+    optimizer = torch.optim.Adam(policy.parameters())
+    nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    rest = [made.inclusion_probabilities()] if exact else [made.token_log_prob(drawn)]
+    found = [drawn.float(), log_prob, entropy, kl, made.mode().float(), *rest]
+    return [*found, *(p for p in policy.parameters())]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_both_distributions_and_their_gradients(exact: bool) -> None:
+    wanted = judged("cpu", exact)
+    with simulated_gpus():
+        found = judged("cuda", exact)
+        assert {one.device.type for one in found} == {"cuda"}
+    for one, other in zip(found, wanted, strict=True):
+        close(one, other)
+
+
+def test_the_module_of_rllib_acts_and_learns() -> None:
+    pytest.importorskip("ray")
+    from gymnasium.spaces import MultiBinary
+    from ray.rllib.core.columns import Columns
+    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+    from tprl_env.rllib.rollout.module import TokenPruningModule
+
+    source = open_source(TOY)
+    config = PolicyConfig.question_aware(source.code_width, source.query_width, width=16)
+    options = {
+        **{"policy": asdict(config), "distribution": "exact", "discount": 1.0, "max_steps": 2},
+        **{"source": TOY, "seed": 0, "load": None},
+    }
+    with simulated_gpus():
+        spec = RLModuleSpec(
+            module_class=TokenPruningModule,
+            observation_space=MultiBinary(14),
+            action_space=MultiBinary(14),
+            model_config=options,
+        )
+        built: Any = spec.build().to("cuda")
+        numbers = torch.tensor([1, 2, 2])
+        obs = {
+            "sample": numbers,
+            "alive": torch.from_numpy(source.exists(numbers.numpy())),
+            "step": torch.zeros(3, 1),
+            "budget": torch.full((3, 1), 4.0),
+            "state": torch.tensor([0, 1, 1]),
+        }
+        obs = {name: part.to("cuda") for name, part in obs.items()}
+        acted = built.act(obs)
+        assert acted.actions.is_cuda and built.generator.device.type == "cuda"
+        outputs = built._forward_train({Columns.OBS: obs})
+        made = built.action_dist_cls.from_logits(outputs[Columns.ACTION_DIST_INPUTS])
+        (made.logp(acted.actions) + made.entropy()).sum().backward()
+        used = [p for p in built.parameters() if p.grad is not None]
+        assert used and all(p.grad is not None and p.grad.is_cuda for p in used)

@@ -274,7 +274,5 @@ def simulated_gpus(count: int = 1) -> Iterator[None]:
             with calls:  # off inside a call, but backward functions in Python ask for devices too
                 return run_backward(*args, **kwargs)
 
-        stack.enter_context(
-            mock.patch.object(torch.autograd, "_engine_run_backward", with_calls)
-        )
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", with_calls))
         yield
