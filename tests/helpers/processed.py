@@ -54,7 +54,9 @@ class Checkpoint:
         left: bool = True,
     ) -> dict[str, torch.Tensor]:
         """What one call of the processor gives for a batch."""
-        rows = [self.ids(question, group) for question, group in zip(questions, groups)]
+        rows = [
+            self.ids(question, group) for question, group in zip(questions, groups, strict=True)
+        ]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), PAD)
         mask = torch.zeros_like(ids)

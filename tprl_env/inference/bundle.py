@@ -101,11 +101,12 @@ def load_bundle(
                 f"{path} is not the file that was saved with {PRUNER_NAME} (their sha256 differ); "
                 f"{_CURE}"
             )
-    fields = {**content["settings"], **settings}
-    check_fields("the policy's settings", PolicyPruner, fields)
+    policy = PruningPolicy.from_pretrained(folder)
+    fields = {"policy": policy, **content["settings"], **settings}
+    check_fields("PolicyPruner", PolicyPruner, fields)
     question = content["question"]
     return TokenPruner(
-        PolicyPruner(PruningPolicy.from_pretrained(folder), **fields),
+        PolicyPruner(**fields),
         TokenAutoencoder.from_pretrained(folder / AUTOENCODER),
         content["budget"],
         QuestionFrame(tuple(question["before"]), tuple(question["behind"])),

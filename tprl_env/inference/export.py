@@ -49,12 +49,10 @@ def read_run(
         )
     store = FeatureStore.open(str(source))
     manifest = store.manifest
-    check_fields("the policy's settings", PolicyPruner, settings)
-    policy = PolicyPruner.as_trained(
-        PruningPolicy.from_pretrained(folder / "policy"), **dict(settings)
-    )
-    place = Path(str(source)) / "autoencoder" if autoencoder is None else Path(autoencoder)
-    encoder = TokenAutoencoder.from_pretrained(place)
+    network = PruningPolicy.from_pretrained(folder / "policy")
+    check_fields("PolicyPruner", PolicyPruner, {"policy": network, **settings})
+    policy = PolicyPruner.as_trained(network, **dict(settings))
+    encoder = _autoencoder(store, autoencoder)
     loaded = load_lvlm(str(name)) if lvlm is None else lvlm
     if loaded.fingerprint != manifest.lvlm_fingerprint:
         raise ValueError(
@@ -82,6 +80,25 @@ def read_run(
     )
     wanted = budget if budget is not None else max(budgets, default=None)
     return TokenPruner(policy, encoder, wanted, QuestionFrame.of(loaded), origin)
+
+
+def _autoencoder(store: FeatureStore, folder: str | Path | None) -> TokenAutoencoder:
+    """The autoencoder that made the codes that the policy was trained on."""
+    place = store.path / "autoencoder" if folder is None else Path(folder).expanduser()
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"there is no autoencoder in {place}; pass the folder of the one that made the codes "
+            f"of {store.path} as autoencoder="
+        )
+    found = TokenAutoencoder.from_pretrained(place)
+    wanted = store.channel_meta("codes")["fingerprint"]
+    if found.fingerprint != wanted:
+        raise ValueError(
+            f"the autoencoder in {place} is another ({found.fingerprint}) than the one that made "
+            f"the codes of {store.path} ({wanted}), on which the policy was trained; pass that "
+            f"one's folder as autoencoder="
+        )
+    return found
 
 
 def _numbers(budget: object) -> tuple[int | float, ...]:

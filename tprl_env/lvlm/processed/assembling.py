@@ -67,11 +67,10 @@ class _Encoded:
         fields: dict[str, Any] = {"pooler_output": first}
         if self.one_tensor:
             fields["pooler_output"] = torch.cat(first)[:, None]
+        kind: Any = BaseModelOutputWithPooling
         if deep:
-            return {
-                "image": BaseModelOutputWithDeepstackFeatures(**fields, deepstack_features=deep)
-            }
-        return {"image": BaseModelOutputWithPooling(**fields)}
+            kind, fields["deepstack_features"] = BaseModelOutputWithDeepstackFeatures, deep
+        return {"image": kind(**fields)}
 
 
 class PrunedInputs(UserDict[str, Any]):
