@@ -161,7 +161,8 @@ def test_the_config_of_the_run_gives_its_metrics_and_its_policy(repeated: Path):
     before = PruningPolicy.from_pretrained(OLD / "run" / "policy").state_dict()
     after = PruningPolicy.from_pretrained(repeated / "policy").state_dict()
     for name, weights in before.items():
-        torch.testing.assert_close(after[name], weights, atol=1e-5, rtol=1e-4)
+        # Processors differ by up to 6e-4; without the entropy term it is 1.3e-3, with lr .0033 .01.
+        torch.testing.assert_close(after[name], weights, atol=1e-3, rtol=0)
 
 
 def test_a_checkpoint_with_old_class_paths_goes_on(repeated: Path, tmp_path: Path):

@@ -103,6 +103,14 @@ def test_there_is_no_dangerous_call_in_the_code():
     assert found == []
 
 
+def test_one_module_starts_ray():
+    """There it is bound to loopback and has a private token."""
+    package = [path for path in SOURCES if "tprl_env" in path.parts]
+    assert len(package) > 100
+    starts = [path.name for path in package if "ray.init(" in path.read_text()]
+    assert starts == ["ray_session.py"]
+
+
 @pytest.mark.parametrize(
     "code",
     [

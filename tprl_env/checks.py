@@ -58,6 +58,7 @@ def did_you_mean(value: object, known: Iterable[str]) -> str:
         return ""
     plain = {_plain(name): name for name in known}
     near = difflib.get_close_matches(_plain(value), plain, n=1, cutoff=_NEAR)
+    near = near or [name for name in plain if len(value) > 2 and name.startswith(_plain(value))]
     return f"; did you mean {plain[near[0]]!r}?" if near else ""
 
 

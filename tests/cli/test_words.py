@@ -43,6 +43,7 @@ def test_log_lines_too():
         ("builtin:spare", ("builtin:crowded", "builtin:sparse"), "builtin:sparse"),
         ("divprun", ("divprune", "vispruner"), "divprune"),
         ("top", ("tome", "trim"), None),
+        ("rgb", ("rgb_array", "ansi"), "rgb_array"),
         ("spare", ("crowded", "task"), None),
         ("nonsense", ("ablation_query", "sparse_anchor"), None),
         ("", ("a", "b"), None),

@@ -473,7 +473,9 @@ def test_ray_gives_the_same_files(tmp_path: Path):
                     raise ValueError("too much")
                 return super().prompt(question)
 
-        with pytest.raises(BadSampleError, match="sample 's0-1': too much; repair it or pass --sk"):
+        with pytest.raises(
+            BadSampleError, match="sample 's0-1': too much; repair it or pass skip_bad=True"
+        ):
             encode_dataset_ray(Picky, few[:4], tmp_path / "q", **SMALL)
         store = encode_dataset_ray(Picky, few[:4], tmp_path / "r", skip_bad=True, **SMALL)
         assert store.manifest.skipped == 2

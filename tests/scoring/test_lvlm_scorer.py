@@ -112,14 +112,14 @@ def test_scorer_refuses_the_store_of_another_lvlm(word_lvlm):
 
 def test_failures_inside_name_the_samples(word_lvlm):
     store = memory_store(word_lvlm)
-    store.encoded[2] = store.visual[2][:, :7]
+    store.encoded[2] = store.encoded[2][:, :7]
     scorer = LVLMScorer(word_lvlm, store)
     keep = np.ones((2, NUM_TOKENS), bool)
     keep[:, 0] = False
     with pytest.raises(ScoringError, match=r"failed on \['sample-4', 'sample-5'\]: ValueError"):
         scorer(np.array([4, 5]), keep)
     store = memory_store(word_lvlm)
-    store.encoded[1] = np.full_like(store.visual[1], np.nan)
+    store.encoded[1] = np.full_like(store.encoded[1], np.nan)
     cached = CachedScorer(LVLMScorer(word_lvlm, store, "likelihood"), store, "likelihood")
     with pytest.raises(ScoringError, match=r"'sample-3'\]: .*logits are not finite"):
         cached(np.array([0, 3]), keep)
@@ -128,7 +128,7 @@ def test_failures_inside_name_the_samples(word_lvlm):
 @pytest.mark.parametrize("inside", [False, True])
 def test_logits_that_are_not_finite_name_only_the_samples_that_have_them(word_lvlm, inside):
     store = memory_store(word_lvlm)
-    store.encoded[1] = np.full_like(store.visual[1], np.nan)
+    store.encoded[1] = np.full_like(store.encoded[1], np.nan)
     guilty = [s for s in range(6) if store.image_number(s) == 1]
     assert 0 < len(guilty) < 6
     names = ", ".join(f"'sample-{s}'" for s in guilty)

@@ -33,19 +33,19 @@ def submit(args: argparse.Namespace) -> int:
 
     if args.script is not None and args.config != _SCRIPT:
         raise ValueError(f"expected either the config {args.config!r} or a script after --")
+    if args.script is None and not args.storage:
+        raise ValueError("--storage is missing: a URI or path for the run, such as s3://b/run")
+    if args.script is not None and (args.storage or args.overrides):
+        raise ValueError("--storage and settings belong to a config; a script gets its own")
     use_token()  # before ray is imported: it reads the mode once
     from tprl_env.rllib.run import submit as jobs
 
     variables = dict(_variable(word) for word in args.env)
     folder = args.working_dir
     if args.script is not None:
-        if args.storage or args.overrides:
-            raise ValueError("--storage and settings belong to a config; a script gets its own")
         command = jobs.script_command(args.script)
         folder = folder or Path.cwd()
     else:
-        if not args.storage:
-            raise ValueError("--storage is missing: a URI or path for the run, such as s3://b/run")
         folder = folder or jobs.checkout()
         command = jobs.training_command(
             args.config,

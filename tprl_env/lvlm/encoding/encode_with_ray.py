@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from tprl_env.lvlm.encoding.units import (
     describe_dataset,
     plan_units,
 )
-from tprl_env.ray_session import make_private
+from tprl_env.ray_session import ray_session
 
 if TYPE_CHECKING:
     from tprl_env.lvlm.protocol import LVLM
@@ -163,9 +162,15 @@ def encode_dataset_ray(
     dataset = describe_dataset(description, samples)
     worker = (lvlm, str(folder), batch_size, tower, skip_bad)
     resources = {"num_gpus": num_gpus, "num_cpus": num_cpus, "concurrency": concurrency}
-    units = 0
+    units, started = 0, False
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)
-    with writing(folder), bar, full_disk_as_store_error(folder), _one_sentence():
+    with (
+        ExitStack() as cluster,
+        writing(folder),
+        bar,
+        full_disk_as_store_error(folder),
+        _one_sentence(),
+    ):
         journal = Journal.start(folder, dataset, settings, resume=resume)
         for wave in _waves(plan_units(reader, shard_images, journal.cuts), wave_bytes):
             units += len(wave)
@@ -175,6 +180,9 @@ def encode_dataset_ray(
             todo = [unit for unit in wave if unit.number >= len(journal.units)]
             bar.update(sum(len(u.samples) for u in wave) - sum(len(u.samples) for u in todo))
             sizes = {unit.number: len(unit.samples) for unit in todo}
+            if todo and not started:
+                cluster.enter_context(ray_session(0))
+                started = True
             for number in _run_wave(todo, worker, resources, journal):
                 bar.update(sizes[number])
         finish(journal, units, reader)
@@ -216,10 +224,6 @@ def _check_resources(num_cpus: float, num_gpus: float) -> None:
     """Refuse workers that could never start; Ray would wait for them without an end."""
     import ray
 
-    if not ray.is_initialized():
-        if not os.environ.get("RAY_ADDRESS"):
-            make_private()  # before Ray writes a token that everybody can read
-        ray.init()
     available = ray.cluster_resources()
     for name, wanted in (("CPU", num_cpus), ("GPU", num_gpus)):
         if wanted > available.get(name, 0):

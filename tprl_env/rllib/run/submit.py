@@ -51,6 +51,11 @@ _CHATTY = (  # tell every ignored file and every closed connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
 )
+_NO_AGENT = (
+    "its head takes jobs but has no agent to run them; dashboard_agent.log on the head says why. "
+    "Where it says 'address already in use', another Ray of that machine has the port: start the "
+    "head with --dashboard-agent-listen-port 0"
+)
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _AGENT_SECONDS, _AGENT_PAUSE = 90.0, 2.0  # for the agent of a head that has just started
 _PATIENCE = 300.0  # seconds without the cluster after which following ends
@@ -208,8 +213,10 @@ def _submitted(client: Any, **job: Any) -> str:
         try:
             submitted: str = client.submit_job(submission_id=job_id, **job)
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > until:
+            if "No available agent" not in str(error):
                 raise
+            if time.monotonic() > until:
+                raise RuntimeError(_NO_AGENT) from error
             print("the head has just started; waiting until it takes jobs", file=sys.stderr)
             time.sleep(_AGENT_PAUSE)
         else:
@@ -232,10 +239,11 @@ def dashboard_address() -> str:
     if cluster.startswith(("http://", "https://")):
         return cluster
     from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
 
     try:
         return str(get_address_for_submission_client(cluster))
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, RayError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConnectionError(
             f"no cluster answers at RAY_ADDRESS={cluster} ({reason}); start it, or pass the "
