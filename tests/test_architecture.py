@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS, ROOT_MODULES, FILE_LINES, FUNCTION_LINES = 9, 6, 400, 60
+FOLDERS, ROOT_MODULES, FILE_LINES, FUNCTION_LINES = 10, 5, 400, 60
 
 # A room may import rooms of later lines, never others of its own line. "" is tprl_env/__init__.py,
 # which holds the version and names what it exports as strings.
@@ -23,7 +23,8 @@ FLOORS = (
     ("rllib.algorithms",),
     ("rllib.rollout",),
     ("rllib.config",),
-    ("evaluation", "inference"),
+    ("inference",),
+    ("evaluation",),
     ("scoring", "policy"),
     ("lvlm", "env"),
     ("reducers",),

@@ -39,7 +39,7 @@ GOOD = {
 def test_a_complete_file_passes_and_reads_back(tmp_path):
     check_results(GOOD)
     write_json(tmp_path / "results.json", GOOD)
-    assert read_results(tmp_path / "results.json") == GOOD
+    assert read_results(tmp_path / "results.json") == read_results(tmp_path) == GOOD
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -270,7 +270,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         add(commands)
     sub = commands.add_parser("check-results", help="check a results.json")
-    sub.add_argument("file", type=path, help="a results.json")
+    sub.add_argument("file", type=path, help="a results.json, or its folder")
     sub.add_argument(
         "--budgets", type=counts, help="counts that must be there (default: those in the file)"
     )

@@ -41,7 +41,7 @@ def read_results(
     A copy under another name than ``results.json`` is checked alone, whatever stands beside it.
 
     Args:
-        path: The file.
+        path: The file, or the folder with `results.json`.
         budgets: Budgets that every method must have been measured at; by default those of the
             file.
         pictures: Check the page and the pictures too; they can be drawn again from the rest.
@@ -51,6 +51,8 @@ def read_results(
             be, was changed, or one of its files is missing, was changed or is of another run.
     """
     path = Path(path)
+    if path.is_dir():
+        path /= "results.json"
     if not path.is_file():
         raise ValueError(
             f"no results file at {path}; `tprl evaluate` or `tprl quickstart` write it"

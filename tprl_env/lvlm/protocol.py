@@ -186,6 +186,11 @@ class LVLM(Protocol):
         """Changes when the weights or the processing change."""
         ...
 
+    @property
+    def model(self) -> Any:
+        """The library's own model."""
+        ...
+
     def encode_images(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Visual]:
         """Encode (H, W, 3) uint8 RGB pictures."""
         ...

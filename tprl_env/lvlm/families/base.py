@@ -124,6 +124,11 @@ class FrozenLVLM:
         return self._fingerprint
 
     @property
+    def model(self) -> Any:
+        """The library's own model, frozen."""
+        return self._model
+
+    @property
     def text_config(self) -> Any:
         """Configuration of the language model: its depth and widths."""
         return self._text.config
