@@ -104,13 +104,14 @@ class QuestionProbe:
         """Fold one decoder layer into the running maximum (causal rows, right padding)."""
         batch, heads, length, width = query.shape
         count = self._rows.shape[1]
-        index = self._rows[:, None, :, None].expand(batch, heads, count, width)
+        rows, valid = self._rows.to(query.device), self._row_valid.to(query.device)
+        index = rows[:, None, :, None].expand(batch, heads, count, width)
         chosen = query.gather(2, index).float()
         keys = key.repeat_interleave(heads // key.shape[1], 1).float()
         logits = (chosen @ keys.transpose(-1, -2)) * scaling
         place = torch.arange(length, device=query.device)
-        later = place[None, None, :] > self._rows[:, :, None]
+        later = place[None, None, :] > rows[:, :, None]
         weights = logits.masked_fill(later[:, None], -torch.inf).softmax(-1)
-        weights = weights * self._row_valid[:, None, :, None]
-        per_place = weights.amax((1, 2))
+        weights = weights * valid[:, None, :, None]
+        per_place = weights.amax((1, 2)).to(self.largest.device)
         self.largest = torch.maximum(self.largest, per_place.gather(1, self._columns))

@@ -54,10 +54,20 @@ class _GivenKeys:
 
 def states_at(text: Any, hidden: Tensor, positions: Tensor, places: Tensor) -> Tensor:
     """Normed final states (R, A, D) at ``places`` (R, A), right-padded sequences."""
-    rotary = text.rotary_emb(hidden, position_ids=positions)
+    rotary = angles(text, hidden, positions)
     for layer in text.layers[:-1]:
         hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
     return last_layer_at(text, hidden, rotary, places)
+
+
+def angles(text: Any, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (R or 1, L, d) of positions, on their device.
+
+    A model over several GPUs has its rotary embedding on one of them, hence one place of the
+    states, which give the number type only, is sent there and not all.
+    """
+    cos, sin = text.rotary_emb(hidden[:1, :1].to(positions.device), position_ids=positions)
+    return cos.to(positions.device), sin.to(positions.device)
 
 
 def last_layer_at(
@@ -68,9 +78,11 @@ def last_layer_at(
     Only the wanted places get queries and an MLP, which saves a fifth of the built-in model's
     work.
     """
-    cos, sin = rotary
     last = text.layers[-1]
     attention = last.self_attn
+    hidden = hidden.to(device_of(last))
+    places = places.to(hidden.device)
+    cos, sin = (one.to(hidden.device) for one in rotary)
     normed = last.input_layernorm(hidden)
     keys = turned(project(attention.k_proj, attention, normed), cos, sin)
     values = project(attention.v_proj, attention, normed)
@@ -84,6 +96,12 @@ def last_layer_at(
     )
     normed_states: Tensor = text.norm(wanted)
     return normed_states
+
+
+def device_of(layer: Any) -> torch.device:
+    """Where a decoder layer's weights are; layers of one model may be on several GPUs."""
+    device: torch.device = layer.self_attn.k_proj.weight.device
+    return device
 
 
 def project(projection: Any, attention: Any, normed: Tensor) -> Tensor:
@@ -105,6 +123,7 @@ def turned(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rows_at(values: Tensor, places: Tensor) -> Tensor:
     """Gather (R, A, width) from (R or 1, L, width); whole rows, faster than a gather by entry."""
     rows, width = values.shape[0], values.shape[-1]
+    places = places.to(values.device)
     first = torch.arange(rows, device=values.device)[:, None] * values.shape[1]
     flat = (places + first).flatten()
     return values.reshape(-1, width).index_select(0, flat).view(*places.shape, width)
@@ -145,6 +164,7 @@ def judge(states: Tensor, head: Tensor, wanted: Tensor, ends: Tensor) -> tuple[T
         bool (M,) and float32 (M,), which is NaN or infinite where the logits are.
     """
     hits, log_p = [], []
+    wanted, ends = wanted.to(head.device), ends.to(head.device)
     step = max(1, _LOGIT_ELEMENTS // len(head))
     for state, target in zip(states.split(step), wanted.split(step), strict=True):
         rated = logits(state, head)

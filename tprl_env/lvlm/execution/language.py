@@ -89,15 +89,15 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
-        device: torch.device = self.text.norm.weight.device
+        """Where sequences are put together; layers may be on other GPUs."""
+        device: torch.device = self.text.embed_tokens.weight.device
         return device
 
     def visual(self, tokens: Sequence[Any]) -> list[Tensor]:
         """Visual tokens on the device, in the model's type."""
         weight = self.text.norm.weight
         width = weight.shape[-1] * (1 + self.levels)
-        return on_device(tokens, weight.device, weight.dtype, width)
+        return on_device(tokens, self.device, weight.dtype, width)
 
     def score(
         self,
@@ -300,7 +300,7 @@ class LanguageModel:
         else:
             ends = torch.from_numpy(from_end).to(self.device)
             states = states_with_cuts(self.text, self.stream(plan, visual), cuts, ends)
-        states = states[torch.from_numpy(answered).to(self.device)]
+        states = states[torch.from_numpy(answered).to(states.device)]
         wanted = torch.tensor([i for target in targets for i in target], device=self.device)
         hits, log_p = judge(
             states, self.head, wanted, torch.tensor(self.eos_ids, device=self.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tprl_env.lvlm.execution.attention import Probe, probing
-from tprl_env.lvlm.execution.decoder import last_layer_at, logits
+from tprl_env.lvlm.execution.decoder import angles, last_layer_at, logits
 from tprl_env.lvlm.execution.shared_prefix import SharedPrefix, run_shared
 
 
@@ -30,7 +30,8 @@ class Stream:
     """The sequences between two layers.
 
     Attributes:
-        hidden: (R, S, D).
+        hidden: (R, S, D), on the device of the layer that made it; all else is where the input
+            embedding is, for layers may be on several GPUs.
         positions: (R, S) or (3, R, S) int64.
         lengths: (R,) int64, places that are not padding; padding comes last.
         image: (R, S) int64, the visual token's place in its full image, -1 where there is none.
@@ -78,7 +79,7 @@ class Stream:
     def only(self, sequences: Tensor) -> Stream:
         """Some of the sequences, as they are; without what they share."""
         return Stream(
-            self.hidden[sequences],
+            self.hidden[sequences.to(self.hidden.device)],
             self.positions.index_select(-2, sequences),
             self.lengths[sequences],
             self.image[sequences],
@@ -100,6 +101,7 @@ class Stream:
 def _gather(values: Tensor, order: Tensor) -> Tensor:
     """(R, K, D) rows ``order`` of (R, S, D)."""
     rows, width = values.shape[0], values.shape[-1]
+    order = order.to(values.device)
     flat = torch.arange(rows, device=order.device)[:, None] * values.shape[1] + order
     return values.reshape(-1, width).index_select(0, flat.flatten()).view(rows, -1, width)
 
@@ -191,7 +193,7 @@ def advance(
     if not layers:
         return stream
     hidden = stream.hidden
-    rotary = text.rotary_emb(hidden, position_ids=stream.positions)
+    rotary = angles(text, hidden, stream.positions)
     if stream.shared is not None and layers.start == 0 and cache is None and not stream.deep:
         hidden = run_shared(text, hidden, rotary, stream.shared, layers, probe)
         return replace(stream, hidden=hidden)
@@ -213,7 +215,7 @@ def _run(
             use_cache=cache is not None,
         )
         if number < len(stream.deep):
-            hidden = hidden + stream.deep[number]
+            hidden = hidden + stream.deep[number].to(hidden.device)
     return hidden
 
 
@@ -246,7 +248,7 @@ def states_with_cuts(text: Any, stream: Stream, cuts: Cuts, from_end: Tensor) ->
         raise ValueError(f"additions behind {len(stream.deep)} layers reach the last of {depth}")
     stream, _ = run_with_cuts(text, stream, cuts, depth - 1)
     places = (stream.lengths[:, None] - from_end).clamp(min=0)
-    rotary = text.rotary_emb(stream.hidden, position_ids=stream.positions)
+    rotary = angles(text, stream.hidden, stream.positions)
     return last_layer_at(text, stream.hidden, rotary, places)
 
 
@@ -255,7 +257,7 @@ def decode_step(text: Any, tokens: Tensor, segments: Sequence[Segment], cache: A
     hidden = text.embed_tokens(tokens[:, None])
     for segment in segments:
         segment.valid = torch.cat([segment.valid, segment.valid.new_ones(len(tokens), 1)], 1)
-        rotary = text.rotary_emb(hidden, position_ids=segment.next_positions)
+        rotary = angles(text, hidden, segment.next_positions)
         segment.next_positions = segment.next_positions + 1
         for number in segment.layers:
             hidden = text.layers[number](
@@ -285,8 +287,9 @@ def greedy_with_cuts(
     rows = len(stream.lengths)
     cache = DynamicCache(config=text.config)
     stream, segments = run_with_cuts(text, stream, cuts, len(text.layers), cache)
-    ends = stream.hidden[torch.arange(rows, device=stream.hidden.device), stream.lengths - 1]
-    states = text.norm(ends)
+    hidden = stream.hidden
+    ends = (stream.lengths - 1).to(hidden.device)
+    states = text.norm(hidden[torch.arange(rows, device=hidden.device), ends])
     written: list[list[int]] = [[] for _ in range(rows)]
     running = [True] * rows
     for step in range(max_new_tokens):

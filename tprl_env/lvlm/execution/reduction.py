@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tprl_env.lvlm.execution.attention import Probe
-from tprl_env.lvlm.execution.decoder import project, rows_at, turned
+from tprl_env.lvlm.execution.decoder import angles, device_of, project, rows_at, turned
 from tprl_env.lvlm.execution.layerwise import Stream
 from tprl_env.lvlm.execution.shared_prefix import SharedPrefix
 from tprl_env.lvlm.protocol import Prompt
@@ -55,11 +55,13 @@ class _RowProbe:
         if module is not self._module:
             return
         if self._first is not None:
-            query, key = query[self._first], key[self._first]
+            first = self._first.to(query.device)
+            query, key = query[first], key[first]
         # behind a shared prefix there are fewer queries than keys; both end at the same place
-        index = self._places - (key.shape[2] - query.shape[2])
+        places = self._places.to(query.device)
+        index = places - (key.shape[2] - query.shape[2])
         index = index[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
-        self.rows = attention_rows(query.gather(2, index), key, self._places, scaling)
+        self.rows = attention_rows(query.gather(2, index), key, places, scaling)
 
 
 class Reduction:
@@ -99,7 +101,7 @@ class Reduction:
         """
         self._text, self._reducer, self._contiguous = text, reducer, contiguous
         self._prompts, self._average = prompts, average
-        device = text.norm.weight.device
+        device = text.embed_tokens.weight.device
         depth = len(text.layers)
         counts, self._sizes = [int(one.sum()) for one in droppable], [len(d) for d in droppable]
         plans = {n: reducer.stages(n, depth, average) for n in set(counts)}
@@ -250,13 +252,14 @@ class Reduction:
                 rows = self._own_rows(stream, view.layer, places)
             if rows is None:
                 raise RuntimeError(f"the layer below layer {view.layer} was not seen")
+            rows = rows.to(columns.device)  # of a layer on another GPU
             index = columns[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
             view.rows = rows.gather(3, index) * view.alive[:, None, None]
         if wants.hidden:
-            view.hidden = rows_at(stream.hidden, columns)
+            view.hidden = rows_at(stream.hidden, columns).to(columns.device)
         if wants.text:
             places, view.text_valid = self._text_places("text", alive)
-            view.text = rows_at(stream.hidden, places)
+            view.text = rows_at(stream.hidden, places).to(columns.device)
         if wants.vectors:
             self._vectors(view, stream, columns)
 
@@ -264,15 +267,17 @@ class Reduction:
         """Rows of a layer that has not run, from its own queries and keys."""
         layer = self._text.layers[number]
         attention = layer.self_attn
-        hidden = stream.hidden
-        cos, sin = self._text.rotary_emb(hidden, position_ids=stream.positions)
+        device = device_of(layer)
+        hidden, places = stream.hidden.to(device), places.to(device)
+        found = angles(self._text, hidden, stream.positions)
+        cos, sin = (one.to(device) for one in found)
         shared = stream.shared
         if shared is None:
             normed = layer.input_layernorm(hidden)
             asked = rows_at(normed, places)
             keys = turned(project(attention.k_proj, attention, normed), cos, sin)
         else:
-            begin, first = shared.length, shared.leaders
+            begin, first = shared.length, shared.leaders.to(device)
             cos, sin = (one.expand(len(hidden), -1, -1) for one in (cos, sin))
             whole, sines = cos[first, :begin], sin[first, :begin]
             prefix = layer.input_layernorm(hidden[first, :begin])
@@ -289,10 +294,10 @@ class Reduction:
     def _vectors(self, view: LayerView, stream: Stream, columns: Tensor) -> None:
         layer = self._text.layers[view.layer]
         attention = layer.self_attn
-        cos, sin = self._text.rotary_emb(stream.hidden, position_ids=stream.positions)
-        normed = layer.input_layernorm(rows_at(stream.hidden, columns))
-        view.queries = project(attention.q_proj, attention, normed)
-        view.keys = project(attention.k_proj, attention, normed)
+        cos, sin = angles(self._text, stream.hidden, stream.positions)
+        normed = layer.input_layernorm(rows_at(stream.hidden, columns).to(device_of(layer)))
+        view.queries = project(attention.q_proj, attention, normed).to(columns.device)
+        view.keys = project(attention.k_proj, attention, normed).to(columns.device)
         view.turned_keys = turned(view.keys, rows_at(cos, columns), rows_at(sin, columns))
 
     def _record(self, view: LayerView, choice: Choice, layer: int) -> None:
@@ -319,8 +324,8 @@ class Reduction:
             row, column = torch.nonzero(keep, as_tuple=True)
             width = hidden.shape[-1]
             merged = states.reshape(-1, width).index_select(0, row * states.shape[1] + column)
-            places = row * hidden.shape[1] + columns[row, column]
-            hidden.view(-1, width).index_copy_(0, places, merged.to(hidden.dtype))
+            places = (row * hidden.shape[1] + columns[row, column]).to(hidden.device)
+            hidden.view(-1, width).index_copy_(0, places, merged.to(hidden))
             stream = replace(stream, hidden=hidden)
         moved = None if behind is None else torch.zeros_like(text).scatter(1, spare, behind)[:, :-1]
         return stream.take(stays, moved)

@@ -36,7 +36,8 @@ class SharedPrefix:
 
     def spread(self, prefix: Tensor, rest: Tensor, dim: int = 1) -> Tensor:
         """Put (U, ..., P, ...) and (R, ..., T, ...) together: (R, ..., S, ...)."""
-        return torch.cat([prefix.index_select(0, self.group), rest], dim)
+        group = self.group.to(prefix.device)
+        return torch.cat([prefix.index_select(0, group), rest.to(prefix.device)], dim)
 
 
 def shared_prefix(
