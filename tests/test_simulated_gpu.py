@@ -144,9 +144,9 @@ class Case:
         self.store = folder / "store"
         self.cpu = self.everything(folder / "store")
 
-    def everything(self, out: Path) -> SimpleNamespace:
+    def everything(self, out: Path, **where: Any) -> SimpleNamespace:
         """Encoding, maps, codes, scores of every kind, texts."""
-        lvlm: Any = load_lvlm(self.folder, dtype="float32")
+        lvlm: Any = load_lvlm(self.folder, dtype="float32", **where)
         encode_dataset(lvlm, self.samples, out, progress=False)
         store = FeatureStore.open(out)
         add_question_attention(store, lvlm)
@@ -225,23 +225,49 @@ def test_a_gpu_encodes_scores_and_writes_what_the_cpu_does(case: Case, tmp_path:
         found = case.everything(tmp_path / "store")
         assert found.lvlm.device == torch.device("cuda:0")
         assert {p.device.type for p in found.lvlm._model.parameters()} == {"cuda"}
+    equal(found, case.cpu)
+
+
+def test_a_model_over_two_gpus_does_what_one_does(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the simulation knows one thread
+    with simulated_gpus(2):
+        found = case.everything(tmp_path / "store", device_map="auto")
+        used = [p.device.index for p in found.lvlm.model.parameters()]
+        assert set(used) == {0, 1}
+    equal(found, case.cpu)
+
+
+def equal(found: SimpleNamespace, cpu: SimpleNamespace) -> None:
     for name in ("full", "masked", "lived", "map"):
-        wanted = getattr(case.cpu, name)
+        wanted = getattr(cpu, name)
         np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-5, err_msg=name)
-    for name, (likelihood, lives) in case.cpu.inside.items():
+    for name, (likelihood, lives) in cpu.inside.items():
         np.testing.assert_allclose(found.inside[name][0], likelihood, rtol=1e-5, err_msg=name)
         assert (found.inside[name][1] == lives).all(), name
-    assert (found.written, found.without) == (case.cpu.written, case.cpu.without)
+    assert (found.written, found.without) == (cpu.written, cpu.without)
 
 
-def test_every_reducer_leaves_on_a_gpu_what_it_leaves_on_the_cpu(case: Case) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_reducer_leaves_on_gpus_what_it_leaves_on_the_cpu(
+    case: Case, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
     wanted = case.reduced(case.cpu)
-    with simulated_gpus():
-        lvlm = load_lvlm(case.folder, dtype="float32")
+    with simulated_gpus(count):
+        where = tower_and_head_apart(case.cpu.lvlm.model) if count == 2 else None
+        lvlm = load_lvlm(case.folder, dtype="float32", device_map=where)
         autoencoder = case.cpu.autoencoder.to("cuda")
         found = case.reduced(SimpleNamespace(lvlm=lvlm, autoencoder=autoencoder))
     case.cpu.autoencoder.to("cpu")
     assert found == wanted
+
+
+def tower_and_head_apart(model: Any) -> dict[str, int]:
+    """The second GPU for everything but the language model."""
+    inner = [*model.model._modules, *model.model._parameters]
+    return {"lm_head": 1} | {f"model.{one}": int("language" not in one) for one in inner}
 
 
 def measured(store: FeatureStore, lvlm: Any, budget: int) -> list[Any]:

@@ -143,6 +143,8 @@ class _Calls(TorchFunctionMode):
         special = self._special.get(func)
         if special is not None:
             return special(*args, **kwargs)
+        if func is torch.device and args and isinstance(args[0], int):
+            return torch.device("cuda", args[0])  # a bare number asks for the machine's GPU
         wanted = kwargs.get("device")
         if wanted is not None:
             wanted = self._checked(wanted)
@@ -184,12 +186,22 @@ class _Calls(TorchFunctionMode):
 
     def _to(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         copy = kwargs.pop("copy", False)
+        args, kwargs = (_Calls._named(tree) for tree in (list(args), kwargs))
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         for other in _tensors(args, kwargs):
             device, dtype = self._of(other), other.dtype
         if copy and (device is None or self._checked(device) == self._of(tensor)):
             return tensor.to(dtype or tensor.dtype, copy=True)
         return self._move(tensor, self._of(tensor) if device is None else device, dtype)
+
+    @staticmethod
+    def _named(values: Any) -> Any:
+        """Bare numbers, which only a machine with a GPU can read, as devices."""
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        for key, value in list(pairs):
+            if type(value) is int and key in (0, "device"):
+                values[key] = torch.device("cuda", value)
+        return values
 
     def _numpy(self, func: Any) -> Callable[..., Any]:
         def refused_on_a_gpu(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:

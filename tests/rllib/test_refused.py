@@ -44,6 +44,11 @@ def nothing_starts(monkeypatch):
             "scoring.device: device 'cuda:77' is not there",
         ),
         ({"resources.scorer_gpus": 64.0, "resources.num_scorers": 2}, "ask for 128 GPUs"),
+        ({"resources.scorer_gpus": 1.5}, "a part of one GPU or a whole number, got 1.5"),
+        (
+            {"resources.scorer_gpus": 2.0, "scoring.device": "cuda"},
+            "'cuda' is one device, but resources.scorer_gpus=2",
+        ),
         (
             {"resources.scorer_resources": {"tpu": 1}, "resources.num_scorers": 1},
             "on no machine without a cluster",
@@ -52,8 +57,8 @@ def nothing_starts(monkeypatch):
 )
 @pytest.mark.usefixtures("nothing_starts")
 def test_what_does_not_fit_is_refused_before_anything_starts(tmp_path: Path, changes, said: str):
-    config = load_config("smoke", {**LOCAL, **changes})
     with pytest.raises((ValueError, OSError), match=said):
+        config = load_config("smoke", {**LOCAL, **changes})
         train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

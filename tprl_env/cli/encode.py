@@ -27,7 +27,12 @@ def encode(args: argparse.Namespace) -> int:
     )
     description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
     load = partial(
-        load_lvlm, args.lvlm, device=args.device, dtype=args.dtype, revision=args.revision
+        load_lvlm,
+        args.lvlm,
+        device=args.device,
+        dtype=args.dtype,
+        revision=args.revision,
+        device_map=args.device_map,
     )
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
@@ -80,6 +85,10 @@ def add_encode(commands: Any) -> None:
     )
     sub.add_argument("--revision", help="commit of a hub checkpoint (default: its newest)")
     sub.add_argument("--device", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    sub.add_argument(
+        "--device-map", metavar="HOW",
+        help="several GPUs instead: auto, balanced, balanced_low_0 or sequential",
+    )  # fmt: skip
     sub.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU, else float32)"
     )

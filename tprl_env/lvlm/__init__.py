@@ -13,6 +13,7 @@ from tprl_env.checks import did_you_mean
 if TYPE_CHECKING:
     import torch
 
+    from tprl_env.lvlm.loading.devices import DeviceMap
     from tprl_env.lvlm.protocol import LVLM
 
 FAMILIES: dict[str, tuple[str, str]] = {
@@ -47,6 +48,7 @@ def load_lvlm(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> LVLM:
     """Load a frozen LVLM.
 
@@ -56,9 +58,13 @@ def load_lvlm(
         device: Default: the GPU if there is one, else the CPU.
         dtype: Default: bfloat16 on a GPU, float32 on the CPU.
         revision: Branch, tag or commit of a hub repository.
+        device_map: Several GPUs of this machine instead of ``device``: ``"auto"`` spreads the
+            layers evenly, ``"sequential"`` fills one GPU after the other, and a mapping gives a
+            GPU for each part by its name. Layers run one after the other, so this makes room, not
+            speed.
 
     Raises:
-        ImportError: Transformers is not installed.
+        ImportError: Transformers is not installed, or accelerate for a device map.
         FileNotFoundError: No such folder or repository.
         ValueError: The checkpoint's family is not supported, or it has pickle weights only.
     """
@@ -66,7 +72,9 @@ def load_lvlm(
     module, name = FAMILIES[kind]
     with _naming_the_extra():
         family = getattr(import_module(module), name)
-    lvlm: LVLM = family.from_pretrained(source, device=device, dtype=dtype, revision=revision)
+    lvlm: LVLM = family.from_pretrained(
+        source, device=device, dtype=dtype, revision=revision, device_map=device_map
+    )
     return lvlm
 
 

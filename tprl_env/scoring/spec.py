@@ -31,6 +31,7 @@ class ScorerSpec:
         lvlm: What `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
         batch_size: Rows of one forward pass; also the largest micro-batch of an actor.
         device: torch device of the LVLM, None for the best one.
+        device_map: How the LVLM is spread over the actor's GPUs, None for one device.
         dtype: torch dtype name of the LVLM, None for its default.
         factory: ``"module:function"``; the function gets this spec and returns a Scorer.
         options: Free JSON values for ``factory``.
@@ -45,6 +46,7 @@ class ScorerSpec:
     dtype: str | None = None
     factory: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    device_map: str | None = None
 
     def __post_init__(self) -> None:
         """Validate what can be checked without building anything."""
@@ -84,7 +86,9 @@ class ScorerSpec:
         from tprl_env.lvlm import load_lvlm
         from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
-        lvlm = load_lvlm(self.lvlm, device=self.device, dtype=self.dtype)
+        lvlm = load_lvlm(
+            self.lvlm, device=self.device, dtype=self.dtype, device_map=self.device_map
+        )
         store = FeatureStore.open(self.source, lvlm_fingerprint=lvlm.fingerprint)
         return LVLMScorer(lvlm, store, self.score_kind, batch_size=self.batch_size)
 

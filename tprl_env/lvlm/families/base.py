@@ -52,7 +52,7 @@ class FrozenLVLM:
 
     Attributes:
         name: Folder name or hub id.
-        device: Where it runs.
+        device: Where it runs; of a model over several GPUs, where its input embeddings are.
         dtype: Weights and activations; logits are always computed in float32.
         image_backend: What prepares pictures: "pil", or "torchvision" where it is installed.
         max_positions: Places of the language model's context, visual tokens included.
@@ -96,7 +96,7 @@ class FrozenLVLM:
         self._fingerprint = fingerprint
         self._model = model.eval().requires_grad_(False)
         self._text = text
-        self.device: torch.device = model.device
+        self.device: torch.device = text.embed_tokens.weight.device
         self.dtype: torch.dtype = model.dtype
         self.image_token_id = int(config.image_token_id)
         self._eos_ids = end_ids(model, processor.tokenizer)

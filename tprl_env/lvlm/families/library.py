@@ -23,15 +23,15 @@ from tprl_env.lvlm.families import anyres, internvl, qwen_vl, smolvlm
 from tprl_env.lvlm.families.base import FrozenLVLM
 from tprl_env.lvlm.families.family import Family
 from tprl_env.lvlm.loading.checkpoint import check_folder, is_local, read_config
+from tprl_env.lvlm.loading.devices import DeviceMap, first_device, load_onto
 from tprl_env.lvlm.loading.processor import check_pictures, load_parts
 from tprl_env.lvlm.loading.supported import (
     check_text_model,
     check_vocabulary,
-    pick_device,
     pick_dtype,
     read_model_config,
 )
-from tprl_env.lvlm.loading.weights import check_size, load_model
+from tprl_env.lvlm.loading.weights import check_size
 from tprl_env.lvlm.protocol import Visual
 from tprl_env.reducers.vision import VisionSignals
 
@@ -66,6 +66,7 @@ class LibraryLVLM(FrozenLVLM):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> LibraryLVLM:
         """Load a checkpoint from a local folder or the hub; safetensors only, no remote code.
 
@@ -74,9 +75,11 @@ class LibraryLVLM(FrozenLVLM):
             device: Default: the GPU if there is one, else the CPU.
             dtype: Default: bfloat16 on a GPU, float32 on the CPU.
             revision: Branch, tag or commit of a hub repository.
+            device_map: Several GPUs instead of ``device``, as for ``load_lvlm``.
 
         Raises:
             FileNotFoundError: No such folder or repository.
+            ImportError: A device map without accelerate.
             ValueError: Another family, parts that cannot be run, pickle weights, weights that are
                 missing, left over or of another shape, or no such dtype.
         """
@@ -88,7 +91,7 @@ class LibraryLVLM(FrozenLVLM):
                 f"{', '.join(LIBRARY_FAMILIES)}; use load_lvlm(), which picks the class"
             )
         family = LIBRARY_FAMILIES[kind]
-        device = pick_device(device)
+        place = first_device(device, device_map)
         local = check_folder(checkpoint) if is_local(checkpoint) else None
         source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -100,14 +103,15 @@ class LibraryLVLM(FrozenLVLM):
         check_fit(parts.image_processor, config, family, checkpoint)
         if local:
             check_size(model_class, config, local, checkpoint)
-        model = load_model(
+        model = load_onto(
             model_class,
             source,
+            place,
+            device_map,
             checkpoint=checkpoint,
-            dtype=pick_dtype(dtype, device),
+            dtype=pick_dtype(dtype, place),
             **options,
         )
-        model.to(device)
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint
         inner = model.base_model

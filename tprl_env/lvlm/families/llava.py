@@ -10,17 +10,17 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from tprl_env.lvlm.families.base import FrozenLVLM
 from tprl_env.lvlm.loading.checkpoint import check_folder, is_local, read_config
+from tprl_env.lvlm.loading.devices import DeviceMap, first_device, load_onto
 from tprl_env.lvlm.loading.processor import check_pictures, load_processor
 from tprl_env.lvlm.loading.supported import (
     check_kinds,
     check_parts,
     check_vocabulary,
-    pick_device,
     pick_dtype,
     read_model_config,
 )
 from tprl_env.lvlm.loading.vision import VisionEncoder
-from tprl_env.lvlm.loading.weights import check_size, load_model
+from tprl_env.lvlm.loading.weights import check_size
 
 
 class LlavaLVLM(FrozenLVLM):
@@ -57,6 +57,7 @@ class LlavaLVLM(FrozenLVLM):
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
+        device_map: DeviceMap | None = None,
     ) -> LlavaLVLM:
         """Load a checkpoint from a local folder or the hub; safetensors only, no remote code.
 
@@ -66,9 +67,11 @@ class LlavaLVLM(FrozenLVLM):
             dtype: Default: bfloat16 on a GPU, float32 on the CPU. A name like ``"bfloat16"`` will
                 do; on CPUs with bfloat16 instructions it scores up to twice as fast.
             revision: Branch, tag or commit of a hub repository.
+            device_map: Several GPUs instead of ``device``, as for ``load_lvlm``.
 
         Raises:
             FileNotFoundError: No such folder or repository.
+            ImportError: A device map without accelerate.
             ValueError: Not a LLaVA, parts that cannot be run, pickle weights, weights that are
                 missing, left over or of another shape, or no such dtype.
         """
@@ -80,7 +83,7 @@ class LlavaLVLM(FrozenLVLM):
                 f"{checkpoint!r} has model_type {kind!r}, but LlavaLVLM loads 'llava'; "
                 f"use load_lvlm(), which picks the class"
             )
-        device = pick_device(device)
+        place = first_device(device, device_map)
         local = check_folder(checkpoint) if is_local(checkpoint) else None
         source = str(local or checkpoint)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
@@ -92,14 +95,15 @@ class LlavaLVLM(FrozenLVLM):
         check_pictures(processor.image_processor, checkpoint, ("pixel_values",), axes=4, rows=1)
         if local:
             check_size(LlavaForConditionalGeneration, config, local, checkpoint)
-        model = load_model(
+        model = load_onto(
             LlavaForConditionalGeneration,
             source,
+            place,
+            device_map,
             checkpoint=checkpoint,
-            dtype=pick_dtype(dtype, device),
+            dtype=pick_dtype(dtype, place),
             **options,
         )
-        model.to(device)
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint
         return cls(model, processor, name, local or f"{checkpoint}@{commit or revision}")

@@ -39,7 +39,8 @@ def load_model(
 
     Raises:
         ValueError: Weights are damaged, missing, unexpected or of another shape than config.json
-            says, or not finite; the message names the first few.
+            says, or not finite; the message names the first few. Or they do not fit on the GPUs
+            of a device map.
     """
     try:
         model, report = model_class.from_pretrained(
@@ -60,6 +61,7 @@ def load_model(
             f"config.json and generation_config.json again"
         ) from error
     check_report(report, checkpoint)
+    check_on_gpus(getattr(model, "hf_device_map", {}))
     check_finite(model, checkpoint)
     return model
 
@@ -159,6 +161,25 @@ def check_report(report: Mapping[str, Any], checkpoint: str) -> None:
         raise ValueError(
             f"the weights of {checkpoint!r} do not fit its config.json: {'; '.join(found)}; "
             f"save or fetch both again, what is missing would be random"
+        )
+
+
+def check_on_gpus(places: Mapping[str, Any]) -> None:
+    """Refuse parts in main memory or on disk, where every pass would wait for them.
+
+    Args:
+        places: Device by the name of each part of a model over several GPUs; empty for others.
+
+    Raises:
+        ValueError: Some are.
+    """
+    outside = {n: str(d) for n, d in places.items() if str(d) in ("cpu", "disk", "meta")}
+    if outside:
+        (part, place), more = next(iter(outside.items())), len(outside) - 1
+        rest = f" and {more} more parts" if more else ""
+        raise ValueError(
+            f"device_map puts {part or 'the whole model'!r}{rest} on {place!r}, not on a GPU; use "
+            f"more GPUs, or dtype='bfloat16' where it is wider"
         )
 
 

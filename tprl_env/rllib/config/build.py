@@ -74,4 +74,5 @@ def scorer_spec(config: TrainConfig) -> ScorerSpec:
         dtype=scoring.dtype,
         factory=scoring.factory,
         options=scoring.options,
+        device_map="auto" if config.resources.scorer_gpus > 1 else None,
     )

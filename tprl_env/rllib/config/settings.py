@@ -181,7 +181,8 @@ class ResourceSettings:
         gpus_per_learner: GPUs of each learner.
         num_scorers: Scorer actors; 0 scores in each env runner's own process.
         scorer_cpus: CPUs, and torch threads, of each scorer.
-        scorer_gpus: GPUs of each scorer.
+        scorer_gpus: GPUs of each scorer: a part of one, or several for an LVLM that one cannot
+            hold, which is then spread over them.
         scorer_resources: Custom resources of each scorer, name to amount.
         torch_threads: Threads of the driver.
         start_timeout: Seconds for the scorers to load and for the cluster to make room.
@@ -204,6 +205,10 @@ class ResourceSettings:
         read_fields(self)
         check_at_least(self, 0, "num_env_runners", "num_learners", "gpus_per_learner")
         check_at_least(self, 0, "num_scorers", "scorer_cpus", "scorer_gpus")
+        if self.scorer_gpus > 1 and self.scorer_gpus % 1:
+            raise ValueError(
+                f"scorer_gpus must be a part of one GPU or a whole number, got {self.scorer_gpus:g}"
+            )
         check_at_least(self, 1, "torch_threads")
         check_positive(self, "start_timeout", "sample_timeout")
 

@@ -187,13 +187,18 @@ class TrainConfig:
             )
 
     def _check_learners(self) -> None:
-        """Refuse minibatches that the learners cannot share."""
+        """Refuse minibatches that learners cannot share, and one device for several GPUs."""
         learners, minibatch = self.resources.num_learners, self.algorithm.minibatch_size
         differ = self.rules.max_steps > 1 and self.policy.distribution != "exact"
         if learners > 1 and differ and not minibatch:
             raise ValueError(
                 "resources.num_learners > 1 needs algorithm.minibatch_size where episodes end at "
                 "different steps"
+            )
+        if self.resources.scorer_gpus > 1 and self.scoring.device:
+            raise ValueError(
+                f"scoring.device={self.scoring.device!r} is one device, but resources.scorer_gpus="
+                f"{self.resources.scorer_gpus:g} spreads the LVLM over several; remove one of them"
             )
         if learners > 1 and self.algorithm.name == "mapo" and not minibatch:
             raise ValueError(

@@ -100,6 +100,10 @@ def _check_resources(config: TrainConfig) -> None:
         except ValueError as error:
             raise ValueError(f"scoring.device: {error}") from error
     wanted = config.resources
+    if wanted.num_scorers and wanted.scorer_gpus > 1 and config.scoring.scorer == "lvlm":
+        from tprl_env.lvlm.loading.devices import check_splitting
+
+        check_splitting()
     custom = wanted.scorer_resources if wanted.num_scorers else {}
     if any(custom.values()):
         raise ValueError(
