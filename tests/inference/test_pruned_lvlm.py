@@ -189,3 +189,38 @@ def test_an_impossible_average_and_no_reducer_are_refused(folders):
         PrunedLVLM(lvlm, make_reducer("fastv")).answer(pictures(1)[0], QUESTIONS[0], 1)
     with pytest.raises(ValueError, match="a pruner, a merger or a layer pruner, got str"):
         PrunedLVLM(lvlm, "fastv")
+
+
+@pytest.mark.parametrize("name", ["divprune", "visionzip", "question_rows"])
+def test_an_answer_is_scored_as_it_is_written(folders, name):
+    model = PrunedLVLM(load_lvlm(str(folders / "lvlm")), make_reducer(name))
+    rows = pictures(2), list(QUESTIONS[:2])
+    written = model.answer_batch(*rows, 6, max_new_tokens=6)
+    first = "yes"
+    scores = model.score_batch(*rows, [[first], [first, "no"]], 6)
+    for one, other in zip(scores, written, strict=True):
+        assert np.array_equal(one.lives, other.lives)
+        assert one.average_tokens == other.average_tokens and 0 < one.likelihood < 1
+    alone = model.score_batch(*rows, [[first], [first]], 6)
+    assert alone[0].likelihood == pytest.approx(scores[0].likelihood)
+    assert alone[1].likelihood < scores[1].likelihood
+    with pytest.raises(ValueError, match="1 lists for 2 questions"):
+        model.score_batch(*rows, [[first]], 6)
+
+
+def test_a_share_is_of_each_picture(tmp_path):
+    from tprl_env.lvlm.tiny.families import save_random
+
+    model = PrunedLVLM(load_lvlm(save_random("qwen2_vl", tmp_path)), make_reducer("uniform"))
+    sizes = [(56, 56), (112, 56), (56, 56)]
+    rows = [np.full((*size, 3), 90, np.uint8) for size in sizes], ["yes or no"] * 3
+    answers = model.answer_batch(*rows, 0.5, max_new_tokens=2)
+    shown = [len(answer.keep) for answer in answers]
+    assert shown[0] == shown[2] != shown[1]
+    assert [int(a.keep.sum()) for a in answers] == [int(n / 2 + 0.5) for n in shown]
+    single = [model.answer(*row, 0.5, 2).text for row in zip(*rows, strict=True)]
+    assert [a.text for a in answers] == single
+    assert [a.keep.all() for a in model.answer_batch(*rows, 1.0, 1)] == [True] * 3
+    for bad in (0.0, -0.5, float("nan")):
+        with pytest.raises(ValueError, match="budget must be"):
+            model.answer_batch(*rows, bad)

@@ -4,7 +4,8 @@
 plain transformers model.
 """
 
-from tprl_env.inference.pruned_lvlm import PrunedAnswer, PrunedLVLM
+from tprl_env.inference.answers import PrunedAnswer, PrunedScore
+from tprl_env.inference.pruned_lvlm import PrunedLVLM
 from tprl_env.inference.token_pruner import TokenPruner
 
-__all__ = ["PrunedAnswer", "PrunedLVLM", "TokenPruner"]
+__all__ = ["PrunedAnswer", "PrunedLVLM", "PrunedScore", "TokenPruner"]

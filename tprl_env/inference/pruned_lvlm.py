@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 
 from tprl_env.data.pictures import PictureError, as_picture
+from tprl_env.inference.answers import Group, Left, PrunedAnswer, PrunedScore, Result
+from tprl_env.inference.budgets import Budget, check_budget, tokens_of
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.reducers.interfaces import Merger, PruneInputs, Pruner, Reducer
 from tprl_env.reducers.layer_pruner import LayerPruner
@@ -25,27 +27,6 @@ from tprl_env.reducers.layer_pruner import LayerPruner
 if TYPE_CHECKING:
     from tprl_env.lvlm.protocol import LVLM, Positions
     from tprl_env.policy.pruner import Penalty
-
-
-@dataclass(frozen=True)
-class PrunedAnswer:
-    """An answer and the tokens it was given from.
-
-    Attributes:
-        text: What the LVLM generated.
-        keep: Droppable tokens that reached the LLM, ``(n,)`` bool in the order of the sequence; of
-            merged tokens the places that they stand for.
-        grid: Rows and columns of the tokens; (1, n) where they are not one grid.
-        lives: uint8 (n,), decoder layers that each place's token entered, 0 = dropped.
-        average_tokens: Visual tokens per decoder layer, mean over the layers, those that show no
-            place of the picture left out.
-    """
-
-    text: str
-    keep: npt.NDArray[np.bool_]
-    grid: tuple[int, int]
-    lives: npt.NDArray[np.uint8]
-    average_tokens: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +108,7 @@ class PrunedLVLM:
         self,
         picture: Any,
         question: str,
-        budget: int,
+        budget: Budget,
         max_new_tokens: int = 20,
     ) -> PrunedAnswer:
         """Answer one question about one picture; see :meth:`answer_batch`."""
@@ -137,7 +118,7 @@ class PrunedLVLM:
         self,
         pictures: Sequence[Any],
         questions: Sequence[str],
-        budget: int,
+        budget: Budget,
         max_new_tokens: int = 20,
     ) -> list[PrunedAnswer]:
         """Encode, prune and answer.
@@ -151,14 +132,74 @@ class PrunedLVLM:
                 tensor, uint8 in 0..255 or float in 0..1, ``(H, W, 3)`` or ``(3, H, W)``; see
                 ``tprl_env.data.pictures.as_picture``.
             questions: Questions.
-            budget: Tokens to leave; with a threshold it only informs the policy. For a layer pruner
-                the average over decoder layers.
+            budget: Tokens to leave, or a share in (0, 1] of each picture's droppable ones; with a
+                threshold it only informs the policy. For a layer pruner the average over decoder
+                layers.
             max_new_tokens: Longest answer in tokens.
 
         Raises:
             ValueError: Different numbers of pictures and questions, a budget out of range, or
                 something that is no picture.
         """
+        answers: dict[int, PrunedAnswer] = {}
+        for group in self._groups(pictures, questions, budget):
+            left = group.left
+            texts = self.lvlm.generate(
+                group.prompts,
+                left.tokens,
+                left.keep,
+                max_new_tokens,
+                left.positions,
+                **left.inside,
+            )
+            for number, text, visual, result in zip(
+                group.rows, texts, group.visuals, left.results, strict=True
+            ):
+                answers[number] = PrunedAnswer(text, result.keep, visual.grid, *result.counted)
+        return [answers[number] for number in range(len(questions))]
+
+    def score_batch(
+        self,
+        pictures: Sequence[Any],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[str]],
+        budget: Budget,
+    ) -> list[PrunedScore]:
+        """Encode, prune, and score given answers without decoding.
+
+        Args:
+            pictures: As for :meth:`answer_batch`.
+            questions: Questions.
+            answers: Per question the accepted answers.
+            budget: As for :meth:`answer_batch`.
+
+        Raises:
+            ValueError: As for :meth:`answer_batch`, or an answer that the tokenizer cannot write.
+        """
+        if len(answers) != len(questions):
+            raise ValueError(
+                f"expected accepted answers per question, got {len(answers)} lists for "
+                f"{len(questions)} questions"
+            )
+        scores: dict[int, PrunedScore] = {}
+        for group in self._groups(pictures, questions, budget):
+            left = group.left
+            ids = [
+                [self.lvlm.answer_ids(prompt, answer) for answer in answers[number]]
+                for number, prompt in zip(group.rows, group.prompts, strict=True)
+            ]
+            found = self.lvlm.score(
+                group.prompts, ids, left.tokens, left.keep, left.positions, **left.inside
+            )
+            for place, (number, result) in enumerate(zip(group.rows, left.results, strict=True)):
+                exact, likelihood = float(found.exact[place]), float(found.likelihood[place])
+                scores[number] = PrunedScore(exact, likelihood, *result.counted)
+        return [scores[number] for number in range(len(questions))]
+
+    def _groups(
+        self, pictures: Sequence[Any], questions: Sequence[str], budget: Budget
+    ) -> Iterator[Group]:
+        """Rows with one count of tokens each, pruned."""
         if isinstance(pictures, (str, bytes)) or isinstance(questions, str):
             raise ValueError("pictures and questions must be lists; for one of each use answer()")
         if len(pictures) != len(questions):
@@ -172,98 +213,79 @@ class PrunedLVLM:
             self.lvlm.prompt(question, [visual])
             for question, visual in zip(questions, visuals, strict=True)
         ]
+        counts = [budget] * len(visuals)
+        if isinstance(budget, (float, np.floating)) and not budget > 1:
+            check_budget(budget)
+            counts = [tokens_of(budget, int(_droppable(visual).sum())) for visual in visuals]
+        for count in dict.fromkeys(counts):
+            rows = [number for number, one in enumerate(counts) if one == count]
+            some = [prompts[i] for i in rows], [visuals[i] for i in rows]
+            left = self._left(*some, [images[i] for i in rows], count)
+            yield Group(rows, *some, left)
+
+    def _left(self, prompts: list[Any], visuals: list[Any], images: list[Any], count: Any) -> Left:
+        """What the reducer leaves of each row."""
         if isinstance(self.reducer, LayerPruner):
-            return self._inside(self.reducer, prompts, visuals, budget, max_new_tokens)
+            return self._inside(self.reducer, prompts, visuals, count)
         inputs = [self._inputs(v, p) for v, p in zip(visuals, prompts, strict=True)]
         self._fill(inputs, prompts, visuals, images)
         if isinstance(self.reducer, Merger):
-            return self._merged(self.reducer, inputs, prompts, visuals, budget, max_new_tokens)
+            return self._merged(self.reducer, inputs, visuals, count)
         pruner = self.reducer
         if not isinstance(pruner, Pruner):
             raise ValueError(f"{pruner.name!r} is no pruner")
-        keep = [mask.cpu().numpy() for mask in pruner.prune_batch(inputs, budget)]
+        keep = [mask.cpu().numpy() for mask in pruner.prune_batch(inputs, count)]
         whole = []
         for mask, visual in zip(keep, visuals, strict=True):
             droppable = _droppable(visual)
             whole.append(np.ones(len(droppable), np.bool_))
             whole[-1][droppable] = mask
-        texts = self.lvlm.generate(
-            prompts,
-            [visual.tokens for visual in visuals],
-            whole,
-            max_new_tokens,
-            self.positions or "original",
-        )
-        return [
-            self._answer(text, mask, visual.grid, mask * np.uint8(self.lvlm.num_layers))
-            for text, mask, visual in zip(texts, keep, visuals, strict=True)
-        ]
+        layers = np.uint8(self.lvlm.num_layers)
+        results = [Result(mask, mask * layers, float(mask.sum())) for mask in keep]
+        tokens = [visual.tokens for visual in visuals]
+        return Left(tokens, whole, self.positions or "original", {}, results)
 
     def _merged(
-        self,
-        merger: Merger,
-        inputs: list[PruneInputs],
-        prompts: list[Any],
-        visuals: list[Any],
-        budget: int,
-        max_new_tokens: int,
-    ) -> list[PrunedAnswer]:
-        """Answers from a merger's tokens."""
+        self, merger: Merger, inputs: list[PruneInputs], visuals: list[Any], count: Any
+    ) -> Left:
+        """A merger's tokens."""
         from tprl_env.lvlm.stored import beside_fixed
 
-        merged = merger.merge_batch(inputs, budget)
+        merged = merger.merge_batch(inputs, count)
         whole = [
             beside_fixed(one, visual.tokens, visual.placement)
             for one, visual in zip(merged, visuals, strict=True)
         ]
-        texts = self.lvlm.generate(
-            prompts,
-            [tokens.to(self.lvlm.device, self.lvlm.dtype) for tokens, _ in whole],
-            None,
-            max_new_tokens,
-            self.positions or merger.positions,
-            places=[places for _, places in whole],
-            sizes=[len(visual.tokens) for visual in visuals],
-        )
-        answers = []
-        for text, one, visual in zip(texts, merged, visuals, strict=True):
+        results = []
+        for one, visual in zip(merged, visuals, strict=True):
             keep = np.zeros(int(_droppable(visual).sum()), np.bool_)
             keep[one.places.cpu().numpy()] = True
             lives = keep * np.uint8(self.lvlm.num_layers)
-            answers.append(self._answer(text, keep, visual.grid, lives, len(one.places)))
-        return answers
+            results.append(Result(keep, lives, float(len(one.places))))
+        return Left(
+            [tokens.to(self.lvlm.device, self.lvlm.dtype) for tokens, _ in whole],
+            None,
+            self.positions or merger.positions,
+            {
+                "places": [places for _, places in whole],
+                "sizes": [len(visual.tokens) for visual in visuals],
+            },
+            results,
+        )
 
     def _inside(
-        self,
-        reducer: LayerPruner,
-        prompts: list[Any],
-        visuals: list[Any],
-        average: float,
-        max_new_tokens: int,
-    ) -> list[PrunedAnswer]:
-        """Answers while tokens leave between the layers."""
+        self, reducer: LayerPruner, prompts: list[Any], visuals: list[Any], average: float
+    ) -> Left:
+        """Tokens leave between the layers."""
         tokens = [visual.tokens for visual in visuals]
-        positions, wanted = self.positions, float(average)
-        found = self.lvlm.reduce(prompts, tokens, reducer, wanted, positions)
-        texts = self.lvlm.generate(
-            prompts, tokens, None, max_new_tokens, positions, reducer=reducer, average=wanted
-        )
-        shown = [one[_droppable(visual)] for one, visual in zip(found, visuals, strict=True)]
-        return [
-            self._answer(text, lives > 0, visual.grid, lives)
-            for text, lives, visual in zip(texts, shown, visuals, strict=True)
-        ]
-
-    def _answer(
-        self,
-        text: str,
-        keep: npt.NDArray[np.bool_],
-        grid: tuple[int, int],
-        lives: npt.NDArray[np.uint8],
-        tokens: float | None = None,
-    ) -> PrunedAnswer:
-        average = float(lives.sum()) / self.lvlm.num_layers if tokens is None else float(tokens)
-        return PrunedAnswer(text, keep, grid, lives, average)
+        wanted = float(average)
+        found = self.lvlm.reduce(prompts, tokens, reducer, wanted, self.positions)
+        results = []
+        for one, visual in zip(found, visuals, strict=True):
+            lives = one[_droppable(visual)]
+            results.append(Result(lives > 0, lives, float(lives.sum()) / self.lvlm.num_layers))
+        inside = {"reducer": reducer, "average": wanted}
+        return Left(tokens, None, self.positions, inside, results)
 
     def _fill(
         self, inputs: list[PruneInputs], prompts: list[Any], visuals: list[Any], images: list[Any]
