@@ -45,6 +45,7 @@ PACKAGES = {
     ),
     "transformers": ("lvlm",),
     "gymnasium": ("rllib.rollout", "env", ""),
+    "lmms_eval": ("inference.harness",),
     "matplotlib": ("evaluation",),
     **dict.fromkeys(("benchmarks", "rllib_configs", "tests"), ()),  # they stand on the package
     "": (),  # a relative import; there is one way to write a path

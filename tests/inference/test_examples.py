@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -57,6 +60,20 @@ def test_qwen2_5_vl(paths: list[str], tmp_path: Path, capsys: Any) -> None:
     kept, rest = capsys.readouterr().out.split(" of ", 1)
     total = int(rest.split()[0])
     assert int(kept) == (total + 1) // 2 and answer.strip() in rest
+
+
+def test_vlmevalkit(paths: list[str]) -> None:
+    names = ("vlmeval", "vlmeval.vlm", "vlmeval.vlm.base")
+    made: Any = {name: ModuleType(name) for name in names}
+    made["vlmeval.vlm.base"].BaseModel = type("BaseModel", (), {})
+    with mock.patch.dict(sys.modules, made):
+        example = load("vlmevalkit")
+    model = example.PrunedModel("builtin:crowded", "question_rows", 0.5, layer=1)
+    text, picture = {"type": "text", "value": "what color is the 7 ?"}, {"type": "image"}
+    message = [picture | {"value": paths[0]}, text]
+    assert model.generate_inner(message) == model.pruned.answer(paths[0], text["value"], 72).text
+    with pytest.raises(ValueError, match="MMMU: a question with 2 pictures"):
+        model.generate_inner([*message, picture | {"value": paths[1]}], "MMMU")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
