@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,25 @@ def write(folder: Path, rows: list[dict | str]) -> Path:
 
 def row(id: str = "q1", image: str = "a.png", **more: object) -> dict:
     return {"id": id, "image": image, "question": "what?", "answers": ["cat"], **more}
+
+
+def several(images: object, id: str = "q1") -> dict:
+    return {"id": id, "images": images, "question": "what?", "answers": ["cat"]}
+
+
+def test_several_pictures_are_read_in_their_order_and_named_in_errors(tmp_path: Path):
+    rows = [several(["a.png", "b.png"], "1"), several(["b.png", "a.png"], "2"), row("3")]
+    first, second, single = list(load_dataset(write(tmp_path, rows)))
+    assert len(first.images) == 2 and single.images == (single.image,)
+    assert np.array_equal(first.images[1], second.images[0])
+    assert len({first.image_id, second.image_id, single.image_id}) == 3
+    (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:40])
+    with pytest.raises(BadSampleError, match=r"cannot read image 2 .*cut\.png"):
+        list(load_dataset(write(tmp_path, [several(["a.png", "cut.png"])])))
+    with pytest.raises(BadSampleError, match=r"'\.\./b\.png' lies outside"):
+        load_dataset(write(tmp_path, [several(["a.png", "../b.png"])]))
+    with pytest.raises(ValueError, match="image 2 must be"):
+        replace(first, more_images=(np.zeros((3, 3), np.uint8),))
 
 
 def test_samples_are_read_as_rgb_and_share_pictures(tmp_path: Path):
@@ -106,10 +126,10 @@ def test_nothing_but_bad_samples(tmp_path: Path):
         (["{"], "line 1 is not JSON"),
         (["[1]"], "line 1 is not a JSON object"),
         ([row("1"), {"id": "2"}], r"line 2 lacks \['image', 'question', 'answers'\]"),
-        (
-            [row("1", images=["a.png", "b.png"])],
-            "line 1: a sample has one picture.*write a line per",
-        ),
+        ([row("1", images=["a.png", "b.png"])], "line 1 has both 'image' and 'images'; keep"),
+        ([several([])], r"'images' must be a list of at least one text, got \[\]"),
+        ([several("a.png")], 'a list of at least one text, got "a.png"'),
+        ([several(["a.png", 3])], "a list of at least one text, got"),
         ([row("1", extra=1)], r"unknown fields \['extra'\]"),
         ([row("1"), row("2", metric="vqa")], "line 2: the field 'metric' is now 'grader'"),
         ([row("1", kind="color")], "line 1: the field 'kind' is now 'question_type'"),

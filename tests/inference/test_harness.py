@@ -134,13 +134,23 @@ def test_what_it_cannot_do_is_refused_by_name(module: Any, rows: list[dict[str, 
         with pytest.raises(ValueError, match=said):
             model.generate_until(requests(rows[:1], **settings))
     assert model.generate_until(requests(rows[:1], temperature=0.7))  # no effect without sampling
-    for shown, said in (([], "has 0 pictures"), ([1, 2], "has 2 pictures"), (["a.mp4"], "a video")):
+    one, one_question = rows[0]["image"], rows[0]["question"]
+    for shown, text, said in (
+        ([], "why ?", "has no picture"),
+        ([one, one], "<image>why ?", "has pictures between its words"),
+        ([one], "why <image> ?", "has pictures between its words"),
+        (["a.mp4"], "why ?", "a video"),
+    ):
         asked = requests(rows[:1])
         words = list(asked[0].arguments)
-        words[2] = lambda doc, shown=shown: shown
+        words[0], words[2] = text, lambda doc, shown=shown: shown
         asked[0].arguments = tuple(words)
         with pytest.raises(ValueError, match=f"document 0 of test .*{said}"):
             model.generate_until(asked)
+    words[0], words[2] = f"<image> <image>\n{one_question}", lambda doc: [one, one]
+    asked[0].arguments = tuple(words)
+    wanted = model._pruned.answer([one, one], one_question, 1.0, 4).text
+    assert model.generate_until(asked) == [wanted]
     with pytest.raises(NotImplementedError):
         model.generate_until_multi_round([])
 

@@ -123,7 +123,7 @@ def _check_store(path: Path) -> str:
 
     store = FeatureStore.open(path, verify="checksums")
     for sample in range(len(store)):
-        store.picture(sample), store.picture_box(sample)
+        store.pictures(sample), store.picture_box(sample)
     return (
         f"{len(store)} samples about {store.num_images} images in {len(store.manifest.files)} "
         f"files, fingerprint {store.fingerprint}"

@@ -4,9 +4,10 @@ One object per line::
 
     {"id": "q1", "image": "pictures/1.png", "question": "what is it?", "answers": ["a cat"]}
 
-``image`` is relative to the file and lies below its folder. ``question_type``, ``grader`` and
-``image_id`` are optional; samples with the same ``image`` share one picture. Ids may be whole
-numbers, and ``answers`` one string or number: they become strings.
+``image`` is relative to the file and lies below its folder; a question about several pictures has
+``"images": [...]`` in its place. ``question_type``, ``grader`` and ``image_id`` are optional;
+samples with the same pictures share them. Ids may be whole numbers, and ``answers`` one string or
+number: they become strings.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tprl_env.data.records import (
     BadSampleError,
     answers_field,
     id_field,
+    names_field,
     read_records,
     text_field,
 )
@@ -33,7 +35,7 @@ __all__ = ["BadSampleError", "JsonlDataset", "NoSamplesError", "log_left_out"]
 logger = logging.getLogger(__name__)
 
 _REQUIRED = ("id", "image", "question", "answers")
-_KNOWN = (*_REQUIRED, "question_type", "grader", "image_id")
+_KNOWN = (*_REQUIRED, "images", "question_type", "grader", "image_id")
 _RENAMED = {"metric": "grader", "kind": "question_type"}
 _MAX_TEXT = 100_000  # characters of a question or answer; no context of an LVLM takes more
 _LOGGED = 10  # bad samples that are logged one by one
@@ -105,9 +107,9 @@ class JsonlDataset:
                     f"the dataset {self.path} has the id {record['id']!r} twice, in lines {first} "
                     f"and {record['line']}; make ids unique"
                 )
-            suspect = record["image"].startswith("/") or ".." in record["image"]
-            if suspect and not skip_bad:  # said before an LVLM is loaded
-                self._file(record)
+            for name in record["images"]:
+                if (name.startswith("/") or ".." in name) and not skip_bad:
+                    self._file(record, name)  # said before an LVLM is loaded
 
     def _check(self, number: int, record: dict[str, Any]) -> dict[str, Any]:
         where = f"{self.path} line {number}"
@@ -115,13 +117,13 @@ class JsonlDataset:
             raise BadSampleError(
                 f"{where}: the field {old!r} is now {_RENAMED[old]!r}; rename it in the file"
             )
-        if "images" in record:
+        if "image" in record and "images" in record:
             raise BadSampleError(
-                f"{where}: a sample has one picture, given as a text in 'image'; write a line per "
-                f"picture, or ask about several with load_lvlm and prompt(question, visuals), see "
-                f"docs/families.md"
+                f"{where} has both 'image' and 'images'; keep 'image' for one picture, or 'images' "
+                f"for a list of them"
             )
-        missing = [name for name in _REQUIRED if name not in record]
+        given = record.keys() | ({"image"} if "images" in record else set())
+        missing = [name for name in _REQUIRED if name not in given]
         unknown = [name[:50] for name in record if name not in _KNOWN]
         if missing or unknown:
             raise BadSampleError(
@@ -132,6 +134,8 @@ class JsonlDataset:
         for name in record:
             if name == "answers":
                 checked[name] = answers_field(record, name, where)
+            elif name == "images":
+                checked[name] = names_field(record, name, where)
             elif name in ("id", "image_id"):
                 checked[name] = id_field(record, name, where)
             else:
@@ -140,15 +144,16 @@ class JsonlDataset:
             check_choice(f"{where}: grader", checked.get("grader", "exact"), GRADERS)
         except ValueError as error:
             raise BadSampleError(str(error)) from error
+        checked.setdefault("images", (checked.pop("image", ""),))
         return checked
 
-    def _file(self, record: dict[str, Any]) -> Path:
-        """Where a sample's picture is.
+    def _file(self, record: dict[str, Any], name: str) -> Path:
+        """Where a picture of a sample is.
 
         Raises:
             BadSampleError: Outside of the data folder, or no name of a file.
         """
-        file = self.path.parent / record["image"]
+        file = self.path.parent / name
         if self._root is None:
             return file
         where = f"sample {record['id']!r} of {self.path} line {record['line']}: the image"
@@ -156,12 +161,12 @@ class JsonlDataset:
             resolved = file.resolve()  # symbolic links must not lead out either
         except (OSError, RuntimeError, ValueError) as error:
             raise BadSampleError(
-                f"{where} {record['image'][:200]!r} cannot be found ({error}), {_SKIP}",
+                f"{where} {name[:200]!r} cannot be found ({error}), {_SKIP}",
                 sample=record["id"],
             ) from error
         if not resolved.is_relative_to(self._root):
             raise BadSampleError(
-                f"{where} {record['image'][:200]!r} lies outside of the data folder {self._root}; "
+                f"{where} {name[:200]!r} lies outside of the data folder {self._root}; "
                 f"move it there or pass allow_outside=True",
                 sample=record["id"],
             )
@@ -198,22 +203,26 @@ class JsonlDataset:
                     f"shorten it, {_SKIP}",
                     sample=record["id"],
                 )
-        try:
-            image = read_picture(self._file(record))
-        except PictureError as error:
-            raise BadSampleError(
-                f"{where}: cannot read the image {error}, {_SKIP}", sample=record["id"]
-            ) from error
+        images = []
+        for number, name in enumerate(record["images"], start=1):
+            try:
+                images.append(read_picture(self._file(record, name)))
+            except PictureError as error:
+                which = "the image" if len(record["images"]) == 1 else f"image {number}"
+                raise BadSampleError(
+                    f"{where}: cannot read {which} {error}, {_SKIP}", sample=record["id"]
+                ) from error
         try:
             return Sample(
                 id=record["id"],
-                image=image,
+                image=images[0],
                 question=record["question"],
                 answers=record["answers"],
-                image_id=record.get("image_id", record["image"]),
+                image_id=record.get("image_id", " + ".join(record["images"])),
                 question_type=record.get("question_type", ""),
                 grader=record.get("grader", "exact"),
                 meta={"where": record["where"]},
+                more_images=tuple(images[1:]),
             )
         except ValueError as error:
             raise BadSampleError(

@@ -154,6 +154,19 @@ def answers_field(record: dict[str, Any], name: str, where: str) -> tuple[str, .
     return tuple(_encodable(str(answer), name, where) for answer in answers)
 
 
+def names_field(record: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A list of one or more texts.
+
+    Raises:
+        BadSampleError: It is something else.
+    """
+    value = record[name]
+    texts = value if isinstance(value, list) else []
+    if not texts or not all(isinstance(t, str) and not isinstance(t, NumberText) for t in texts):
+        raise _wrong(name, value, "a list of at least one text", where)
+    return tuple(_encodable(text, name, where) for text in texts)
+
+
 def _wrong(name: str, value: object, expected: str, where: str) -> BadSampleError:
     got = str(value) if isinstance(value, NumberText) else json.dumps(value)
     shown = got if len(got) <= 60 else got[:57] + "..."

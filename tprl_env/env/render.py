@@ -23,13 +23,22 @@ from tprl_env.env.token_picture import (
     cut_off,
     frame,
     layered_picture,
+    sheet,
     token_picture,
 )
 
 if TYPE_CHECKING:
+    from tprl_env.data.features.source import TokenSource
     from tprl_env.env.episodes import Episodes
 
-__all__ = ["TrajectoryStep", "draw_step", "draw_text", "draw_trajectory", "episode_frame"]
+__all__ = [
+    "TrajectoryStep",
+    "draw_step",
+    "draw_text",
+    "draw_trajectory",
+    "drawn_picture",
+    "episode_frame",
+]
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -247,13 +256,22 @@ def episode_frame(episodes: Episodes, slot: int, mode: str) -> Any:
     }
     find = getattr(source, "picture_box", None)  # a source of somebody's own may lack it
     box = None if find is None else find(sample)
-    layers = common["layers"] = layers_of(source, sample)
+    picture, places = drawn_picture(source, sample)
+    layers = common["layers"] = layers_of(source, sample, places)
     if layers is not None:
         box = None
     if mode == "ansi":
-        unseen = 0.0 if box is None else cut_off(source.picture(sample).shape, box)
+        unseen = 0.0 if box is None else cut_off(picture.shape, box)
         return draw_text(grid, alive, **common, unseen=unseen)
-    return draw_step(source.picture(sample), grid, alive, **common, box=box)
+    return draw_step(picture, grid, alive, **common, box=box)
+
+
+def drawn_picture(
+    source: TokenSource, sample: int
+) -> tuple[Picture, npt.NDArray[np.float32] | None]:
+    """What a sample is drawn on: its picture, or its pictures on a sheet and where they lie."""
+    find = getattr(source, "pictures", None)  # only stores have questions about several
+    return (source.picture(sample), None) if find is None else sheet(find(sample))
 
 
 def _area(

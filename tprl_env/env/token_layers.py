@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -33,22 +34,45 @@ class Layer:
     areas: npt.NDArray[np.float32]
 
 
-def layers_of(source: TokenSource, sample: int) -> list[Layer] | None:
-    """The layers of a sample's tokens, tiles first; None where they are one grid."""
+def layers_of(
+    source: TokenSource, sample: int, places: npt.NDArray[np.float32] | None = None
+) -> list[Layer] | None:
+    """The layers of a sample's tokens, tiles first; None where they are one grid.
+
+    Args:
+        source: Knows where tokens are.
+        sample: Its number.
+        places: (P, 4) where each of several pictures lies on their sheet; the layers are about the
+            sheet then, see `tprl_env.env.token_picture.sheet`.
+    """
     rows, _ = source.grid(sample)
     find = getattr(source, "coords", None)  # a source of somebody's own may lack it
     if rows != 1 or find is None:
         return None
-    tiles, areas = find(sample)[:, 0], source.areas(sample)[:, 1:]
-    whole = [tile for tile in np.unique(tiles) if _covers(areas[tiles == tile])]
+    tiles, found = find(sample)[:, 0], source.areas(sample)
+    numbers, areas = found[:, 0].astype(np.int64), found[:, 1:]
+    views = [_views(tiles, areas, numbers == number) for number in np.unique(numbers)]
+    if places is not None:
+        origin = places[numbers]
+        areas = np.tile(origin[:, :2], 2) + areas * np.tile(origin[:, 2:] - origin[:, :2], 2)
     layers = []
-    cut = np.flatnonzero(~np.isin(tiles, whole))
-    if len(cut):
-        layers.append(Layer("tiles", cut, areas[cut]))
-    for tile in whole:
-        index = np.flatnonzero(tiles == tile)
-        layers.append(Layer("whole picture", index, areas[index]))
+    for panel in zip_longest(*views):  # views of one picture lie over each other, pictures do not
+        parts = [view for view in panel if view is not None]
+        index = np.concatenate([view for _, view in parts])
+        name = "tiles" if any(cut for cut, _ in parts) else "whole picture"
+        layers.append(Layer(name, index, areas[index]))
     return layers
+
+
+def _views(
+    tiles: npt.NDArray[np.int64], areas: npt.NDArray[np.float32], own: npt.NDArray[np.bool_]
+) -> list[tuple[bool, npt.NDArray[np.int64]]]:
+    """The tokens of one picture by view, and whether they cut it: its tiles, then overviews."""
+    known = np.unique(tiles[own])
+    whole = [tile for tile in known if _covers(areas[tiles == tile])]
+    cut = np.flatnonzero(own & ~np.isin(tiles, whole))
+    views = [(len(known) > 1, cut)] if len(cut) else []
+    return [*views, *((False, np.flatnonzero(tiles == tile)) for tile in whole)]
 
 
 def _covers(areas: npt.NDArray[np.float32]) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "cut_off",
     "frame",
     "layered_picture",
+    "sheet",
     "token_picture",
 ]
 
@@ -79,6 +80,32 @@ def token_picture(
     lines[1:] |= (np.diff(rows) > 0)[:, None]
     lines[:, 1:] |= (np.diff(columns) > 0)[None, :]
     return _painted(_resized(picture, shape, scale, outer), kept, seen, lines, area)
+
+
+def sheet(pictures: Sequence[Picture]) -> tuple[Picture, npt.NDArray[np.float32] | None]:
+    """Several pictures beside each other, all as high as the highest.
+
+    Args:
+        pictures: uint8 (H, W, 3) each.
+
+    Returns:
+        The sheet, and (P, 4) top, left, bottom, right of each picture as shares of it; a single
+        picture as it is, and None.
+    """
+    if len(pictures) == 1:
+        return pictures[0], None
+    height = max(picture.shape[0] for picture in pictures)
+    shapes = [(height, max(round(p.shape[1] * height / p.shape[0]), 1)) for p in pictures]
+    gap = max(height // 20, 1)
+    width = sum(shape[1] for shape in shapes) + gap * (len(pictures) - 1)
+    found = np.full((height, width, 3), PAPER, np.uint8)
+    places, left = [], 0
+    for picture, shape in zip(pictures, shapes, strict=True):
+        scaled = _resized(picture, shape, 1.0, frame(picture.shape, None))
+        found[:, left : left + shape[1]] = np.rint(scaled).clip(0, 255).astype(np.uint8)
+        places.append([0.0, left / width, 1.0, (left + shape[1]) / width])
+        left += shape[1] + gap
+    return found, np.array(places, np.float32)
 
 
 def layered_picture(

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.env.render import drawn_picture
+from tprl_env.env.token_layers import layers_of, token_map
 from tprl_env.evaluation.plots import save_figure
 from tprl_env.evaluation.trajectories import choose_examples
 from tprl_env.files import write_text
@@ -246,11 +248,17 @@ def nearest(measured: Sequence[Measured]) -> list[Measured]:
 
 
 def _draw_one(axes: Axes, bench: Bench, sample: int, lives: npt.NDArray[np.uint8]) -> None:
-    picture, (rows, columns) = bench.store.picture(sample), bench.store.grid(sample)
+    picture, places = drawn_picture(bench.store, sample)
+    layers, (rows, columns) = layers_of(bench.store, sample, places), bench.store.grid(sample)
     height, width = picture.shape[:2]
     box = bench.store.picture_box(sample) or (0.0, 0.0, float(height), float(width))
-    veil = np.ones((rows, columns, 4))
-    share = lives[: rows * columns].reshape(rows, columns) / bench.lvlm.num_layers
+    share = lives[: rows * columns] / bench.lvlm.num_layers
+    if layers is None:
+        share = share.reshape(rows, columns)
+    else:  # the tiles, or the only view
+        under = token_map(layers[0], (height, width))
+        share, box = np.append(share, 0.0)[under], (0.0, 0.0, float(height), float(width))
+    veil = np.ones((*share.shape, 4))
     veil[..., 3] = 0.88 * (1 - share)
     axes.imshow(picture, extent=(0, width, height, 0))
     axes.imshow(veil, extent=(box[1], box[3], box[2], box[0]), interpolation="nearest")

@@ -126,8 +126,9 @@ class Bench:
 
     def _tower_flops(self) -> int:
         """Of one plain pass, which ToMe and FlowCut run in another form."""
-        picture = self.store.picture(int(self.samples[0]))
-        return counted_flops(lambda: self.lvlm.vision_signals(picture).features())
+        pictures = self.store.pictures(int(self.samples[0]))
+        signals = self.lvlm.vision_signals
+        return counted_flops(lambda: [signals(one).features() for one in pictures])
 
     def measure(self, contender: Contender, budgets: Sequence[int]) -> list[Measured]:
         """One contender at every budget; those it cannot have become rows that say why."""
@@ -152,6 +153,8 @@ class Bench:
         if not 1 <= budget <= self.smallest_image:
             return f"budgets lie in [1, {self.smallest_image}] here, got {budget}"
         reducer, sample = contender.make(budget), int(self.samples[0])
+        if "vision" in reducer.required() and self.store.has_sets:
+            return "it looks into the vision tower at one picture, some questions here have several"
         try:
             if isinstance(reducer, LayerPruner):
                 prompt = stored_prompt(self.store, sample)

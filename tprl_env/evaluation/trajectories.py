@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from tprl_env.env.render import TrajectoryStep, draw_trajectory
+from tprl_env.env.render import TrajectoryStep, draw_trajectory, drawn_picture
 from tprl_env.env.scorer import Scorer
 from tprl_env.env.token_layers import layers_of
 from tprl_env.evaluation.plots import RUN_TEXT
@@ -179,15 +179,16 @@ def _draw_strip(
         TrajectoryStep(alive=mask[:size], score=float(score), answer=answer)
         for mask, score, answer in zip(masks, scores, answers, strict=True)
     ]
+    picture, places = drawn_picture(store, sample)
     strip = draw_trajectory(
-        store.picture(sample),
+        picture,
         store.grid(sample),
         steps,
         question=store.question(sample),
         answer=store.answers(sample)[0],
         columns=math.ceil(len(steps) / math.ceil(len(steps) / COLUMNS)),
         box=store.picture_box(sample),
-        layers=layers_of(store, sample),
+        layers=layers_of(store, sample, places),
     )
     told = PngInfo()
     if run:

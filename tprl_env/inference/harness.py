@@ -118,7 +118,8 @@ class HarnessLVLM(lmms):  # type: ignore[misc]
         """Greedy answers; see :class:`lmms`.
 
         Raises:
-            ValueError: A question has no picture or several, or asks for sampling or beams.
+            ValueError: A question has no picture, or pictures between its words, or asks for
+                sampling or beams.
         """
         written: dict[int, str] = {}
         for limit, numbers in self._alike(requests):
@@ -136,7 +137,7 @@ class HarnessLVLM(lmms):  # type: ignore[misc]
         """Log-probability of an answer with its end token, and whether it is the greedy one.
 
         Raises:
-            ValueError: A question has no picture or several.
+            ValueError: A question has no picture, or pictures between its words.
         """
         found: list[tuple[float, bool]] = []
         for some in _parts(range(len(requests)), self._batch_size):
@@ -178,17 +179,19 @@ class HarnessLVLM(lmms):  # type: ignore[misc]
         for row in rows:
             text, _, doc_to_visual, doc_id, task, split = row.args
             shown = list(doc_to_visual(self.task_dict[task][split][doc_id]) or ())
-            question = text.strip().removeprefix(_PLACEHOLDER).lstrip()
-            if len(shown) != 1 or _PLACEHOLDER in question or isinstance(shown[0], str):
-                kind = (
-                    "a video" if shown and isinstance(shown[0], str) else f"{len(shown)} pictures"
-                )
+            question, marked = text.strip(), 0
+            while question.startswith(_PLACEHOLDER):
+                question, marked = question.removeprefix(_PLACEHOLDER).lstrip(), marked + 1
+            between = _PLACEHOLDER in question or marked not in (0, len(shown))
+            if not shown or between or isinstance(shown[0], str):
+                kind = "pictures between its words" if between else "no picture"
+                kind = "a video" if shown and isinstance(shown[0], str) else kind
                 raise ValueError(
                     f"{task}: document {doc_id} of {split} has {kind}, and tprl_env answers "
-                    f"questions about one picture that stands before them; take another task"
+                    f"questions with their pictures before them; take another task"
                 )
             questions.append(question)
-            pictures.append(shown[0])
+            pictures.append(shown)
         return questions, pictures
 
     def _report(self) -> None:

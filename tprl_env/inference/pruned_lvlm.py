@@ -20,6 +20,7 @@ import torch
 from tprl_env.data.pictures import PictureError, as_picture
 from tprl_env.inference.answers import Group, Left, PrunedAnswer, PrunedScore, Result
 from tprl_env.inference.budgets import Budget, check_budget, tokens_of
+from tprl_env.lvlm.picture_sets import joined_visual
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.reducers.interfaces import Merger, PruneInputs, Pruner, Reducer
 from tprl_env.reducers.layer_pruner import LayerPruner
@@ -130,9 +131,10 @@ class PrunedLVLM:
         Args:
             pictures: One per question: a path, a file's bytes, a PIL image, or an array or
                 tensor, uint8 in 0..255 or float in 0..1, ``(H, W, 3)`` or ``(3, H, W)``; see
-                ``tprl_env.data.pictures.as_picture``.
+                ``tprl_env.data.pictures.as_picture``. A list for a question about several, in the
+                order in which the prompt shows them.
             questions: Questions.
-            budget: Tokens to leave, or a share in (0, 1] of each picture's droppable ones; with a
+            budget: Tokens to leave, or a share in (0, 1] of each question's droppable ones; with a
                 threshold it only informs the policy. For a layer pruner the average over decoder
                 layers.
             max_new_tokens: Longest answer in tokens.
@@ -208,7 +210,8 @@ class PrunedLVLM:
                 f"{len(questions)} questions"
             )
         images = [_taken(i, one) for i, one in enumerate(pictures)]
-        visuals = self.lvlm.encode_images(images)
+        encoded = iter(self.lvlm.encode_images([one for row in images for one in row]))
+        visuals = [joined_visual([next(encoded) for _ in row], row) for row in images]
         prompts = [
             self.lvlm.prompt(question, [visual])
             for question, visual in zip(questions, visuals, strict=True)
@@ -303,8 +306,13 @@ class PrunedLVLM:
             for one, saliency, visual in zip(inputs, rows, visuals, strict=True):
                 one.question_rows = torch.as_tensor(saliency)[_droppable(visual)]
         if "vision" in needs:
-            for one, image in zip(inputs, images, strict=True):
-                one.vision = self.lvlm.vision_signals(image)
+            for number, (one, row) in enumerate(zip(inputs, images, strict=True)):
+                if len(row) > 1:
+                    raise ValueError(
+                        f"reducer {self.reducer.name!r} looks into the vision tower at one "
+                        f"picture, question {number} of the batch has {len(row)}; take another"
+                    )
+                one.vision = self.lvlm.vision_signals(row[0])
 
     def _inputs(self, visual: Any, prompt: Any) -> PruneInputs:
         embeddings, dropped = self.lvlm.question_embeddings(prompt), _droppable(visual)
@@ -334,8 +342,16 @@ def _droppable(visual: Any) -> npt.NDArray[np.bool_]:
     return shown
 
 
-def _taken(number: int, picture: Any) -> npt.NDArray[np.uint8]:
-    try:
-        return as_picture(picture)
-    except PictureError as error:
-        raise PictureError(f"picture {number}: {error}") from error
+def _taken(number: int, given: Any) -> list[npt.NDArray[np.uint8]]:
+    """The pictures of one question."""
+    several = isinstance(given, (list, tuple))
+    if several and not given:
+        raise PictureError(f"picture {number}: an empty list; a question needs a picture")
+    found = []
+    for place, picture in enumerate(given if several else [given], start=1):
+        try:
+            found.append(as_picture(picture))
+        except PictureError as error:
+            which = f", number {place} of its {len(given)}" if several else ""
+            raise PictureError(f"picture {number}{which}: {error}") from error
+    return found

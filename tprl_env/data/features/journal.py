@@ -318,8 +318,13 @@ class DatasetHash:
         return self._hash.copy().hexdigest()[:32]
 
 
-def picture_digest(picture: npt.NDArray[np.uint8]) -> bytes:
-    """Return a digest of a picture's shape and pixels."""
-    digest = hashlib.blake2b(repr(picture.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(picture).data)
-    return digest.digest()
+def picture_digest(*pictures: npt.NDArray[np.uint8]) -> bytes:
+    """Return a digest of the shapes and pixels of a sample's pictures, in order."""
+    parts = []
+    for picture in pictures:
+        digest = hashlib.blake2b(repr(picture.shape).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(picture).data)
+        parts.append(digest.digest())
+    if len(parts) == 1:
+        return parts[0]
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()

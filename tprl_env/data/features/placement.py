@@ -16,6 +16,10 @@ TILE_FIELDS = 7
 """Picture, top, left, bottom, right (shares of the picture), rows and columns of tokens."""
 
 
+PICTURE_BREAK = "\x1e"
+"""Between the texts of the pictures of a set; no tokenizer's vocabulary is written with it."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where visual tokens stand: in their pictures, and in the sequence.
@@ -95,16 +99,17 @@ class Placement:
 
     @classmethod
     def joined(cls, parts: Sequence[Placement]) -> Placement:
-        """The placements of a prompt's pictures, in order; tiles are counted on."""
-        coords, tables, count = [], [], 0
-        for number, part in enumerate(parts):
+        """The placements of a prompt's pictures, in order; tiles and pictures are counted on."""
+        coords, tables, count, pictures = [], [], 0, 0
+        for part in parts:
             moved = part.coords.copy()
             moved[part.droppable, 0] += count
             coords.append(moved)
             table = part.tile_table.copy()
-            table[:, 0] += number
+            table[:, 0] += pictures
             tables.append(table)
             count += len(table)
+            pictures = int(table[:, 0].max(initial=pictures - 1)) + 1
         return cls(
             np.concatenate(coords),
             tuple(run for part in parts for run in part.runs),
@@ -129,7 +134,10 @@ class Pictured(Protocol):
 
     @property
     def placeholder(self) -> str:
-        """Text that stands for the picture; empty for the placeholder alone."""
+        """Text that stands for the picture; empty for the placeholder alone.
+
+        Of a set of pictures their texts, with :data:`PICTURE_BREAK` between them.
+        """
         ...
 
 

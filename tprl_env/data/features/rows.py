@@ -39,6 +39,7 @@ class ImageRow:
             are the droppable ones then, and ``fixed`` the others, in the placement's order.
         fixed: ``(m, D)`` tokens that are always kept, or None; stored as float16.
         placeholder: Text that stands for the image in a prompt; empty for the placeholder alone.
+        more_pictures: The pictures behind the first, where the image is a set of pictures.
     """
 
     image_id: str
@@ -51,6 +52,7 @@ class ImageRow:
     placement: Placement | None = None
     fixed: npt.NDArray[Any] | None = None
     placeholder: str = ""
+    more_pictures: Sequence[npt.NDArray[np.uint8]] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
             # absent from the first stores
             "box": pa.array([row.box for row in rows], pa.list_(pa.float32())),
             "picture": pa.array([_png(row.picture) for row in rows], pa.large_binary()),
+            "more_pictures": pa.array(
+                [[_png(one) for one in row.more_pictures] or None for row in rows],
+                pa.list_(pa.large_binary()),
+            ),
             "fixed": list_column(fixed, np.float16),
             **_placement_columns(rows),
         }

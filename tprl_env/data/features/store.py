@@ -238,11 +238,29 @@ class FeatureStore(StoredImages):
 
         Raises:
             StoreError: It is damaged.
+            ValueError: The sample has several.
+        """
+        pictures = self.pictures(sample)
+        if len(pictures) > 1:
+            raise ValueError(
+                f"sample {self.id(sample)!r} is about {len(pictures)} pictures; methods that look "
+                f"into the vision tower take one, see pictures()"
+            )
+        return pictures[0]
+
+    def pictures(self, sample: int) -> list[npt.NDArray[np.uint8]]:
+        """Return all pictures that the sample is about, as they were encoded.
+
+        Raises:
+            StoreError: One is damaged.
         """
         from tprl_env.data.pictures import read_picture  # Pillow, which rollouts do not need
 
+        image = self.image_number(sample)
+        stored = [self._images.value("picture", image)]
+        stored += self._images.optional("more_pictures", image) or ()
         try:
-            return read_picture(self._images.value("picture", self.image_number(sample)))
+            return [read_picture(one) for one in stored]
         except ValueError as error:
             raise StoreError(
                 f"the picture of sample {sample} in {self.path} is damaged ({error}); encode the "

@@ -90,6 +90,13 @@ class StoredImages(ABC):
         sides = (self._images.vector(name) for name in ("grid_rows", "grid_columns"))
         return all(bool((side == side[0]).all()) for side in sides)
 
+    @cached_property
+    def has_sets(self) -> bool:
+        """Whether some questions are about several pictures."""
+        name = "more_pictures"
+        batches = (batch for batch in self._images.batches if name in batch.schema.names)
+        return any(batch.column(name).null_count < batch.num_rows for batch in batches)
+
     def coords(self, sample: int) -> npt.NDArray[np.int64]:
         """Return tile or frame, row and column in it of each token, ``(n, 3)``."""
         placement = self.placement(self.image_number(sample))

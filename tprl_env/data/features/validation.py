@@ -26,6 +26,7 @@ IMAGE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tokens", "tower"), HALVES),
     "cls_attention": FLOATS,
     "picture": ("large_binary",),
+    "more_pictures": ("list<large_binary>",),
     "box": ("list<float>",),
     "fixed": HALVES,
     **dict.fromkeys(("coords", "runs", "offsets", "extents"), ("large_list<int32>",)),
@@ -46,7 +47,7 @@ SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 VALUES = {"values": HALVES + FLOATS}
 PLACES = ("fixed", "coords", "runs", "offsets", "extents", "tiles", "placeholder")
-LATER = ("box", "visual_at", *PLACES)  # columns that the first stores lack
+LATER = ("box", "visual_at", "more_pictures", *PLACES)  # columns that the first stores lack
 OPTIONAL = ("tower", "cls_attention", "relevance", *LATER)  # null where there is none
 
 

@@ -49,6 +49,7 @@ from tprl_env.lvlm.encoding.units import (
     describe_dataset,
     plan_units,
 )
+from tprl_env.lvlm.picture_sets import joined_visual
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -135,9 +136,10 @@ def write_unit(
 def _encode_images(lvlm: LVLM, first: Sequence[Sample], tower: bool) -> list[ImageRow]:
     if not first:
         return []
-    visuals = lvlm.encode_images([sample.image for sample in first])
+    encoded = iter(lvlm.encode_images([image for sample in first for image in sample.images]))
     rows = []
-    for sample, visual in zip(first, visuals, strict=True):
+    for sample in first:
+        visual = joined_visual([next(encoded) for _ in sample.images], sample.images)
         tokens = to_numpy(visual.tokens)
         if tokens.ndim != 2 or tokens.shape[1] != lvlm.token_width:
             raise StoreError(
@@ -168,6 +170,7 @@ def _image_row(sample: Sample, visual: Visual, tokens: npt.NDArray[Any], tower: 
         placement,
         None if shown.all() else tokens[~shown],
         getattr(visual, "placeholder", ""),
+        sample.more_images,
     )
 
 

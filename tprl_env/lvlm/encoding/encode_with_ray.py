@@ -44,6 +44,7 @@ from tprl_env.lvlm.encoding.units import (
     describe_dataset,
     plan_units,
 )
+from tprl_env.lvlm.picture_sets import joined_visual
 from tprl_env.ray_session import ray_session
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class UnitWorker:
     def _again(self, unit: Unit, image: int) -> StoredVisual:
         """Encode an image of an earlier unit again: that unit may not be written yet."""
         sample = unit.samples[unit.images.index(image)]
-        (visual,) = self._lvlm.encode_images([sample.image])
+        visual = joined_visual(self._lvlm.encode_images(sample.images), sample.images)
         tokens = to_numpy(visual.tokens).astype(np.float16)
         placement = getattr(visual, "placement", None)
         return StoredVisual(tokens, visual.grid, placement, getattr(visual, "placeholder", ""))
@@ -212,7 +213,7 @@ def _waves(units: Iterable[Unit], wave_bytes: int) -> Iterator[list[Unit]]:
     size = 0
     for unit in units:
         wave.append(unit)
-        size += sum(sample.image.nbytes for sample in unit.new)
+        size += sum(image.nbytes for sample in unit.new for image in sample.images)
         if size >= wave_bytes:
             yield wave
             wave, size = [], 0

@@ -59,7 +59,7 @@ def plan_units(
     ids: set[str] = set()
     running = DatasetHash()
     unit = Unit(0, 0)
-    pictures: dict[int, npt.NDArray[np.uint8]] = {}
+    pictures: dict[int, tuple[npt.NDArray[np.uint8], ...]] = {}
     for sample in samples:
         if sample.id in ids:
             raise StoreError(f"the sample id {sample.id!r} occurs twice; make ids unique")
@@ -75,7 +75,7 @@ def plan_units(
             yield unit
             unit = Unit(unit.number + 1, len(numbers))
             pictures = {}
-        digest = picture_digest(sample.image)
+        digest = picture_digest(*sample.images)
         if new:
             numbers[sample.image_id] = len(numbers)
             digests.append(digest)
@@ -88,8 +88,8 @@ def plan_units(
             )
         running.add(sample, digest)
         # Questions about one picture share its memory, here and when a unit is pickled.
-        shared = pictures.setdefault(number, sample.image)
-        unit.samples.append(replace(sample, image=shared))
+        first, *more = pictures.setdefault(number, sample.images)
+        unit.samples.append(replace(sample, image=first, more_images=tuple(more)))
         unit.images.append(number)
     if unit.samples:
         unit.dataset = running.digest()

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tprl_env.checks import quoted
-from tprl_env.data.features.placement import Pictured, Placement, raster
+from tprl_env.data.features.placement import PICTURE_BREAK, Pictured, Placement, raster
 from tprl_env.lvlm.protocol import Prompt
 
 LLAVA_TEMPLATE = "USER: <image>\n{question} ASSISTANT:"
@@ -110,9 +110,14 @@ class Prompter:
                 f"remove it, the template adds it"
             )
         placement = _placement(visuals)
-        head, tail = self._frame(1 if visuals is None else len(visuals))
+        shown = (
+            [""]
+            if visuals is None
+            else [text for visual in visuals for text in visual.placeholder.split(PICTURE_BREAK)]
+        )
+        head, tail = self._frame(len(shown))
         if visuals is not None:
-            texts = iter([visual.placeholder or self._image_token for visual in visuals])
+            texts = iter([text or self._image_token for text in shown])
             head, tail = self._filled(head, texts), self._filled(tail, texts)
         text = head + question + tail
         encoded = self._tokenizer(
