@@ -29,14 +29,13 @@ class PrunedModel(BaseModel):
         self.budget = budget
 
     def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-        """Answer a question about one picture."""
+        """Answer a question about the pictures before it."""
+        kinds = [part["type"] for part in message]
+        if kinds != sorted(kinds) or kinds[0] != "image":
+            raise ValueError(f"{dataset}: a message of {kinds}; pictures must come first")
         pictures = [part["value"] for part in message if part["type"] == "image"]
-        if len(pictures) != 1:
-            raise ValueError(
-                f"{dataset}: a question with {len(pictures)} pictures; one is expected"
-            )
         question = "\n".join(part["value"] for part in message if part["type"] == "text")
-        return self.pruned.answer(pictures[0], question, self.budget, max_new_tokens=128).text
+        return self.pruned.answer(pictures, question, self.budget, max_new_tokens=128).text
 
 
 if __name__ == "__main__":

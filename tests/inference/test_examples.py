@@ -72,7 +72,7 @@ def test_vlmevalkit(paths: list[str]) -> None:
     text, picture = {"type": "text", "value": "what color is the 7 ?"}, {"type": "image"}
     message = [picture | {"value": paths[0]}, text]
     assert model.generate_inner(message) == model.pruned.answer(paths[0], text["value"], 72).text
-    with pytest.raises(ValueError, match="MMMU: a question with 2 pictures"):
+    with pytest.raises(ValueError, match=r"MMMU: a message of \['image', 'text', 'image'\]"):
         model.generate_inner([*message, picture | {"value": paths[1]}], "MMMU")
 
 
