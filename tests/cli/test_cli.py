@@ -131,14 +131,14 @@ def test_the_help_of_train_shows_every_setting_with_its_meaning(capsys):
         assert found, name
         meaning = " ".join(rest.partition("\n")[2].partition("\n  --")[0].split())
         assert re.match(r"\S.{5,} \(default: .+\)", meaning), (name, meaning)
-    assert "--rules.budget INT|LOW,HIGH|none" in text
+    assert "--rules.budget INT|FLOAT|LOW,HIGH|none" in text
     assert "--policy.query-norm none|rms|layer" in text
     assert "--policy.token-norm true|false" in text
 
 
 def test_the_help_of_a_preset_shows_its_values(capsys, refused):
     text = " ".join(train_help(capsys, "budget_conditioned").split())
-    assert "per sample; None without. (default: 3,72)" in text
+    assert "are shares of the sample's tokens. (default: 3,72)" in text
     assert "KL(policy || initial policy) (GRPO). (default: 0.04)" in text
     assert "--algorithm.memory-size" not in text and "--algorithm.gae-lambda" not in text
     assert "did you mean 'recommended'" in refused("train", "recomended", "--help")

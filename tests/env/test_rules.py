@@ -77,3 +77,33 @@ def test_options_may_be_absent():
 def test_coerced_actions_are_boolean():
     found = coerce_action([1, 0, 1], (3,))
     assert found.dtype == bool and found.tolist() == [True, False, True]
+
+
+def test_a_share_is_of_each_samples_tokens():
+    fixed = EpisodeRules(budget=0.3)
+    generator = np.random.default_rng(0)
+    state = generator.bit_generator.state
+    # 4.5 is rounded up, .3 of one token is one token
+    assert [fixed.draw_budget(generator, n) for n in (15, 10, 1)] == [5, 3, 1]
+    assert generator.bit_generator.state == state and fixed.shares
+    assert fixed.counts(15) == (5, 5) and EpisodeRules(budget=(0.1, 0.5)).counts(20) == (2, 10)
+    assert EpisodeRules(budget=4).counts(20) == (4, 4) and EpisodeRules().counts(9) is None
+    drawn = EpisodeRules(budget=[0.1, 0.4])
+    found = np.array([drawn.draw_budget(generator, 100) for _ in range(4000)])
+    assert found.min() == 10 and found.max() == 40
+    assert np.mean(found < 20) == pytest.approx(0.5, abs=0.03)  # log-uniform: .2 is the middle
+
+
+def test_environments_want_a_share_of_each_picture():
+    source = "toy:samples=12,tokens=17,vary=1"
+    env = TokenPruningEnv(source, budget=0.5)
+    wanted = {}
+    for sample in range(12):
+        observation, _ = env.reset(seed=sample, options={"sample": sample})
+        wanted[sample] = (int(observation["budget"][0]), int(observation["alive"].sum()))
+    assert len(set(wanted.values())) > 3
+    assert all(count == max(1, int(n / 2 + 0.5)) for count, n in wanted.values())
+    vector = TokenPruningVectorEnv(4, source, budget=(0.25, 0.75))
+    observation, _ = vector.reset(seed=0)
+    share = observation["budget"][:, 0] / observation["alive"].sum(1)
+    assert ((share > 0.2) & (share < 0.8)).all() and len(set(share)) > 1

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tprl_env.evaluation.intervals import mean_interval, paired_difference, wilson_interval
-from tprl_env.evaluation.measure import by_type, check_budgets
+from tprl_env.evaluation.measure import by_type, check_budgets, wanted_count
 
 
 def test_wilson_interval_literal():
@@ -54,3 +54,13 @@ def test_by_type():
 def test_budgets_out_of_range(budgets):
     with pytest.raises(ValueError, match=r"budgets must be one or more counts in \[1, 144\]"):
         check_budgets(budgets, 144)
+
+
+def test_shares_are_budgets_between_0_and_1():
+    check_budgets([0.2, 1, 144, 1.0], 144)
+    for bad in (1.5, 0.0, -0.2):
+        with pytest.raises(ValueError, match=r"or shares such as 0\.2"):
+            check_budgets([bad], 144)
+    # .3 of 10, 5 and 1 tokens: 3, 2 (1.5 rounded up) and 1
+    assert wanted_count(0.3, np.array([10, 5, 1])) == 2
+    assert wanted_count(7, np.array([3])) == 7

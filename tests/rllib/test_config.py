@@ -90,6 +90,8 @@ def test_an_old_run_can_be_resumed(tmp_path: Path):
         ("rules.budget", "4,20", (4, 20)),
         ("rules.budget", "(4, 20)", (4, 20)),
         ("rules.budget", "14", 14),
+        ("rules.budget", "0.25", 0.25),
+        ("rules.budget", "0.1,0.5", (0.1, 0.5)),
         ("limits.max_scores", "1e5", 100_000),
         ("limits.max_scores", "none", None),
         ("policy.width", "none", None),
@@ -182,6 +184,8 @@ def test_the_policys_choices_are_the_networks():
             r"memory_weight must lie in \[0, 1\)",
         ),
         ({"rollout.shared_budget": True, "rollout.fixed_budgets": True}, "exclude each other"),
+        ({"rules.budget": "0.5,8"}, "budget must be"),
+        ({"rules.budget": 0.2, "rules.min_tokens": 1}, "below the smallest budget 1"),
         ({"rules.min_tokens": 6}, r"rules\.min_tokens must be below the smallest budget"),
     ],
 )

@@ -28,6 +28,7 @@ from tprl_env.cli.parsing import (
     TrainHelp,
     add_trust,
     at_least_one,
+    budgets,
     counts,
     names,
     overrides,
@@ -227,7 +228,10 @@ def _add_evaluate(commands: Any) -> None:
         "--pruners", type=names, help="comma-separated names (default: all that the store allows)"
     )
     add_reducers(sub)
-    sub.add_argument("--budgets", type=counts, help="tokens kept (default: 48,29,14,7,4)")
+    sub.add_argument(
+        "--budgets", type=budgets,
+        help="tokens kept, counts or shares of each picture's such as 0.2 (default: 48,29,14,7,4)",
+    )  # fmt: skip
     sub.add_argument("--limit", type=int, help="use the first so many questions (default: all)")
     sub.add_argument("--trajectories", type=int, help="how many to draw (default: 10)")
     sub.add_argument("--out", type=path, default=Path("runs/evaluate"), help="folder of results")

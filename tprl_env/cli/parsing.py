@@ -15,6 +15,7 @@ __all__ = [
     "Parser",
     "TrainHelp",
     "at_least_one",
+    "budgets",
     "counts",
     "names",
     "overrides",
@@ -77,6 +78,18 @@ def counts(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(
             f"expected whole numbers separated by commas, such as 48,29,14, got {text!r}"
         ) from error
+
+
+def budgets(text: str) -> tuple[int | float, ...]:
+    """``"48,0.1"`` to ``(48, 0.1)``, counts and shares, each once."""
+    try:
+        parts = [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected counts or shares separated by commas, such as 48,29,14 or 0.2,0.1, got "
+            f"{text!r}"
+        ) from error
+    return tuple(dict.fromkeys(parts))
 
 
 def names(text: str) -> list[str]:

@@ -88,7 +88,7 @@ def _one_word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="|".join(metavars),
+        metavar="|".join(dict.fromkeys(metavars)),
         instance_from_str=lambda words: words[0],
         is_instance=lambda value: True,
         str_from_instance=lambda value: [_word(value)],

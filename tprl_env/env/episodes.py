@@ -88,7 +88,8 @@ def choose_episode(
     if rules.budget is None:
         return number, 0
     if budget is None:
-        return number, rules.draw_budget(generator)
+        tokens = int(np.sum(source.exists(np.array([number])))) if rules.shares else 0
+        return number, rules.draw_budget(generator, tokens)
     return number, _check_count(budget, number, source)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from gymnasium import spaces
 from tprl_env.checks import check_choice, check_integer, quoted
 from tprl_env.data.features.source import TokenSource
 from tprl_env.env import rewards
+from tprl_env.env.budgets import is_share, tokens_of
 from tprl_env.env.observations import observation_space
 
 __all__ = [
@@ -49,7 +50,8 @@ class EpisodeRules:
             work, the same undiscounted return).
         reward_batch_size: This many consecutive episodes share the mean of their rewards.
         min_tokens: An episode terminates once at most this many tokens are kept.
-        budget: Wanted count, or (low, high) to draw it log-uniformly per sample; None without.
+        budget: Wanted count, or (low, high) to draw it log-uniformly per sample; None without. A
+            float in (0, 1], or two of them, are shares of the sample's tokens.
         score_kind: "exact" (0 or 1) or "likelihood" of the reference answer.
         query: What is observed of the question: its "mean" vector or its "tokens".
 
@@ -63,7 +65,7 @@ class EpisodeRules:
     score_steps: ScoreSteps = "all"
     reward_batch_size: int = 1
     min_tokens: int = 1
-    budget: int | tuple[int, int] | None = None
+    budget: int | float | tuple[int, int] | tuple[float, float] | None = None
     score_kind: ScoreKind = "exact"
     query: Query = "mean"
 
@@ -113,26 +115,55 @@ class EpisodeRules:
         """Space of one observation for tokens of this source."""
         return observation_space(source, self.query, self.max_steps, self.budget is not None)
 
-    def draw_budget(self, generator: np.random.Generator) -> int:
+    @property
+    def shares(self) -> bool:
+        """Whether the budget is a share of a sample's tokens."""
+        first = self.budget[0] if isinstance(self.budget, tuple) else self.budget
+        return isinstance(first, float)
+
+    def draw_budget(self, generator: np.random.Generator, tokens: int = 0) -> int:
         """One wanted count, log-uniform over the integers of the range (docs/method.md, "Budgets").
 
-        P(k) = log((k + 1) / k) / log((high + 1) / low); a fixed budget draws nothing.
+        P(k) = log((k + 1) / k) / log((high + 1) / low); a fixed budget draws nothing. A share is
+        log-uniform over its range, then rounded to the nearest count of at least one.
+
+        Args:
+            generator: What draws.
+            tokens: Tokens of the sample; only shares need them.
         """
-        if isinstance(self.budget, tuple):
-            low, high = self.budget
-            draw = generator.uniform(math.log(low), math.log(high + 1))
-            return min(max(int(math.exp(draw)), low), high)
         if self.budget is None:
             raise ValueError("this environment has no budget; pass budget=k or budget=(low, high)")
-        return self.budget
+        if not isinstance(self.budget, tuple):
+            return tokens_of(self.budget, tokens) if self.shares else int(self.budget)
+        low, high = self.budget
+        if self.shares:
+            draw = generator.uniform(math.log(low), math.log(high))
+            return tokens_of(min(max(math.exp(draw), low), high), tokens)
+        draw = generator.uniform(math.log(low), math.log(high + 1))
+        return min(max(int(math.exp(draw)), int(low)), int(high))
+
+    def counts(self, tokens: int) -> tuple[int, int] | None:
+        """Least and most wanted of ``tokens``; None without a budget."""
+        if self.budget is None:
+            return None
+        ends = self.budget if isinstance(self.budget, tuple) else (self.budget, self.budget)
+        low, high = (tokens_of(end, tokens) if self.shares else int(end) for end in ends)
+        return low, high
 
 
-def _check_budget(budget: object) -> int | tuple[int, int]:
+def _check_budget(budget: object) -> Any:
+    if is_share(budget):
+        return float(budget)  # type: ignore[arg-type]
     if not isinstance(budget, (tuple, list)):
         return check_integer("budget", budget, 1)
     if len(budget) != 2:
         raise ValueError(f"budget must be a count or a pair (low, high), got {quoted(budget)}")
-    low, high = (check_integer("budget", bound, 1) for bound in budget)
+    low: float
+    high: float
+    if all(map(is_share, budget)):
+        low, high = (float(bound) for bound in budget)
+    else:
+        low, high = (check_integer("budget", bound, 1) for bound in budget)
     if high < low:
         raise ValueError(f"budget (low, high) must have low <= high, got {quoted(budget)}")
     return low, high

@@ -100,7 +100,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.
     - `score_steps` ("all"): "all" or "final", see Rewards.
     - `reward_batch_size` (1): only the vector environment can average rewards over a batch.
     - `min_tokens` (1): see Episode End.
-    - `budget` (None): a wanted count, or a range (low, high), shown to the agent.
+    - `budget` (None): a wanted count, or a range (low, high), shown to the agent; floats up to 1
+      are shares of the sample's tokens.
     - `score_kind` ("exact"): "exact" or "likelihood", what `full_scores` of the source means.
     - `query` ("mean"): "mean" or "tokens", see Observation Space.
     - `render_mode` (None): "rgb_array" or "ansi".
@@ -161,7 +162,7 @@ class TokenPruningEnv(gymnasium.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.
         score_steps: ScoreSteps = "all",
         reward_batch_size: int = 1,
         min_tokens: int = 1,
-        budget: int | tuple[int, int] | None = None,
+        budget: int | float | tuple[int, int] | tuple[float, float] | None = None,
         score_kind: ScoreKind = "exact",
         query: Query = "mean",
         render_mode: str | None = None,

@@ -82,7 +82,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, npt.NDArray[Any], npt.NDArray[Any]]
         score_steps: ScoreSteps = "all",
         reward_batch_size: int = 1,
         min_tokens: int = 1,
-        budget: int | tuple[int, int] | None = None,
+        budget: int | float | tuple[int, int] | tuple[float, float] | None = None,
         score_kind: ScoreKind = "exact",
         query: Query = "mean",
         group_size: int = 1,

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tprl_env.data.features.manifest import trusting
+from tprl_env.env.budgets import Budget
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.contenders import (
     PrunerEntry,
@@ -32,6 +33,7 @@ from tprl_env.evaluation.measure import (
     MethodResult,
     check_budgets,
     evaluate,
+    wanted_count,
     write_per_question,
 )
 from tprl_env.evaluation.report_files import write_pictures
@@ -50,6 +52,7 @@ def print_row(result: MethodResult) -> None:
     """One line of live output per method and budget."""
     print(
         f"{result.name:<36} {result.knowledge:<10} {result.budget:>4} tokens "
+        f"{'' if result.share is None else f'({100 * result.share:g} %) '}"
         f"(mean {result.mean_tokens:6.1f})  accuracy {result.accuracy:.3f} "
         f"[{result.ci95[0]:.3f}, {result.ci95[1]:.3f}]  {result.seconds:5.1f} s",
         flush=True,
@@ -104,7 +107,7 @@ def compare(
     store: FeatureStore,
     scorer: Scorer,
     entries: Mapping[str, PrunerEntry],
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     samples: npt.NDArray[np.int64],
 ) -> list[MethodResult]:
     """Evaluate and print every row as it comes."""
@@ -121,7 +124,7 @@ def evaluate_store(
     calibration: str | Path | None = None,
     threshold: float | None = None,
     pruners: Sequence[str] | None = None,
-    budgets: Sequence[int] = (48, 29, 14, 7, 4),
+    budgets: Sequence[Budget] = (48, 29, 14, 7, 4),
     limit: int | None = None,
     trajectories: int = 10,
     command: str = "",
@@ -138,7 +141,7 @@ def evaluate_store(
             calibrated.
         threshold: Evaluate the policy with this threshold too (TPRL eq. 16).
         pruners: Keys of ``PRUNERS``; by default all that the store allows.
-        budgets: Token counts.
+        budgets: Token counts, or shares in (0, 1) of each picture's tokens.
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
         command: The command line, for the report; empty for a call from Python.
@@ -170,7 +173,7 @@ def evaluate_store(
     training = training_of(policy)
     trained = None if policy is None else load_policy(policy, opened)
     held_out = None if calibration is None else open_calibration(calibration, opened)
-    tuned: dict[int, PolicyPruner] | None = None
+    tuned: dict[Budget, PolicyPruner] | None = None
     if trained is not None and held_out is not None:
         tuned = tune_penalty(trained, held_out, local_scorer(model, held_out), budgets)
     entries: dict[str, PrunerEntry] = {}
@@ -192,8 +195,11 @@ def evaluate_store(
 
     def draw() -> Examples:
         assert trained is not None
-        best = PolicyPruner.as_trained(trained) if tuned is None else tuned[min(tuned)]
-        steps, name = sorted(budgets, reverse=True), policy_name(results)
+        steps = sorted({row.budget for row in rows[1:]}, reverse=True)
+        best, name = PolicyPruner.as_trained(trained), policy_name(results)
+        if tuned is not None:
+            tokens = opened.exists(samples).sum(1)
+            best = tuned[min(tuned, key=lambda budget: wanted_count(budget, tokens))]
         scores = next(r.scores for r in rows if (r.name, r.budget) == (name, steps[-1]))
         place = out / "trajectories"
         return draw_examples(

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from tprl_env.data.features.store import CODES, FeatureStore
+from tprl_env.env.budgets import Budget
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.measure import (
     evaluate,
     evaluate_method,
+    wanted_count,
 )
 from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
@@ -24,7 +26,7 @@ from tprl_env.reducers import make_pruner
 from tprl_env.reducers.interfaces import PruneInputs, Pruner, cure_for, prune_inputs
 from tprl_env.scoring import local_scorer
 
-PrunerEntry = Pruner | Callable[[int], Pruner]
+PrunerEntry = Pruner | Callable[[Any], Pruner]
 
 
 # What a comparison measures unless told otherwise; every other pruner is measured when named.
@@ -91,7 +93,7 @@ def policy_entries(
     calibration: FeatureStore | None,
     *,
     threshold: float | None = None,
-    tuned: Mapping[int, PolicyPruner] | None = None,
+    tuned: Mapping[Budget, PolicyPruner] | None = None,
     label: str = "policy",
 ) -> dict[str, PrunerEntry]:
     """The trained policy by exact budget, as trained, and, where asked, by threshold.
@@ -116,8 +118,10 @@ def policy_entries(
         entries[f"{label}, plain top-k"] = PolicyPruner.as_trained(policy)
     if calibration is not None:
 
-        def calibrated(budget: int) -> Pruner:
-            return PolicyPruner(policy, mode="threshold").calibrate(calibration, budget)
+        def calibrated(budget: Budget) -> Pruner:
+            tokens = calibration.exists(np.arange(len(calibration))).sum(1)
+            count = wanted_count(budget, tokens)
+            return PolicyPruner(policy, mode="threshold").calibrate(calibration, count)
 
         entries[f"{label}, calibrated threshold"] = calibrated
     if threshold is not None:
@@ -130,9 +134,9 @@ def tune_penalty(
     policy: PruningPolicy,
     calibration: FeatureStore,
     scorer: Scorer,
-    budgets: Sequence[int],
+    budgets: Sequence[Budget],
     questions: int = 300,
-) -> dict[int, PolicyPruner]:
+) -> dict[Budget, PolicyPruner]:
     """For every budget the redundancy penalty that scores best, with the policy acting as trained.
 
     Args:
@@ -144,7 +148,7 @@ def tune_penalty(
     """
     samples = np.arange(min(questions, len(calibration)), dtype=np.int64)
 
-    def best(budget: int) -> PolicyPruner:
+    def best(budget: Budget) -> PolicyPruner:
         def accuracy(pruner: PolicyPruner) -> float:
             row = evaluate_method("candidate", pruner, calibration, scorer, budget, samples)
             return row.accuracy
@@ -154,7 +158,7 @@ def tune_penalty(
     return {budget: best(budget) for budget in budgets}
 
 
-def penalties(tuned: Mapping[int, PolicyPruner]) -> dict[str, Any]:
+def penalties(tuned: Mapping[Budget, PolicyPruner]) -> dict[str, Any]:
     """Budget to redundancy penalty, JSON-able."""
     return {str(budget): pruner.redundancy_penalty for budget, pruner in tuned.items()}
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tprl_env.checks import quoted
+from tprl_env.env.budgets import Budget, is_share, tokens_of
 from tprl_env.env.scorer import Scorer
 from tprl_env.evaluation.intervals import mean_interval
 from tprl_env.evaluation.results import RUN_KEY
@@ -44,7 +45,7 @@ class MethodResult:
     Attributes:
         name: Method, as in the table.
         knowledge: ``policy``, ``heuristic``, ``oracle``, ``random``, or ``none`` for all tokens.
-        budget: Wanted number of tokens.
+        budget: Wanted number of tokens; of a share the mean over the questions, rounded.
         mean_tokens: Mean number of tokens kept.
         std_tokens: Standard deviation of that number over the questions.
         accuracy: Mean score in [0, 1].
@@ -53,6 +54,7 @@ class MethodResult:
         seconds: Wall time of pruning and scoring.
         scores: Score of each question, ``(S,)``.
         kept: Tokens kept for each question, ``(S,)``.
+        share: The budget as a share of each picture's tokens, where it was given as one.
     """
 
     name: str
@@ -66,6 +68,7 @@ class MethodResult:
     seconds: float
     scores: FloatArray
     kept: npt.NDArray[np.int64]
+    share: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The row of ``results.json``; per-question arrays are left to the Parquet file."""
@@ -73,6 +76,7 @@ class MethodResult:
             "name": self.name,
             "knowledge": self.knowledge,
             "budget": self.budget,
+            **({} if self.share is None else {"share": self.share}),
             "mean_tokens": round(self.mean_tokens, 3),
             "std_tokens": round(self.std_tokens, 3),
             "accuracy": round(self.accuracy, 5),
@@ -97,6 +101,7 @@ def summarise(
     kept: npt.NDArray[np.int64],
     question_types: npt.NDArray[np.str_],
     seconds: float,
+    share: float | None = None,
 ) -> MethodResult:
     """Turn per-question scores into one row of the comparison."""
     return MethodResult(
@@ -111,28 +116,57 @@ def summarise(
         seconds=seconds,
         scores=scores,
         kept=kept,
+        share=share,
     )
 
 
-def check_budgets(budgets: Sequence[int], max_tokens: int) -> None:
+def check_budgets(budgets: Sequence[Budget], max_tokens: int) -> None:
     """Refuse budgets that no image of the store can meet.
 
     Raises:
-        ValueError: A budget is not in ``[1, max_tokens]`` or none is given.
+        ValueError: A budget is neither in ``[1, max_tokens]`` nor a share in (0, 1), or none is
+            given.
     """
-    bad = [budget for budget in budgets if not 1 <= budget <= max_tokens]
+    whole = (int, np.integer)
+    bad = [
+        budget
+        for budget in budgets
+        if not (is_share(budget) or (isinstance(budget, whole) and 1 <= budget <= max_tokens))
+    ]
     if bad or not budgets:
         raise ValueError(
-            f"budgets must be one or more counts in [1, {max_tokens}] for this store, got "
-            f"{list(budgets)}; drop {bad or 'nothing, add one'}"
+            f"budgets must be one or more counts in [1, {max_tokens}] for this store, or shares "
+            f"such as 0.2, got {list(budgets)}; drop {bad or 'nothing, add one'}"
         )
+
+
+def wanted_count(budget: Budget, tokens: npt.NDArray[np.integer[Any]]) -> int:
+    """The count that a budget means; of a share the mean over pictures of so many tokens."""
+    if not is_share(budget):
+        return int(budget)
+    return round(float(np.mean([tokens_of(budget, int(one)) for one in tokens])))
+
+
+def one_count(budget: Budget, store: FeatureStore) -> int:
+    """A budget as one count for all pictures of a store.
+
+    Raises:
+        ValueError: It is a share and the pictures differ in size.
+    """
+    tokens = np.array([store.image_count(image) for image in range(store.num_images)])
+    if is_share(budget) and tokens.min() != tokens.max():
+        raise ValueError(
+            f"the pictures of {store.location} have {tokens.min()} to {tokens.max()} tokens, so "
+            f"the budget {budget:g} is no single count; give counts"
+        )
+    return wanted_count(budget, tokens[:1])
 
 
 def keep_masks(
     pruner: Pruner,
     store: FeatureStore,
     samples: npt.NDArray[np.int64],
-    budget: int,
+    budget: Budget,
     vision: Vision | None = None,
 ) -> BoolArray:
     """Masks of one pruner, padded to the store's ``max_tokens``.
@@ -141,7 +175,7 @@ def keep_masks(
         pruner: Any pruner.
         store: Store that the samples are rows of.
         samples: Sample numbers, ``(B,)``.
-        budget: Number of tokens to keep; samples with fewer keep all.
+        budget: Number of tokens to keep; samples with fewer keep all. Or a share of each sample's.
         vision: An LVLM's ``vision_signals``, for pruners that look into the tower.
 
     Returns:
@@ -151,13 +185,21 @@ def keep_masks(
         ValueError: What the pruner gave for a sample is no mask of its tokens, or keeps another
             number than an exact pruner promises; pruner and sample are named.
     """
+    if is_share(budget):
+        keep = store.exists(samples)
+        counts = np.array([tokens_of(budget, int(total)) for total in keep.sum(1)])
+        for count in np.unique(counts).tolist():
+            own = counts == count
+            keep[own] = keep_masks(pruner, store, samples[own], count, vision)
+        return keep
     keep = store.exists(samples)
     tokens = keep.sum(1)
     rows = np.arange(len(samples))  # of a budget that nothing can meet: the pruner refuses it
     if isinstance(budget, (int, np.integer)) and budget <= store.max_tokens:
         rows = np.flatnonzero(tokens >= budget)  # smaller pictures keep all they have
     inputs = [prune_inputs(store, int(samples[row]), _reads(pruner), vision) for row in rows]
-    masks = pruner.prune_batch(inputs, budget) if len(rows) else []
+    wanted: Any = budget  # what is no count is the pruner's to refuse
+    masks = pruner.prune_batch(inputs, wanted) if len(rows) else []
     if not isinstance(masks, Sequence) or len(masks) != len(rows):
         raise ValueError(
             f"pruner {pruner.name!r} must give {len(rows)} masks, one per sample, got "
@@ -165,7 +207,7 @@ def keep_masks(
         )
     for row, mask in zip(rows, masks, strict=True):
         where = f"pruner {pruner.name!r} on sample {store.id(int(samples[row]))!r}"
-        exactly = budget if pruner.exact else None
+        exactly = int(budget) if pruner.exact else None
         keep[row, : tokens[row]] = checked_mask(mask, int(tokens[row]), exactly, where)
     return keep
 
@@ -187,7 +229,7 @@ def evaluate_method(
     pruner: Pruner,
     store: FeatureStore,
     scorer: Scorer,
-    budget: int,
+    budget: Budget,
     samples: npt.NDArray[np.int64],
     vision: Vision | None = None,
 ) -> MethodResult:
@@ -201,7 +243,9 @@ def evaluate_method(
         kept[part] = keep.sum(1)
     question_types = np.array([store.question_type(int(sample)) for sample in samples])
     seconds = time.perf_counter() - start
-    return summarise(name, pruner.knowledge, budget, scores, kept, question_types, seconds)
+    share = float(budget) if is_share(budget) else None
+    count = wanted_count(budget, store.exists(samples).sum(1) if share else kept)
+    return summarise(name, pruner.knowledge, count, scores, kept, question_types, seconds, share)
 
 
 def evaluate_full(store: FeatureStore, samples: npt.NDArray[np.int64]) -> MethodResult:
@@ -215,8 +259,8 @@ def evaluate_full(store: FeatureStore, samples: npt.NDArray[np.int64]) -> Method
 def evaluate(
     store: FeatureStore,
     scorer: Scorer,
-    pruners: Mapping[str, Pruner | Callable[[int], Pruner]],
-    budgets: Sequence[int],
+    pruners: Mapping[str, Pruner | Callable[[Any], Pruner]],
+    budgets: Sequence[Budget],
     *,
     samples: npt.NDArray[np.int64] | None = None,
     vision: Vision | None = None,
@@ -229,7 +273,7 @@ def evaluate(
         scorer: Exact-match scorer of the same LVLM, any :class:`~tprl_env.scoring.cache.Scorer`.
         pruners: Name to pruner, or name to a function from the budget to a pruner (a threshold
             calibrated for that budget, for instance).
-        budgets: Token counts.
+        budgets: Token counts, or shares in (0, 1) of each picture's tokens.
         samples: Sample numbers to use; all by default.
         vision: An LVLM's ``vision_signals``, for pruners that look into the tower.
         on_result: Called after each row, for live output.
@@ -238,12 +282,18 @@ def evaluate(
         The unpruned LVLM first, then one row per method and budget.
 
     Raises:
-        ValueError: No samples, a budget out of range, or a scorer of another score_kind.
+        ValueError: No samples, a budget out of range, two that are one count here, or a scorer of
+            another score_kind.
     """
     chosen = np.arange(len(store), dtype=np.int64) if samples is None else samples
     if not len(chosen):
         raise ValueError("there is nothing to evaluate: got 0 samples, expected at least 1")
     check_budgets(budgets, store.max_tokens)
+    if any(map(is_share, budgets)):
+        tokens = store.exists(chosen).sum(1)
+        found = {budget: wanted_count(budget, tokens) for budget in budgets}
+        if len(set(found.values())) < len(found):
+            raise ValueError(f"some budgets are one count here: {found}; drop those that double")
     score_kind = getattr(scorer, "score_kind", "exact")
     if score_kind != "exact":
         raise ValueError(f"evaluation needs a scorer of score_kind 'exact', got {score_kind!r}")

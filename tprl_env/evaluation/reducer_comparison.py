@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tprl_env.evaluation.measure import check_budgets
+from tprl_env.env.budgets import Budget
+from tprl_env.evaluation.measure import check_budgets, one_count
 from tprl_env.evaluation.reducer_names import Contender, WantedPositions, contenders
 from tprl_env.files import versions, write_json
 
@@ -27,7 +28,7 @@ def compare_reducers(
     *,
     policy: str | Path | None = None,
     calibration: str | Path | None = None,
-    budgets: Sequence[int] = BUDGETS,
+    budgets: Sequence[Budget] = BUDGETS,
     positions: WantedPositions = "own",
     limit: int | None = None,
 ) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def compare_reducers(
         names: Reducers as ``name`` or ``name(field=value)``, or ``("all",)``.
         policy: Exported policy, measured first and compared with.
         calibration: Store on which the policy's redundancy penalty is chosen per budget.
-        budgets: Averages of visual tokens over all decoder layers.
+        budgets: Averages of visual tokens over all decoder layers, or shares where all pictures
+            have the same number.
         positions: See `tprl_env.evaluation.reducer_names.contenders`.
         limit: Number of questions used, from the first; None uses all.
 
@@ -64,11 +66,12 @@ def compare_reducers(
     model = load_lvlm(lvlm)
     opened = FeatureStore.open(store, lvlm_fingerprint=model.fingerprint)
     samples = np.arange(len(opened), dtype=np.int64)[:limit]
-    trained, penalties = _policy(policy, calibration, opened, model, budgets)
+    counts = [one_count(budget, opened) for budget in budgets]
+    trained, penalties = _policy(policy, calibration, opened, model, counts)
     bench = Bench(opened, model, samples)
-    check_budgets(budgets, bench.smallest_image)
+    check_budgets(counts, bench.smallest_image)
     if len(chosen) == 1:
-        _refuse(bench, chosen[0], budgets)
+        _refuse(bench, chosen[0], counts)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is refused now
     content = {
@@ -83,7 +86,7 @@ def compare_reducers(
         "full": bench.full_row(),
         "versions": versions(),
     }
-    measured, rows = _measure(bench, trained + chosen, budgets, content, folder)
+    measured, rows = _measure(bench, trained + chosen, counts, content, folder)
     content["rows"] = rows
     draw_all(content, measured, bench, folder)
     print(table(content))

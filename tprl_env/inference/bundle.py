@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from tprl_env.checks import check_fields, quoted
 from tprl_env.data.features.manifest import check_seal, file_sha256, seal
+from tprl_env.env.budgets import check_budget
 from tprl_env.files import write_json, write_text
-from tprl_env.inference.budgets import check_budget
 from tprl_env.inference.card import model_card
 from tprl_env.inference.origin import Origin
 from tprl_env.policy.autoencoder import TokenAutoencoder

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tprl_env.inference.budgets import Budget
+from tprl_env.env.budgets import Budget
 from tprl_env.inference.origin import Origin
 
 _BUILTIN = "builtin:"

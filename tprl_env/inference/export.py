@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from tprl_env.checks import check_fields, quoted
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.env.budgets import Budget
 from tprl_env.evaluation.result_files import RESULTS_NAME, read_results
 from tprl_env.evaluation.results import TRAINING_NAME, check_training
-from tprl_env.inference.budgets import Budget
 from tprl_env.inference.origin import Origin
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.policy.network import PruningPolicy

@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 
-from tprl_env.inference.budgets import check_budget
+from tprl_env.env.budgets import check_budget
 from tprl_env.inference.pruned_lvlm import PrunedLVLM
 from tprl_env.lvlm import load_lvlm
 from tprl_env.policy.autoencoder import TokenAutoencoder

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 
 from tprl_env.data.pictures import PictureError, as_picture
+from tprl_env.env.budgets import Budget, check_budget, tokens_of
 from tprl_env.inference.answers import Group, Left, PrunedAnswer, PrunedScore, Result
-from tprl_env.inference.budgets import Budget, check_budget, tokens_of
 from tprl_env.lvlm.picture_sets import joined_visual
 from tprl_env.policy.autoencoder import TokenAutoencoder
 from tprl_env.reducers.interfaces import Merger, PruneInputs, Pruner, Reducer

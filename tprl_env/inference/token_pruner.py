@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tprl_env.inference.budgets import Budget, check_budget, tokens_of
+from tprl_env.env.budgets import Budget, check_budget, tokens_of
 from tprl_env.inference.jobs import Job, picture_groups, together
 from tprl_env.inference.origin import Origin
 from tprl_env.inference.reducing import (

@@ -164,6 +164,8 @@ class TrainConfig:
                 "algorithm.count_target"
             )
         smallest = budget[0] if isinstance(budget, tuple) else budget
+        if self.rules.shares:
+            smallest = 1  # what a small share is rounded to
         if smallest is not None and self.rules.min_tokens >= smallest:
             raise ValueError(
                 f"rules.min_tokens must be below the smallest budget {smallest}, got "

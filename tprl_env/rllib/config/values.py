@@ -127,12 +127,17 @@ def _read_int(value: Any) -> int | None:
     return int(number) if number is not None and number == int(number) else None
 
 
-def _read_pair(value: Any) -> tuple[int, int] | None:
+def _read_pair(value: Any) -> tuple[int, int] | tuple[float, float] | None:
+    """Two whole numbers, or two numbers of which one is none."""
     parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or len(parts) != 2:
         return None
-    low, high = (_read_int(part) for part in parts)
-    return None if low is None or high is None else (low, high)
+    low, high = (_read_number(part) for part in parts)
+    if low is None or high is None:
+        return None
+    if low == int(low) and high == int(high):
+        return int(low), int(high)
+    return low, high
 
 
 def _read_table(value: Any) -> dict[str, Any] | None:

@@ -82,10 +82,8 @@ def imitation_counts(config: TrainConfig, source: TokenSource) -> tuple[int, int
     demonstrator, budget = config.imitation.demonstrator, config.rules.budget
     if demonstrator in HEURISTICS and budget is None and not config.algorithm.count_target:
         return None
-    if isinstance(budget, tuple):
-        low, high = budget
-    else:
-        low = high = budget or round(config.algorithm.count_target or 0)
+    wanted = round(config.algorithm.count_target or 0)
+    low, high = config.rules.counts(source.max_tokens) or (wanted, wanted)
     if low < 1:
         raise ValueError(
             f"imitation.demonstrator={demonstrator!r} ranks tokens and needs to know how many to "

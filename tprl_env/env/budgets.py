@@ -1,4 +1,4 @@
-"""Budgets of a prompt: a count, or a share of the tokens that may be dropped."""
+"""Budgets: a count of visual tokens, or a share of those that may be dropped."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ def check_budget(budget: object) -> None:
     count = isinstance(budget, (int, np.integer)) and not isinstance(budget, bool)
     if count and int(budget) >= 0:  # type: ignore[call-overload]
         return
-    if isinstance(budget, (float, np.floating)) and 0.0 < float(budget) <= 1.0:
+    if is_share(budget):
         return
     raise ValueError(
         f"budget must be a count of visual tokens (a whole number of at least 0) or a share of "
         f"them (a float above 0 and at most 1), got {quoted(budget)}"
     )
+
+
+def is_share(budget: object) -> bool:
+    """Whether a budget is a share; 1.0 counts as one, 1 does not."""
+    return isinstance(budget, (float, np.floating)) and 0.0 < float(budget) <= 1.0
 
 
 def tokens_of(budget: Budget, droppable: int) -> int:
