@@ -37,7 +37,7 @@ SIZES = ((40, 70), (28, 28), (90, 33))
 SETS = ((0,), (0, 1), (2, 0), (0, 1, 2))
 QUESTIONS = ("what color is the 7 ?", "yes or no")
 FAMILIES = ("llava", "llava_siglip_qwen2", "llava_next", "llava_onevision", "qwen2_vl",
-            "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")  # fmt: skip
+            "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm", "video_llava")  # fmt: skip
 
 
 class Case:

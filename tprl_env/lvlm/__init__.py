@@ -21,7 +21,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         (
             *("llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
-            *("smolvlm", "idefics3"),
+            *("smolvlm", "idefics3", "video_llava"),
         ),
         ("tprl_env.lvlm.families.library", "LibraryLVLM"),
     ),
@@ -32,7 +32,6 @@ RELATIVES: dict[str, str] = {
     "gemma3": "its sliding layers count places, which change when tokens leave",
     "qwen3_5": "its linear-attention layers have no row per token to drop",
     "qwen2_5_omni": "sound is not taken; its pictures work like those of qwen2_5_vl",
-    "video_llava": "videos are not taken yet; its pictures work like those of llava",
     "llava_next_video": "videos are not taken yet; its pictures work like those of llava_next",
     "mllama": "its pictures enter through cross-attention, not as tokens of the prompt",
     "internvl_chat": "this is the authors' own format; take the checkpoint that ends in -hf",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tprl_env.data.features.placement import full_grid
 from tprl_env.data.pictures import PictureError
-from tprl_env.lvlm.families import anyres, internvl, qwen_vl, smolvlm
+from tprl_env.lvlm.families import anyres, internvl, qwen_vl, smolvlm, video_llava
 from tprl_env.lvlm.families.base import FrozenLVLM
 from tprl_env.lvlm.families.family import Family
 from tprl_env.lvlm.loading.checkpoint import check_folder, is_local, read_config
@@ -38,6 +38,8 @@ from tprl_env.reducers.vision import VisionSignals
 _ROWS_AND_COLUMNS = {"return_row_col_info": True}
 _TILES = (("pixel_values", "image_sizes"), 5)
 _PATCHES = (("pixel_values", "image_grid_thw"), 2)
+# its image processor would take a picture of 1 or 3 pixels height for one with its channels first
+_CHANNELS_LAST = (("pixel_values_images",), 4, {"input_data_format": "channels_last"})
 _NAMED_TILES = (("pixel_values", "rows", "cols"), 5, _ROWS_AND_COLUMNS)
 
 LIBRARY_FAMILIES: Mapping[str, Family] = {
@@ -51,6 +53,7 @@ LIBRARY_FAMILIES: Mapping[str, Family] = {
     ),
     "smolvlm": Family("SmolVLMForConditionalGeneration", smolvlm.place, *_NAMED_TILES),
     "idefics3": Family("Idefics3ForConditionalGeneration", smolvlm.place, *_NAMED_TILES),
+    "video_llava": Family("VideoLlavaForConditionalGeneration", video_llava.place, *_CHANNELS_LAST),
 }
 """Family by the ``model_type`` of config.json."""
 

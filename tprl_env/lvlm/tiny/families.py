@@ -342,6 +342,25 @@ def smolvlm(sizes: Sizes) -> Parts:
     return transformers.SmolVLMForConditionalGeneration(config), words, images
 
 
+def video_llava(sizes: Sizes) -> Parts:
+    """Video-LLaVA: a CLIP tower for pictures, another for videos, and Llama."""
+    named = {"image_token": "<image>", "video_token": "<video>"}
+    words = make_tokenizer(_VICUNA, ("<image>", "<video>"), TEXT["vocab_size"], **named)
+    tower = _clip(sizes)
+    tokens = (tower.image_size // tower.patch_size) ** 2
+    config = _config(
+        "VideoLlavaConfig",
+        vision_config=tower,
+        text_config=transformers.LlamaConfig(**sizes.for_text()),
+        image_token_id=_id(words, "<image>"),
+        video_token_id=_id(words, "<video>"),
+        image_seq_length=tokens,
+        video_seq_length=8 * (tokens + 1),
+    )
+    images = _clip_images(transformers.VideoLlavaImageProcessor, tower)
+    return transformers.VideoLlavaForConditionalGeneration(config), words, images
+
+
 RANDOM_FAMILIES: Mapping[str, Callable[[Sizes], Parts]] = {
     "llava": llava,
     "llava_siglip_qwen2": llava_siglip_qwen2,
@@ -353,6 +372,7 @@ RANDOM_FAMILIES: Mapping[str, Callable[[Sizes], Parts]] = {
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
     "smolvlm": smolvlm,
+    "video_llava": video_llava,
 }
 
 
