@@ -24,6 +24,7 @@ STEMS = {
     "reducers": list(REDUCERS),
     "layer-pruners": list(LAYER_PRUNERS),
     "datasets": [*DATASETS, "FILE.jsonl"],
+    "benchmarks": list(BENCHMARKS),
     "lvlms": ["builtin:crowded", "builtin:sparse", "FOLDER or HUB/ID"],
 }
 

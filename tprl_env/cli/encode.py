@@ -24,6 +24,8 @@ def encode(args: argparse.Namespace) -> int:
         seed=args.seed,
         skip_bad=args.skip_bad,
         allow_outside=args.allow_outside,
+        place=args.place,
+        grader=args.grader,
     )
     description = {"data": args.data, "split": args.split, "limit": args.limit, "seed": args.seed}
     load = partial(
@@ -74,8 +76,19 @@ def encode(args: argparse.Namespace) -> int:
 def add_encode(commands: Any) -> None:
     """The sub-command."""
     sub = commands.add_parser("encode", help="dataset split + LVLM -> feature store")
-    sub.add_argument("--data", type=place, required=True, help="a dataset name or a .jsonl file")
+    sub.add_argument(
+        "--data",
+        type=place,
+        required=True,
+        help="a dataset or benchmark (tprl list datasets, benchmarks), or a .jsonl file",
+    )
+    sub.add_argument(
+        "--from", dest="place", type=place, metavar="FOLDER", help="copy of a benchmark's dataset"
+    )
     sub.add_argument("--split", default="train", help="of a dataset: train, calibration or test")
+    sub.add_argument(
+        "--grader", help="of a benchmark, in place of its own: exact is what training computes"
+    )
     sub.add_argument(
         "--limit", type=int, help="number of questions (default: all of a file, else 1200)"
     )

@@ -112,6 +112,16 @@ def _datasets() -> list[Entry]:
     return [*found, Entry("FILE.jsonl", "Your questions, one JSON object per line.")]
 
 
+def _benchmarks() -> list[Entry]:
+    from tprl_env.data.benchmarks import BENCHMARKS
+
+    found = []
+    for name, one in BENCHMARKS.items():
+        about = f"{one.title} ({one.hub}){f': {one.note}' if one.note else ''}."
+        found.append(Entry(name, about, {"splits": tuple(one.splits), "grader": one.grader}))
+    return found
+
+
 def _lvlms() -> list[Entry]:
     from tprl_env.data.scenes import TASKS
     from tprl_env.lvlm import FAMILIES
@@ -131,11 +141,13 @@ KINDS: dict[str, Callable[[], list[Entry]]] = {
     "reducers": _reducers,
     "layer-pruners": _layer_pruners,
     "datasets": _datasets,
+    "benchmarks": _benchmarks,
     "lvlms": _lvlms,
 }
 _USED_BY = {
     "presets": "tprl train NAME",
     "experiments": "tprl compare NAME",
+    "benchmarks": "tprl benchmark --benchmarks NAME,NAME; tprl encode --data NAME",
     "pruners": "tprl evaluate --pruners NAME,NAME; make_pruner(NAME) in Python",
     "reducers": "make_reducer(NAME) in Python",
     "layer-pruners": "tprl cliff --rules NAME,NAME; make_layer_pruner(NAME) in Python",

@@ -157,7 +157,8 @@ class SkippingReader:
             refused = BadSampleError(
                 f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
                 f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
-                f'"{COMPUTED_GRADER}", or pass skip_bad=True',
+                f'"{COMPUTED_GRADER}" in a file, grader="{COMPUTED_GRADER}" for a benchmark, or '
+                f"pass skip_bad=True",
                 sample=sample.id,
             )
             if not self._skip_bad:
