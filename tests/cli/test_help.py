@@ -11,6 +11,7 @@ from tprl_env.cli.commands import build_parser, main
 from tprl_env.cli.help import EXAMPLES, sub_commands
 from tprl_env.cli.listing import KINDS, entries
 from tprl_env.data import DATASETS, load_dataset
+from tprl_env.data.benchmarks import BENCHMARKS
 from tprl_env.lvlm import FAMILIES
 from tprl_env.reducers import PRUNERS, REDUCERS
 from tprl_env.reducers.layer import LAYER_PRUNERS

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env import __version__
+from tprl_env.cli.benchmark import add_benchmark
 from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
@@ -264,6 +265,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_evaluate,
         add_compare,
         add_cliff,
+        add_benchmark,
         _add_tiny_lvlm,
         add_scenes,
         add_list,

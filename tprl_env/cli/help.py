@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tprl_env.cli.parsing import at_least_one, counts, names, path, place
+from tprl_env.cli.parsing import at_least_one, budgets, counts, names, path, place
 
 __all__ = ["EXAMPLES", "HelpFormatter", "complete", "sub_commands"]
 
 _METAVARS: dict[Any, str] = {
     int: "INT", at_least_one: "INT", float: "FLOAT", path: "PATH", place: "NAME|PATH",
-    counts: "INT,INT", names: "NAME,NAME", None: "TEXT",
+    counts: "INT,INT", budgets: "NUMBER,NUMBER", names: "NAME,NAME", None: "TEXT",
 }  # fmt: skip
 
 EXAMPLES: dict[str, str] = {
@@ -23,6 +23,8 @@ EXAMPLES: dict[str, str] = {
     "train": "tprl train recommended --source stores/train --lvlm builtin:sparse --out runs/mine",
     "evaluate": "tprl evaluate stores/test --lvlm builtin:sparse --policy runs/mine/policy "
     "--budgets 29,7 --out runs/mine/evaluation",
+    "benchmark": "tprl benchmark --lvlm llava-hf/llava-1.5-7b-hf --benchmarks gqa,pope "
+    "--reducers divprune,fastv --budgets 192,64 --out runs/benchmark",
     "compare": "tprl compare compare_optimizers --shared runs/shared",
     "cliff": "tprl cliff stores/test --lvlm builtin:sparse --counts 29,7 --out runs/cliff",
     "tiny-lvlm train": "tprl tiny-lvlm train --task sparse --scale 0.01 --out runs/tiny",

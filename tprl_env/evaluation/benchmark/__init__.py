@@ -1,0 +1,1 @@
+"""Published benchmarks with every reducer and budget under one protocol."""
