@@ -117,7 +117,7 @@ def _benchmarks() -> list[Entry]:
 
     found = []
     for name, one in BENCHMARKS.items():
-        about = f"{one.title} ({one.hub}){f': {one.note}' if one.note else ''}."
+        about = f"{one.title}, {one.hub} on the hub{f': {one.note}' if one.note else ''}."
         found.append(Entry(name, about, {"splits": tuple(one.splits), "grader": one.grader}))
     return found
 
