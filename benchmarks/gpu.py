@@ -3,7 +3,8 @@
     python -m benchmarks.gpu --out DIR
 
 Runs the tests marked ``gpu``, then scores and encodes on random weights of true shapes
-(LLaVA-1.5-7B, Qwen2.5-VL-7B), and writes DIR/gpu.json. ``--tiny`` runs the same code on the CPU.
+(LLaVA-1.5-7B, Qwen2.5-VL-7B), runs ``tprl efficiency`` on them, and writes DIR/gpu.json. ``--tiny``
+runs the same code on the CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 
+from tprl_env.cli import main as tprl
 from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.tiny.families import Sizes, build_random
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         },
         "setting": {"rows": args.rows, "repeats": args.repeats},
         "tests": None if args.tiny else _tests(),
+        "efficiency": _efficiency(args.out, args.tiny),
         "shapes": {
             name: _measure(name, Sizes() if args.tiny else sizes, device, args.rows, args.repeats)
             for name, sizes in TRUE_SHAPES.items()
@@ -87,6 +90,24 @@ def _tests() -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/lvlm"]
     done = subprocess.run(command, capture_output=True, text=True)
     return {"exit_status": done.returncode, "last_line": done.stdout.strip().splitlines()[-1]}
+
+
+def _efficiency(out: Path, tiny: bool) -> dict[str, str]:
+    """``tprl efficiency``: the goals' settings, at 192 of 576 and 320 of 2 880 tokens."""
+    runs = {
+        "llava-1.5-7b": ["--budgets=192,64", "--reducers=divprune,fastv", "--samples=100"],
+        "llava-next-7b": ["--budgets=320", "--reducers=divprune", "--text=107", "--samples=30"],
+    }
+    if tiny:
+        runs = {"tiny": ["--budgets=8", "--reducers=divprune", "--samples=2", "--warmup=1"]}
+    found = {}
+    for name, options in runs.items():
+        place = out / name
+        code = tprl(["efficiency", name, *options, f"--out={place}"])
+        found[name] = str(place.name) if code == 0 else f"failed with exit status {code}"
+        if not tiny:
+            torch.cuda.empty_cache()
+    return found
 
 
 def _measure(name: str, sizes: Sizes, device: str, rows: int, repeats: int) -> dict[str, Any]:

@@ -42,6 +42,7 @@ PACKAGES = {
         *("rllib.run", "rllib.algorithms", "rllib.rollout", "inference", "policy", "lvlm"),
         *("reducers", "scoring.lvlm_scorer", "evaluation.builtin_stores"),
         *("evaluation.trajectories", "evaluation.reducers", "evaluation.reducer_flops"),
+        *("evaluation.efficiency", "cli.efficiency"),
     ),
     "transformers": ("lvlm",),
     "gymnasium": ("rllib.rollout", "env", ""),

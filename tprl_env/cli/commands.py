@@ -20,6 +20,7 @@ from tprl_env.cli.benchmark import add_benchmark
 from tprl_env.cli.cliff import add_cliff
 from tprl_env.cli.cluster import add_submit, add_token, split_script
 from tprl_env.cli.compare import add_compare
+from tprl_env.cli.efficiency import add_efficiency
 from tprl_env.cli.encode import add_encode
 from tprl_env.cli.evaluate_reducers import add_reducers, evaluate_reducers
 from tprl_env.cli.help import complete
@@ -266,6 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_compare,
         add_cliff,
         add_benchmark,
+        add_efficiency,
         _add_tiny_lvlm,
         add_scenes,
         add_list,

@@ -26,6 +26,8 @@ EXAMPLES: dict[str, str] = {
     "benchmark": "tprl benchmark --lvlm llava-hf/llava-1.5-7b-hf --benchmarks gqa,pope "
     "--reducers divprune,fastv --budgets 192,64 --out runs/benchmark",
     "compare": "tprl compare compare_optimizers --shared runs/shared",
+    "efficiency": "tprl efficiency llava-1.5-7b --reducers divprune,fastv --budgets 192,64 "
+    "--out runs/efficiency",
     "cliff": "tprl cliff stores/test --lvlm builtin:sparse --counts 29,7 --out runs/cliff",
     "tiny-lvlm train": "tprl tiny-lvlm train --task sparse --scale 0.01 --out runs/tiny",
     "scenes": "tprl scenes --data scenes-sparse --split test --limit 12 --out mine",

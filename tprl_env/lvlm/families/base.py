@@ -5,7 +5,7 @@ Shapes: B rows, n visual tokens of one image, D token width, Dv tower width, Q q
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Unpack
@@ -44,6 +44,10 @@ class VisionPart(Protocol):
 
     def signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
         """The tower and the projector on one picture, on request."""
+        ...
+
+    def tower_pass(self, image: npt.NDArray[np.uint8]) -> Callable[[], object]:
+        """What runs tower and projector on a picture that is prepared already."""
         ...
 
 
@@ -157,6 +161,10 @@ class FrozenLVLM:
     def vision_signals(self, image: npt.NDArray[np.uint8]) -> VisionSignals:
         """What methods may ask of the tower and the projector for one picture, on request."""
         return self._vision.signals(image)
+
+    def tower_pass(self, image: npt.NDArray[np.uint8]) -> Callable[[], object]:
+        """What runs tower and projector on a picture that is prepared already, to be timed."""
+        return self._vision.tower_pass(image)
 
     def prompt(self, question: str, visuals: Sequence[Pictured] | None = None) -> Prompt:
         """Tokenise ``question`` about pictures; see :meth:`Prompter.prompt` for the errors."""

@@ -6,7 +6,7 @@ Shapes: n visual tokens of one picture, D token width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +117,22 @@ class LibraryLVLM(FrozenLVLM):
         )
         commit = getattr(model.config, "_commit_hash", None)
         name = local.resolve().name if local else checkpoint
+        return cls.of_parts(model, parts, name, local or f"{checkpoint}@{commit or revision}")
+
+    @classmethod
+    def of_parts(cls, model: Any, parts: Any, name: str, fingerprint: str | Path) -> LibraryLVLM:
+        """Freeze a model of :data:`LIBRARY_FAMILIES` with its tokenizer and image processor.
+
+        Args:
+            model: The library's.
+            parts: Its tokenizer, image processor and chat template.
+            name: For messages and manifests.
+            fingerprint: The fingerprint, or the folder to compute it from when first asked.
+        """
         inner = model.base_model
         text = getattr(inner, "language_model", None) or inner.text_model
         levels = len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
-        vision = LibraryVision(model, parts, family)
-        fingerprint = local or f"{checkpoint}@{commit or revision}"
+        vision = LibraryVision(model, parts, LIBRARY_FAMILIES[model.config.model_type])
         return cls(model, text, parts, vision, name, fingerprint, levels)
 
 
@@ -168,6 +179,14 @@ class LibraryVision:
             found.append(self._encode(picture, prepared))
         return found
 
+    def tower_pass(self, image: npt.NDArray[np.uint8]) -> Callable[[], object]:
+        """What runs tower and projector on a picture that is prepared already."""
+        prepared = self._image_processor(
+            images=[Image.fromarray(image)], return_tensors="pt", **self._family.prepare
+        )
+        inputs = self._inputs(prepared)
+        return lambda: self._model.base_model.get_image_features(**inputs, return_dict=True)
+
     def project(self, features: Tensor) -> Tensor:
         """Refused: there is no projector that takes single features.
 
@@ -191,13 +210,17 @@ class LibraryVision:
             f"Take a method on tokens or inside the language model, such as divprune or fastv"
         )
 
-    def _encode(self, picture: Image.Image, prepared: Mapping[str, Any]) -> Visual:
+    def _inputs(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the image processor made, as the tower takes it."""
         weight = next(self._model.parameters())
         inputs = {name: prepared[name] for name in self._known if name in prepared}
-        inputs = {
+        return {
             name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
+
+    def _encode(self, picture: Image.Image, prepared: Mapping[str, Any]) -> Visual:
+        inputs = self._inputs(prepared)
         found = self._model.base_model.get_image_features(**inputs, return_dict=True)
         tokens = _flat(found.pooler_output)
         levels = [_flat(level) for level in getattr(found, "deepstack_features", None) or ()]

@@ -5,7 +5,7 @@ Shapes: n visual tokens of one image, D token width, Dv tower width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +98,13 @@ class VisionEncoder:
             self._probed is not None,
             self.cls_attention_layer,
         )
+
+    def tower_pass(self, image: npt.NDArray[np.uint8]) -> Callable[[], object]:
+        """What runs tower and projector on a picture that is prepared already."""
+        pixels = self._image_processor(images=[Image.fromarray(image)], return_tensors="pt")
+        weight = next(self._projector.parameters())
+        placed = pixels["pixel_values"].to(weight.device, weight.dtype)
+        return lambda: self._encode(placed)
 
     def project(self, features: Tensor) -> Tensor:
         """(m, D) tokens for (m, Dv) features of the tower."""
