@@ -117,6 +117,8 @@ def test_gpu_runs_on_the_cpu_at_tiny_shapes(tmp_path: Path) -> None:
     result = last_line("gpu", "--tiny", "--rows", "2", "--repeats", "1", "--out", str(tmp_path))
     assert result == json.loads((tmp_path / "gpu.json").read_text())
     assert result["ran_on_gpu"] is False and result["tests"] is None
-    assert result["efficiency"] == {"tiny": "tiny"} and (tmp_path / "tiny" / "efficiency.md").is_file()
+    assert (
+        result["efficiency"] == {"tiny": "tiny"} and (tmp_path / "tiny" / "efficiency.md").is_file()
+    )
     for shape in result["shapes"].values():
         assert shape["scores_batched_per_second"] > 0

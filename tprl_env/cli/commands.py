@@ -23,6 +23,7 @@ from tprl_env.cli.compare import add_compare
 from tprl_env.cli.efficiency import add_efficiency
 from tprl_env.cli.encode import add_encode
 from tprl_env.cli.evaluate_reducers import add_reducers, evaluate_reducers
+from tprl_env.cli.finetune import add_finetune
 from tprl_env.cli.help import complete
 from tprl_env.cli.listing import add_list
 from tprl_env.cli.parsing import (
@@ -268,6 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_cliff,
         add_benchmark,
         add_efficiency,
+        add_finetune,
         _add_tiny_lvlm,
         add_scenes,
         add_list,

@@ -39,19 +39,21 @@ def efficiency(args: argparse.Namespace) -> int:
     side = SHAPES[args.config].picture if random else (336, 336)
     picture = np.random.default_rng(0).integers(0, 255, (*side, 3), dtype=np.uint8)
     rows: list[dict[str, Any]] = []
-    for protocol in protocols:
-        bench = Bench(lvlm, picture, protocol)
-        rows.append(bench.measure("all tokens", None, bench.count))
-        for budget in args.budgets:
-            count = tokens_of(budget, bench.count) if is_share(budget) else int(budget)
-            for one in chosen:
-                rows.append(bench.measure(one.label, one.make(count), count))
-                if args.largest:
-                    rows[-1]["largest_batch"] = bench.largest_batch(one.make(count), count)
-        if args.largest:
-            rows[-len(chosen) * len(args.budgets) - 1]["largest_batch"] = bench.largest_batch(
-                None, bench.count
-            )
+    benches = [Bench(lvlm, picture, protocol) for protocol in protocols]
+    bench = benches[0]
+    wanted = [
+        (one, tokens_of(budget, bench.count) if is_share(budget) else int(budget))
+        for budget in args.budgets for one in chosen
+    ]  # fmt: skip
+    for one, count in wanted:  # before minutes are spent on the others
+        bench.check(one.make(count), count)
+    for bench in benches:
+        every: list[tuple[str, Any, int]] = [("all tokens", None, bench.count)]
+        every += [(one.label, one.make(count), count) for one, count in wanted]
+        for label, reducer, count in every:
+            rows.append(bench.measure(label, reducer, count))
+            if args.largest:
+                rows[-1]["largest_batch"] = bench.largest_batch(reducer, count)
     cuda = lvlm.device.type == "cuda"
     content = {
         "command": args.line,

@@ -81,6 +81,14 @@ class Bench:
         self.count = int(shown.sum())
         self.fixed = len(shown) - self.count
 
+    def check(self, reducer: Reducer | None, budget: int) -> None:
+        """Refuse what :meth:`measure` would, before anything is timed.
+
+        Raises:
+            ValueError: As there.
+        """
+        self._reduction(reducer, budget)()
+
     def measure(self, label: str, reducer: Reducer | None, budget: int) -> dict[str, Any]:
         """One row: a reducer at a budget, or the whole model where there is none.
 

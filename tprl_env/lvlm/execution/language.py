@@ -129,6 +129,24 @@ class LanguageModel:
         lives = cuts.lives if isinstance(cuts, Reduction) else None
         return LVLMScores(exact, clipped, len(targets), plan.padded_tokens, lives)
 
+    def answer_loss(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        tokens: Sequence[Any],
+        selection: Selection,
+    ) -> Tensor:
+        """See ``FrozenLVLM.answer_loss``."""
+        self._check(prompts, tokens, selection, [[answer] for answer in answers])
+        owner = list(range(len(prompts)))
+        targets = [self._one_end(answer) for answer in answers]
+        visual = self.visual(tokens)
+        plan = self._layout(prompts, [t[:-1] for t in targets], visual, selection, owner)
+        check_context(plan, self.max_positions, owner=owner)
+        cuts = self._cuts(prompts, visual, selection, owner)
+        _, log_p = self._judged(plan, visual, targets, cuts)
+        return -log_p.mean()
+
     def generate_ids(
         self,
         prompts: Sequence[Prompt],
@@ -288,6 +306,20 @@ class LanguageModel:
         cuts: Cuts | None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Per sequence the number of answer tokens that are not the arg-max, and sum of log p."""
+        hits, log_p = self._judged(plan, visual, targets, cuts)
+        sizes = np.array([len(target) for target in targets])
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        wrong = np.add.reduceat((~hits).cpu().numpy().astype(np.int64), starts)
+        return wrong, np.add.reduceat(log_p.cpu().numpy().astype(np.float64), starts)
+
+    def _judged(
+        self,
+        plan: Layout,
+        visual: Sequence[Tensor],
+        targets: Sequence[tuple[int, ...]],
+        cuts: Cuts | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of every answer token whether it is the arg-max, and its log p; see ``judge``."""
         sizes = np.array([len(target) for target in targets])
         slot = np.arange(sizes.max())
         answered = slot[None] < sizes[:, None]
@@ -302,12 +334,7 @@ class LanguageModel:
             states = states_with_cuts(self.text, self.stream(plan, visual), cuts, ends)
         states = states[torch.from_numpy(answered).to(states.device)]
         wanted = torch.tensor([i for target in targets for i in target], device=self.device)
-        hits, log_p = judge(
-            states, self.head, wanted, torch.tensor(self.eos_ids, device=self.device)
-        )
-        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        wrong = np.add.reduceat((~hits).cpu().numpy().astype(np.int64), starts)
-        return wrong, np.add.reduceat(log_p.cpu().numpy().astype(np.float64), starts)
+        return judge(states, self.head, wanted, torch.tensor(self.eos_ids, device=self.device))
 
 
 class _Recorder(LayerPruner):

@@ -5,6 +5,7 @@ Shapes: B rows, n visual tokens of one image, D token width, Dv tower width, Q q
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +134,21 @@ class FrozenLVLM:
         return self._model
 
     @property
+    def text_model(self) -> Any:
+        """The library's language model, frozen."""
+        return self._text
+
+    def mark_changed(self, how: str) -> None:
+        """Take another fingerprint: the weights are no longer those of the checkpoint.
+
+        Args:
+            how: What was done to them, in words.
+        """
+        told = f"{self.fingerprint} {how}".encode()
+        self._fingerprint = f"changed:{hashlib.sha256(told).hexdigest()}"
+        self.__dict__.pop("fingerprint", None)
+
+    @property
     def text_config(self) -> Any:
         """Configuration of the language model: its depth and widths."""
         return self._text.config
@@ -215,6 +231,52 @@ class FrozenLVLM:
             NotFiniteError: The language model computes what is not a number.
         """
         return self._language.score(prompts, answers, tokens, Selection(keep, positions, **inside))
+
+    def answer_loss(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[Sequence[int]],
+        tokens: Sequence[Any],
+        keep: Sequence[npt.NDArray[np.bool_]] | None = None,
+        positions: Positions | None = None,
+        **inside: Unpack[Inside],
+    ) -> Tensor:
+        """Mean negative log-probability of the answers' tokens, with gradients.
+
+        What is trained is for the caller to add; the LVLM's own weights are frozen.
+
+        Args:
+            prompts: B prompts.
+            answers: Per row one answer as ids ending with an end token.
+            tokens: As for :meth:`score`.
+            keep: As for :meth:`score`.
+            positions: As for :meth:`score`.
+            **inside: As for :meth:`score`.
+
+        Raises:
+            ValueError: As for :meth:`score`.
+        """
+        selection = Selection(keep, positions, **inside)
+        return self._language.answer_loss(prompts, answers, tokens, selection)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write weights, configuration, tokenizer and image processor, as the library saves them.
+
+        Args:
+            folder: Made if needed; must not hold another checkpoint.
+
+        Raises:
+            ValueError: It does.
+        """
+        place = Path(folder)
+        if (place / "config.json").exists():
+            raise ValueError(f"{place} holds a checkpoint already; take another folder")
+        parts = self._prompter.processor
+        whole = hasattr(parts, "save_pretrained")
+        for one in [parts] if whole else [parts.tokenizer, parts.image_processor]:
+            one.save_pretrained(place)
+        self._model.save_pretrained(place)  # last: a folder without weights is none
+        return place
 
     def generate(
         self,

@@ -52,7 +52,7 @@ class Prompter:
         added = words.added_tokens_decoder.items()
         special = {*words.all_special_ids, *(i for i, token in added if token.special)}
         self._special_ids = special - {words.unk_token_id}
-        self._processor = processor
+        self.processor = processor
         self._frames: dict[int, tuple[str, str]] = {}
         head, _ = self._frame(1)
         bos = self._tokenizer.bos_token
@@ -66,7 +66,7 @@ class Prompter:
         return self._frames[pictures]
 
     def _render(self, pictures: int) -> tuple[str, str]:
-        processor = self._processor
+        processor = self.processor
         if getattr(processor, "chat_template", None):
             content = [{"type": "image"}] * pictures + [{"type": "text", "text": _SENTINEL}]
             messages = [{"role": "user", "content": content}]
