@@ -40,6 +40,7 @@ def encode(args: argparse.Namespace) -> int:
         "batch_size": args.batch_size,
         "tower": args.tower,
         "skip_bad": args.skip_bad,
+        "grade": args.grade,
         "resume": not args.restart,
         "description": description,
         "progress": sys.stderr.isatty(),
@@ -114,6 +115,10 @@ def add_encode(commands: Any) -> None:
     sub.add_argument(
         "--restart", action="store_true", help="remove the store in --out first, do not continue it"
     )
+    sub.add_argument(
+        "--grade", action="store_true",
+        help="also write answers and grade them by each sample's grader (rules.score_kind=graded)",
+    )  # fmt: skip
     sub.add_argument("--skip-bad", action="store_true", help="leave bad samples out, list them")
     sub.add_argument(
         "--allow-outside", action="store_true", help="also read pictures outside the data's folder"
@@ -125,10 +130,15 @@ def add_encode(commands: Any) -> None:
         "--question-rows", type=int, nargs="?", const=0, metavar="LAYER",
         help="also what the question looks up before this decoder layer (default 0: no pass)",
     )  # fmt: skip
+    _add_engine(sub)
+    sub.set_defaults(run=encode)
+
+
+def _add_engine(sub: Any) -> None:
+    """Where it runs."""
     sub.add_argument(
         "--engine", choices=("local", "ray"), default="local", help="this process, or Ray workers"
     )
     sub.add_argument("--num-gpus", type=float, default=0, help="per worker of --engine ray")
     sub.add_argument("--concurrency", type=int, default=1, help="workers of --engine ray")
     add_trust(sub)
-    sub.set_defaults(run=encode)

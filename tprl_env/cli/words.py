@@ -17,6 +17,7 @@ __all__ = ["ShellWords", "shell_words", "unknown_arguments"]
 
 _PHRASES = {
     "skip_bad=True": "--skip-bad",
+    "grade=True": "--grade",
     "allow_outside=True": "--allow-outside",
     "resume=False": "--restart",
     "resume=True": "--resume",

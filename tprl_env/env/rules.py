@@ -28,7 +28,7 @@ __all__ = [
     "coerce_action",
 ]
 
-ScoreKind = Literal["exact", "likelihood"]
+ScoreKind = Literal["exact", "likelihood", "graded"]
 Query = Literal["mean", "tokens"]
 ScoreSteps = Literal["all", "final"]
 SCORE_KINDS: tuple[str, ...] = get_args(ScoreKind)
@@ -52,7 +52,8 @@ class EpisodeRules:
         min_tokens: An episode terminates once at most this many tokens are kept.
         budget: Wanted count, or (low, high) to draw it log-uniformly per sample; None without. A
             float in (0, 1], or two of them, are shares of the sample's tokens.
-        score_kind: "exact" (0 or 1) or "likelihood" of the reference answer.
+        score_kind: "exact" (0 or 1) or "likelihood" of the reference answer, or "graded": the
+            written answer by the sample's own grader.
         query: What is observed of the question: its "mean" vector or its "tokens".
 
     Raises:

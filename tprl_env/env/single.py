@@ -102,7 +102,8 @@ class TokenPruningEnv(gymnasium.Env[dict[str, npt.NDArray[Any]], npt.NDArray[np.
     - `min_tokens` (1): see Episode End.
     - `budget` (None): a wanted count, or a range (low, high), shown to the agent; floats up to 1
       are shares of the sample's tokens.
-    - `score_kind` ("exact"): "exact" or "likelihood", what `full_scores` of the source means.
+    - `score_kind` ("exact"): "exact", "likelihood" or "graded", what `full_scores` of the source
+      means.
     - `query` ("mean"): "mean" or "tokens", see Observation Space.
     - `render_mode` (None): "rgb_array" or "ansi".
 

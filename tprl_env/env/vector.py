@@ -53,7 +53,7 @@ class TokenPruningVectorEnv(VectorEnv[Batch, npt.NDArray[Any], npt.NDArray[Any]]
             ``num_envs``.
         min_tokens: An episode terminates once at most this many tokens are kept.
         budget: None, a count or a range (low, high).
-        score_kind: "exact" or "likelihood".
+        score_kind: "exact", "likelihood" or "graded".
         query: "mean" or "tokens".
         group_size: This many consecutive sub-environments get the same samples and budgets, episode
             by episode, as group-relative methods (GRPO) need. Must divide ``num_envs``. An early

@@ -25,7 +25,7 @@ class ScorerSpec:
 
     Attributes:
         source: Store path or ``"toy:..."``, opened by `tprl_env.data.features.store.open_source`.
-        score_kind: ``"exact"`` or ``"likelihood"``.
+        score_kind: ``"exact"``, ``"likelihood"`` or ``"graded"``.
         kind: ``"lvlm"`` (a frozen LVLM scores), ``"toy"`` (the toy source's rule), or
             ``"import"`` (``factory`` builds the scorer).
         lvlm: What `tprl_env.lvlm.load_lvlm` takes; only for ``kind="lvlm"``.
@@ -84,12 +84,15 @@ class ScorerSpec:
     def _lvlm(self) -> Scorer:
         from tprl_env.data.features.store import FeatureStore
         from tprl_env.lvlm import load_lvlm
+        from tprl_env.scoring.graded_scorer import GradedScorer
         from tprl_env.scoring.lvlm_scorer import LVLMScorer
 
         lvlm = load_lvlm(
             self.lvlm, device=self.device, dtype=self.dtype, device_map=self.device_map
         )
         store = FeatureStore.open(self.source, lvlm_fingerprint=lvlm.fingerprint)
+        if self.score_kind == "graded":
+            return GradedScorer(lvlm, store, self.batch_size)
         return LVLMScorer(lvlm, store, self.score_kind, batch_size=self.batch_size)
 
 

@@ -71,6 +71,16 @@ class ArrowRows:
         parts = [b.column(name).to_numpy(zero_copy_only=True) for b in self.batches]
         return np.concatenate(parts)
 
+    def optional_numbers(self, name: str) -> npt.NDArray[np.float32]:
+        """As :meth:`vector`, NaN where a cell is null or its file lacks the column."""
+        parts = [
+            batch.column(name).to_numpy(zero_copy_only=False).astype(np.float32)
+            if batch.schema.get_field_index(name) >= 0
+            else np.full(batch.num_rows, np.nan, np.float32)
+            for batch in self.batches
+        ]
+        return np.concatenate(parts)
+
     def lengths(self, name: str) -> npt.NDArray[np.int64]:
         """Return how many numbers each list cell holds."""
         return np.concatenate([np.diff(self._list(name, i)[1]) for i in range(len(self.batches))])

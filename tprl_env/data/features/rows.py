@@ -69,6 +69,7 @@ class SampleRow:
         query_tokens: ``(Q, d_q)``; stored as float16.
         exact: Full-token exact score.
         likelihood: Full-token likelihood score.
+        graded: Full-token score of the written answer by the sample's grader, or None.
     """
 
     sample: Sample
@@ -80,6 +81,7 @@ class SampleRow:
     query_tokens: npt.NDArray[Any]
     exact: float
     likelihood: float
+    graded: float | None = None
 
 
 def image_batch(rows: Sequence[ImageRow]) -> pa.RecordBatch:
@@ -211,7 +213,9 @@ def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordB
         relevance.append(
             None if given is None else _checked(given, np.float32, f"{name}: relevance", 1, count)
         )
-        for label, score in (("exact", row.exact), ("likelihood", row.likelihood)):
+        graded = 0.0 if row.graded is None else row.graded
+        named = {"exact": row.exact, "likelihood": row.likelihood, "graded": graded}
+        for label, score in named.items():
             if not 0.0 <= score <= 1.0 + _ROUNDING:
                 raise StoreError(f"{name}: full {label} score must be in [0, 1], got {score}")
     samples = [row.sample for row in rows]
@@ -240,6 +244,7 @@ def sample_batch(rows: Sequence[SampleRow], counts: Sequence[int]) -> pa.RecordB
             "relevance": list_column(relevance, np.float32),
             "full_exact": pa.array([min(r.exact, 1.0) for r in rows], pa.float32()),
             "full_likelihood": pa.array([min(r.likelihood, 1.0) for r in rows], pa.float32()),
+            "full_graded": pa.array([r.graded for r in rows], pa.float32()),
         }
     )
 

@@ -205,9 +205,13 @@ class FeatureStore(StoredImages):
 
     def full_scores(self, score_kind: str) -> npt.NDArray[np.float32]:
         """Return each sample's score with all tokens kept, ``(S,)``; ValueError if unknown."""
-        if score_kind not in self._full:
-            raise ValueError(f"score_kind must be 'exact' or 'likelihood', got {score_kind!r}")
-        return self._full[score_kind].copy()
+        check_choice("score_kind", score_kind, (*self._full, "graded"))
+        if score_kind != "graded":
+            return self._full[score_kind].copy()
+        found = self._samples.optional_numbers("full_graded")
+        if np.isnan(found).any():
+            raise StoreError(f"{self.path} has no graded scores; encode it with grade=True")
+        return found
 
     # One sample ----------------------------------------------------------------------------
 
@@ -234,12 +238,7 @@ class FeatureStore(StoredImages):
         return values if len(values) else None
 
     def picture(self, sample: int) -> npt.NDArray[np.uint8]:
-        """Return the picture as it was encoded, ``(H, W, 3)``.
-
-        Raises:
-            StoreError: It is damaged.
-            ValueError: The sample has several.
-        """
+        """As :meth:`pictures`, ``(H, W, 3)`` of the only one; ValueError if there are several."""
         pictures = self.pictures(sample)
         if len(pictures) > 1:
             raise ValueError(

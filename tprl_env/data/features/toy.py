@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from tprl_env.checks import check_choice
 from tprl_env.data.features.placement import Placement, raster
 from tprl_env.data.features.source import Box
 
@@ -150,7 +151,7 @@ class ToyStore:
         """Return the score of each sample with all tokens kept, ``(S,)``: always 1.
 
         Raises:
-            ValueError: ``score_kind`` is neither ``"exact"`` nor ``"likelihood"``.
+            ValueError: ``score_kind`` is unknown.
         """
         _check_score_kind(score_kind)
         return np.ones(len(self), dtype=np.float32)
@@ -243,11 +244,11 @@ class ToyScorer:
 
     Args:
         source: The store that knows the rule.
-        score_kind: ``"exact"`` or ``"likelihood"``; both mean the same fraction.
+        score_kind: all kinds mean the same fraction.
     """
 
     def __init__(
-        self, source: ToyStore, score_kind: Literal["exact", "likelihood"] = "likelihood"
+        self, source: ToyStore, score_kind: Literal["exact", "likelihood", "graded"] = "likelihood"
     ) -> None:
         _check_score_kind(score_kind)
         self.source = source
@@ -277,5 +278,4 @@ class ToyScorer:
 
 
 def _check_score_kind(score_kind: str) -> None:
-    if score_kind not in ("exact", "likelihood"):
-        raise ValueError(f"score_kind must be 'exact' or 'likelihood', got {score_kind!r}")
+    check_choice("score_kind", score_kind, ("exact", "likelihood", "graded"))

@@ -43,11 +43,17 @@ SAMPLE_COLUMNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("image_at", "question_start", "question_stop", "question_tokens"), INTS),
     "query_tokens": HALVES,
     **dict.fromkeys(("query", "relevance"), FLOATS),
-    **dict.fromkeys(("full_exact", "full_likelihood"), ("float",)),
+    **dict.fromkeys(("full_exact", "full_likelihood", "full_graded"), ("float",)),
 }
 VALUES = {"values": HALVES + FLOATS}
 PLACES = ("fixed", "coords", "runs", "offsets", "extents", "tiles", "placeholder")
-LATER = ("box", "visual_at", "more_pictures", *PLACES)  # columns that the first stores lack
+LATER = (
+    "box",
+    "visual_at",
+    "more_pictures",
+    "full_graded",
+    *PLACES,
+)  # columns that the first stores lack
 OPTIONAL = ("tower", "cls_attention", "relevance", *LATER)  # null where there is none
 
 
@@ -151,6 +157,8 @@ def check_rows(folder: Path, manifest: Manifest, images: ArrowRows, samples: Arr
     for name in ("full_exact", "full_likelihood"):
         scores = samples.vector(name)
         _good(folder, f"values of {name}", (scores >= 0) & (scores <= 1))
+    graded = samples.optional_numbers("full_graded")
+    _good(folder, "values of full_graded", np.isnan(graded) | ((graded >= 0) & (graded <= 1)))
 
 
 def _check_placements(

@@ -10,7 +10,10 @@ from tprl_env.data.graders.choices import letter, yes_no
 from tprl_env.data.graders.maths import number_or_text
 from tprl_env.data.graders.text import exact, normalise, normalise_vqa, vqa
 
-__all__ = ["GRADERS", "exact", "grade", "normalise", "normalise_vqa", "vqa"]
+__all__ = ["GRADED_TOKENS", "GRADERS", "exact", "grade", "normalise", "normalise_vqa", "vqa"]
+
+GRADED_TOKENS = 20
+"""Longest answer that encoding and scoring let an LVLM write to be graded."""
 
 GRADERS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact,

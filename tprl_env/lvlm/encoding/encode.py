@@ -31,6 +31,7 @@ from tprl_env.data.features.rows import (
     sample_batch,
 )
 from tprl_env.data.features.store import FeatureStore
+from tprl_env.data.graders import GRADED_TOKENS, GRADERS
 from tprl_env.data.sample import Sample
 from tprl_env.files import folder_lock
 from tprl_env.lvlm.encoding.bad_samples import (
@@ -70,6 +71,7 @@ def write_unit(
     tower: bool,
     earlier: VisualOf,
     skip_bad: bool = False,
+    grade: int = 0,
 ) -> UnitEntry:
     """Encode one unit and write its two files.
 
@@ -81,6 +83,7 @@ def write_unit(
         tower: Store the vision-tower features too.
         earlier: Gives images from earlier units.
         skip_bad: Leave out samples that the LVLM cannot be asked; the entry lists them.
+        grade: Longest answer that is written and graded; 0 writes none.
 
     Raises:
         StoreError: A value is not finite or has the wrong shape; the sample is named.
@@ -121,7 +124,7 @@ def write_unit(
                 texts[i] = tokenise(lvlm, unit.samples[i], visual, texts[i])
                 check_context(lvlm, unit.samples[i], texts[i], len(visual.tokens))
                 visuals[i] = visual
-        rows += _encode_samples(lvlm, unit, visuals, texts)
+        rows += _encode_samples(lvlm, unit, visuals, texts, grade)
         counts += [int(visual.droppable.sum()) for visual in visuals.values()]
     batch = sample_batch(rows, counts)
     sample_rows = write_arrow(sample_file, batch.schema, [batch])
@@ -179,12 +182,15 @@ def _encode_samples(
     unit: Unit,
     visuals: Mapping[int, StoredVisual],
     texts: Mapping[int, Texts],
+    grade: int,
 ) -> list[SampleRow]:
     """Score those samples of a unit that ``visuals`` names by their place."""
     if not visuals:
         return []
     prompts, answers = zip(*(texts[i] for i in visuals), strict=True)
-    scores = lvlm.score(prompts, answers, [visual.tokens for visual in visuals.values()], None)
+    tokens = [visual.tokens for visual in visuals.values()]
+    scores = lvlm.score(prompts, answers, tokens, None)
+    written = lvlm.generate(prompts, tokens, None, grade) if grade else []
     exact, likelihood = to_numpy(scores.exact), to_numpy(scores.likelihood)
     return [
         SampleRow(
@@ -197,9 +203,14 @@ def _encode_samples(
             query_tokens=to_numpy(lvlm.question_embeddings(prompts[row])),
             exact=float(exact[row]),
             likelihood=float(likelihood[row]),
+            graded=_graded(unit.samples[i], written[row]) if grade else None,
         )
         for row, i in enumerate(visuals)
     ]
+
+
+def _graded(sample: Sample, text: str) -> float:
+    return GRADERS[sample.grader](text, sample.answers)
 
 
 def to_numpy(values: Any) -> npt.NDArray[Any]:
@@ -223,6 +234,12 @@ def lvlm_identity(lvlm: LVLM) -> dict[str, Any]:
         "dtype": str(lvlm.dtype).removeprefix("torch."),
         "image_backend": lvlm.image_backend,
     }
+
+
+def unit_settings(tower: bool, shard_images: int, grade: bool) -> dict[str, Any]:
+    """What a store's units depend on; ``grade`` is the longest graded answer, if any."""
+    found: dict[str, Any] = {"tower": tower, "shard_images": shard_images}
+    return found | {"grade": GRADED_TOKENS} if grade else found
 
 
 def check_sizes(batch_size: int, shard_images: int) -> None:
@@ -290,6 +307,7 @@ def encode_dataset(
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
     trust: bool = False,
+    grade: bool = False,
 ) -> FeatureStore:
     """Encode samples into a feature store, continuing an interrupted run.
 
@@ -308,6 +326,8 @@ def encode_dataset(
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
         trust: Compare sizes of files there already, not their checksums (``--trust``).
+        grade: Also write answers and grade them by each sample's grader, which the score kind
+            "graded" needs.
 
     Returns:
         The finished store; at once if ``out`` holds these samples already.
@@ -323,8 +343,8 @@ def encode_dataset(
     """
     check_sizes(batch_size, shard_images)
     folder = Path(out)
-    settings = {"tower": tower, "shard_images": shard_images}
-    reader = SkippingReader(samples, skip_bad)
+    settings = unit_settings(tower, shard_images, grade)
+    reader = SkippingReader(samples, skip_bad, grade)
     total = count_samples(samples)
     with writing(folder), full_disk_as_store_error(folder):
         dataset = describe_dataset(description, samples)
@@ -337,7 +357,8 @@ def encode_dataset(
                     check_unit(journal, unit)
                 else:
                     earlier = _earlier_visuals(journal, lvlm.token_width)
-                    work = (lvlm, unit, folder, batch_size, tower, earlier, skip_bad)
+                    longest = settings.get("grade", 0)
+                    work = (lvlm, unit, folder, batch_size, tower, earlier, skip_bad, longest)
                     journal.commit(write_unit(*work))
                 units += 1
                 bar.update(len(unit.samples))

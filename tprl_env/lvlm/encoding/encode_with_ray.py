@@ -33,6 +33,7 @@ from tprl_env.lvlm.encoding.encode import (
     full_disk_as_store_error,
     lvlm_identity,
     to_numpy,
+    unit_settings,
     write_unit,
     writing,
 )
@@ -59,7 +60,13 @@ class UnitWorker:
     """Ray Data actor: one LVLM, one unit at a time."""
 
     def __init__(
-        self, load: str | LoadLVLM, folder: str, batch_size: int, tower: bool, skip_bad: bool
+        self,
+        load: str | LoadLVLM,
+        folder: str,
+        batch_size: int,
+        tower: bool,
+        skip_bad: bool,
+        grade: int = 0,
     ) -> None:
         if isinstance(load, str):
             from tprl_env.lvlm import load_lvlm
@@ -72,6 +79,7 @@ class UnitWorker:
         self._batch_size = batch_size
         self._tower = tower
         self._skip_bad = skip_bad
+        self._grade = grade
 
     def __call__(self, batch: dict[str, npt.NDArray[Any]]) -> dict[str, list[str]]:
         """Write the units of a batch; returns their entries as JSON."""
@@ -94,7 +102,14 @@ class UnitWorker:
         again = partial(self._again, unit)
         with full_disk_as_store_error(self._folder):
             return write_unit(
-                self._lvlm, unit, self._folder, self._batch_size, self._tower, again, self._skip_bad
+                self._lvlm,
+                unit,
+                self._folder,
+                self._batch_size,
+                self._tower,
+                again,
+                self._skip_bad,
+                self._grade,
             )
 
     def _again(self, unit: Unit, image: int) -> StoredVisual:
@@ -123,6 +138,7 @@ def encode_dataset_ray(
     progress: bool = True,
     description: str | Mapping[str, Any] | None = None,
     trust: bool = False,
+    grade: bool = False,
     wave_bytes: int = 4 << 30,
 ) -> FeatureStore:
     """Encode samples with several workers; content and arguments as in ``encode_dataset``.
@@ -142,6 +158,7 @@ def encode_dataset_ray(
         progress: Show a progress bar.
         description: Names the dataset in the manifest; by default the samples' own.
         trust: Compare sizes of files there already, not their checksums (``--trust``).
+        grade: Also write and grade answers, as ``encode_dataset`` does.
         wave_bytes: Pictures handed to Ray at a time; workers load the LVLM once per wave.
 
     Returns:
@@ -157,11 +174,11 @@ def encode_dataset_ray(
     if concurrency < 1:
         raise ValueError(f"concurrency must be at least 1, got {concurrency}")
     folder = Path(out).resolve()
-    settings = {"tower": tower, "shard_images": shard_images}
-    reader = SkippingReader(samples, skip_bad)
+    settings = unit_settings(tower, shard_images, grade)
+    reader = SkippingReader(samples, skip_bad, grade)
     total = count_samples(samples)
     dataset = describe_dataset(description, samples)
-    worker = (lvlm, str(folder), batch_size, tower, skip_bad)
+    worker = (lvlm, str(folder), batch_size, tower, skip_bad, settings.get("grade", 0))
     resources = {"num_gpus": num_gpus, "num_cpus": num_cpus, "concurrency": concurrency}
     units, started = 0, False
     bar = tqdm(total=total, unit=" samples", desc="encode", disable=not progress)

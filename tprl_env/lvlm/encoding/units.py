@@ -115,9 +115,10 @@ class SkippingReader:
         skipped: Samples left out, those that the iterable itself skipped included.
     """
 
-    def __init__(self, samples: Iterable[Sample], skip_bad: bool) -> None:
+    def __init__(self, samples: Iterable[Sample], skip_bad: bool, graded: bool = False) -> None:
         self._source = samples
         self._skip_bad = skip_bad
+        self._graded = graded
         self._own: list[Skipped] = []
 
     @property
@@ -150,15 +151,15 @@ class SkippingReader:
                 before = str(error)
                 self._leave_out(error.sample, before)
                 continue
-            if sample.grader == COMPUTED_GRADER:
+            if self._graded or sample.grader == COMPUTED_GRADER:
                 read += 1
                 yield sample
                 continue
             refused = BadSampleError(
                 f"sample {sample.id!r} asks for the grader {sample.grader!r}, but only "
-                f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; set "grader": '
-                f'"{COMPUTED_GRADER}" in a file, grader="{COMPUTED_GRADER}" for a benchmark, or '
-                f"pass skip_bad=True",
+                f'"{COMPUTED_GRADER}" (teacher-forced exact match) is computed; pass grade=True to '
+                f'have answers written and graded, set "grader": "{COMPUTED_GRADER}" in a file or '
+                f'grader="{COMPUTED_GRADER}" for a benchmark, or pass skip_bad=True',
                 sample=sample.id,
             )
             if not self._skip_bad:
