@@ -24,6 +24,7 @@ from tprl_env.cli.efficiency import add_efficiency
 from tprl_env.cli.encode import add_encode
 from tprl_env.cli.evaluate_reducers import add_reducers, evaluate_reducers
 from tprl_env.cli.finetune import add_finetune
+from tprl_env.cli.fit_counts import add_fit_counts
 from tprl_env.cli.help import complete
 from tprl_env.cli.listing import add_list
 from tprl_env.cli.parsing import (
@@ -116,6 +117,8 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError("--positions belongs to --reducers; give it, or leave --positions out")
     from tprl_env.evaluation.compare_on_store import evaluate_store
 
+    if args.mean_tokens and args.budgets:
+        raise ValueError("--mean-tokens are the budgets; give one of --mean-tokens and --budgets")
     evaluate_store(
         args.store,
         args.lvlm,
@@ -124,7 +127,8 @@ def evaluate(args: argparse.Namespace) -> int:
         calibration=args.calibration,
         threshold=args.threshold,
         pruners=args.pruners,
-        budgets=args.budgets or BUDGETS,
+        budgets=args.mean_tokens or args.budgets or BUDGETS,
+        mean_tokens=bool(args.mean_tokens),
         limit=args.limit,
         trajectories=10 if args.trajectories is None else args.trajectories,
         command=args.line,
@@ -232,6 +236,10 @@ def _add_evaluate(commands: Any) -> None:
     )
     add_reducers(sub)
     sub.add_argument(
+        "--mean-tokens", type=counts,
+        help="means of a policy with a count head, found on --calibration (default: none)",
+    )  # fmt: skip
+    sub.add_argument(
         "--budgets", type=budgets,
         help="tokens kept, counts or shares of each picture's such as 0.2 (default: 48,29,14,7,4)",
     )  # fmt: skip
@@ -270,6 +278,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_benchmark,
         add_efficiency,
         add_finetune,
+        add_fit_counts,
         _add_tiny_lvlm,
         add_scenes,
         add_list,

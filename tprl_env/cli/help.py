@@ -26,6 +26,7 @@ EXAMPLES: dict[str, str] = {
     "benchmark": "tprl benchmark --lvlm llava-hf/llava-1.5-7b-hf --benchmarks gqa,pope "
     "--reducers divprune,fastv --budgets 192,64 --out runs/benchmark",
     "compare": "tprl compare compare_optimizers --shared runs/shared",
+    "fit-counts": "tprl fit-counts stores/train --lvlm builtin:sparse --policy runs/mine/policy",
     "finetune": "tprl finetune stores/train --lvlm builtin:sparse --policy runs/mine/policy "
     "--budgets 48,14 --out runs/tuned",
     "efficiency": "tprl efficiency llava-1.5-7b --reducers divprune,fastv --budgets 192,64 "

@@ -14,7 +14,6 @@ __all__ = ["add_verify", "verify_path"]
 
 _LOGS = ("metrics.jsonl", "skipped.jsonl", "learning_curve.jsonl")
 _MARK = ".whole.json"
-_POLICY, _AUTOENCODER = "pruning-policy", "token-autoencoder"
 Check = tuple[Path, str, Callable[[Path], str]]
 
 
@@ -73,6 +72,15 @@ def verify_path(path: Path, say: Callable[[str], object] = lambda line: None) ->
     return len(checks)
 
 
+def _modules() -> dict[object, tuple[str, Callable[[Path], str]]]:
+    """Saved modules, by the kind that their config.json names."""
+    return {
+        "pruning-policy": ("policy", _check_policy),
+        "count-head": ("count head", _check_head),
+        "token-autoencoder": ("autoencoder", _check_autoencoder),
+    }
+
+
 def _find(path: Path) -> Iterator[Check]:
     if path.is_file():
         yield from _find_file(path)
@@ -81,10 +89,8 @@ def _find(path: Path) -> Iterator[Check]:
     config = _config(path) if "config.json" in names else {}
     if names & {"manifest.json", "encoding.json"}:
         yield path, "feature store", _check_store
-    elif config.get("kind") == _POLICY:
-        yield path, "policy", _check_policy
-    elif config.get("kind") == _AUTOENCODER:
-        yield path, "autoencoder", _check_autoencoder
+    elif config.get("kind") in (kinds := _modules()):
+        yield path, *kinds[config["kind"]]
     elif "model_type" in config:
         yield path, "LVLM", _check_lvlm
         return  # its other files are described by others
@@ -141,6 +147,14 @@ def _check_policy(path: Path) -> str:
 
     policy = PruningPolicy.from_pretrained(path)
     return f"{sum(p.numel() for p in policy.parameters())} weights{_digest_note(path)}"
+
+
+def _check_head(path: Path) -> str:
+    from tprl_env.policy.counts import CountHead
+    from tprl_env.policy.network import PruningPolicy
+
+    head = CountHead.from_pretrained(path, PruningPolicy.from_pretrained(path.parent))
+    return f"counts {', '.join(map(str, head.config.counts))}{_digest_note(path)}"
 
 
 def _check_autoencoder(path: Path) -> str:

@@ -41,6 +41,9 @@ from tprl_env.evaluation.result_files import SCORES_NAME, made_from_numbers, wri
 from tprl_env.evaluation.results import TRAINING_NAME, check_results, check_training
 from tprl_env.evaluation.trajectories import Examples, draw_examples
 from tprl_env.files import versions
+from tprl_env.policy.counts import FOLDER as COUNTS
+from tprl_env.policy.counts import CountHead, CountPruner, load_head
+from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner
 from tprl_env.scoring import local_scorer
 
@@ -125,6 +128,7 @@ def evaluate_store(
     threshold: float | None = None,
     pruners: Sequence[str] | None = None,
     budgets: Sequence[Budget] = (48, 29, 14, 7, 4),
+    mean_tokens: bool = False,
     limit: int | None = None,
     trajectories: int = 10,
     command: str = "",
@@ -142,6 +146,7 @@ def evaluate_store(
         threshold: Evaluate the policy with this threshold too (TPRL eq. 16).
         pruners: Keys of ``PRUNERS``; by default all that the store allows.
         budgets: Token counts, or shares in (0, 1) of each picture's tokens.
+        mean_tokens: The budgets are means that the policy's count head must be able to have.
         limit: Number of questions used, from the first; None uses all.
         trajectories: How many to draw with the policy.
         command: The command line, for the report; empty for a call from Python.
@@ -178,7 +183,8 @@ def evaluate_store(
         tuned = tune_penalty(trained, held_out, local_scorer(model, held_out), budgets)
     entries: dict[str, PrunerEntry] = {}
     if trained is not None:
-        entries |= policy_entries(trained, held_out, threshold=threshold, tuned=tuned)
+        head = _head(policy or "", trained, held_out, budgets if mean_tokens else ())
+        entries |= policy_entries(trained, held_out, threshold=threshold, tuned=tuned, head=head)
     entries |= available_pruners(opened, pruners)
     scorer = local_scorer(model, opened)
     out = Path(out)
@@ -209,6 +215,27 @@ def evaluate_store(
 
     drawn = draw if trained is not None and trajectories > 0 else None
     return write_pictures(out, results, draw=drawn)
+
+
+def _head(
+    folder: str | Path,
+    policy: PruningPolicy,
+    calibration: FeatureStore | None,
+    means: Sequence[Budget],
+) -> CountHead | None:
+    """The policy's count head, if it has one or ``means`` want it.
+
+    Raises:
+        ValueError: There is none, there is no calibration split, or a mean cannot be had.
+    """
+    if not (means or (Path(folder) / COUNTS).is_dir()):
+        return None
+    head = load_head(folder, policy)
+    if means and calibration is None:
+        raise ValueError("mean tokens are found on a calibration split; pass calibration=STORE")
+    for mean in means:
+        CountPruner(policy, head=head).calibrate(calibration, mean)  # type: ignore[arg-type]
+    return head
 
 
 def training_of(policy: str | Path | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tprl_env.evaluation.measure import (
 )
 from tprl_env.files import write_json
 from tprl_env.lvlm import load_lvlm
+from tprl_env.policy.counts import CountHead, CountPruner
 from tprl_env.policy.network import PruningPolicy
 from tprl_env.policy.pruner import PolicyPruner, choose_penalty
 from tprl_env.reducers import make_pruner
@@ -95,6 +96,7 @@ def policy_entries(
     threshold: float | None = None,
     tuned: Mapping[Budget, PolicyPruner] | None = None,
     label: str = "policy",
+    head: CountHead | None = None,
 ) -> dict[str, PrunerEntry]:
     """The trained policy by exact budget, as trained, and, where asked, by threshold.
 
@@ -107,6 +109,8 @@ def policy_entries(
         tuned: Pruners with the redundancy penalty of each budget (see `tune_penalty`); plain
             top-k is then measured beside them.
         label: Name in the table.
+        head: The policy's count head; measured at the price that keeps each budget's mean on
+            ``calibration``, or the nearest that it can.
 
     Raises:
         ValueError: ``threshold`` is out of range.
@@ -124,6 +128,14 @@ def policy_entries(
             return PolicyPruner(policy, mode="threshold").calibrate(calibration, count)
 
         entries[f"{label}, calibrated threshold"] = calibrated
+    if calibration is not None and head is not None:
+
+        def chosen(budget: Budget) -> Pruner:
+            tokens = calibration.exists(np.arange(len(calibration))).sum(1)
+            count = wanted_count(budget, tokens)
+            return CountPruner(policy, head=head).calibrate(calibration, count, nearest=True)
+
+        entries[f"{label}, chosen counts"] = chosen
     if threshold is not None:
         fixed = PolicyPruner(policy, mode="threshold", threshold=threshold)
         entries[f"{label}, threshold {threshold:g}"] = fixed

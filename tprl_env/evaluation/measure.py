@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ class MethodResult:
         scores: Score of each question, ``(S,)``.
         kept: Tokens kept for each question, ``(S,)``.
         share: The budget as a share of each picture's tokens, where it was given as one.
+        tokens_by_type: Mean number of tokens kept per question type.
     """
 
     name: str
@@ -69,6 +70,7 @@ class MethodResult:
     scores: FloatArray
     kept: npt.NDArray[np.int64]
     share: float | None = None
+    tokens_by_type: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The row of ``results.json``; per-question arrays are left to the Parquet file."""
@@ -83,6 +85,11 @@ class MethodResult:
             "ci95": [round(self.ci95[0], 5), round(self.ci95[1], 5)],
             "by_type": {name: round(value, 5) for name, value in self.by_type.items()},
             "seconds": round(self.seconds, 2),
+            **(
+                {"tokens_by_type": {name: round(n, 3) for name, n in self.tokens_by_type.items()}}
+                if self.std_tokens
+                else {}
+            ),
         }
 
 
@@ -117,6 +124,7 @@ def summarise(
         scores=scores,
         kept=kept,
         share=share,
+        tokens_by_type=by_type(question_types, kept.astype(np.float32)),
     )
 
 

@@ -25,6 +25,7 @@ COLORS = {
     "policy": "#c8102e",
     "policy, plain top-k": "#e8743b",
     "policy, calibrated threshold": "#8e44ad",
+    "policy, chosen counts": "#c2185b",
     "imitation only": "#d4a017",
     "random": "#7f7f7f",
     "uniform grid": "#8c564b",

@@ -79,6 +79,7 @@ class PrunedLVLM:
         autoencoder: str | Path,
         threshold: float | None = None,
         redundancy_penalty: Penalty = 0.0,
+        price: float | None = None,
         **model: Any,
     ) -> PrunedLVLM:
         """Load everything from folders.
@@ -89,6 +90,8 @@ class PrunedLVLM:
             autoencoder: Autoencoder of the store that the policy was trained on.
             threshold: Keep p > threshold (TPRL eq. 16) in one pass instead of an exact budget.
             redundancy_penalty: See ``PolicyPruner``; `tprl evaluate --calibration` finds one.
+            price: Let the policy's count head choose how many tokens to keep at this price; budgets
+                then have no effect. `tprl evaluate --mean-tokens` finds one.
             **model: Passed on to ``load_lvlm`` (device, dtype, revision).
 
         Raises:
@@ -100,9 +103,17 @@ class PrunedLVLM:
         fixed: dict[str, Any] = (
             {} if threshold is None else {"mode": "threshold", "threshold": threshold}
         )
-        pruner = PolicyPruner.from_pretrained(
-            policy, redundancy_penalty=redundancy_penalty, **fixed
-        )
+        pruner: PolicyPruner
+        if price is not None:
+            from tprl_env.policy.counts import CountPruner
+
+            pruner = CountPruner.of_folder(
+                policy, price=price, redundancy_penalty=redundancy_penalty, **fixed
+            )
+        else:
+            pruner = PolicyPruner.from_pretrained(
+                policy, redundancy_penalty=redundancy_penalty, **fixed
+            )
         return cls(load_lvlm(lvlm, **model), pruner, TokenAutoencoder.from_pretrained(autoencoder))
 
     def answer(

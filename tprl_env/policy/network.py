@@ -65,20 +65,18 @@ class PolicyConfig:
         step_input: Condition on the step, one-hot of ``max_steps``.
         max_steps: Steps that ``step_input`` tells apart; stored with ``step_input`` only.
         token_norm: LayerNorm on the codes.
-        query_norm: Normalisation of the query embeddings, whose size differs by orders of
-            magnitude between LLMs; "rms" has no parameters.
+        query_norm: Of the query embeddings, whose size differs by orders of magnitude between
+            LLMs; "rms" has no parameters.
         query_scale: Factor on the query after its normalisation.
         position_slots: Learned embeddings of the tokens' original indices; 0 for none, as in the
-            paper. Redundant tokens look alike, and a policy without positions is equivariant: it
-            cannot keep one of them and drop the others.
-        coordinates: Tell each token by where it is in its picture (`AreaEncoding`), for sources
-            whose pictures have no grid in common; ``position_slots`` must be 0 then.
+            paper: without, a policy cannot keep one of two tokens that are alike.
+        coordinates: Tell each token by where it is in its picture (`AreaEncoding`), where pictures
+            have no grid in common; ``position_slots`` must be 0 then.
         value_query: Let the critic see the mean query directly.
         value_input_detach: Stop the critic's gradient before the shared features.
         initial_keep: Keep-probability around which an untrained policy starts.
-        trained_steps: Steps per episode (T) that the policy was trained to take, 1 for imitation
-            and hand-made policies. No weight depends on it; whoever uses the policy acts in as
-            many steps (`PolicyPruner.as_trained`).
+        trained_steps: Steps per episode (T) that it was trained to take, 1 for imitation and by
+            hand; `PolicyPruner.as_trained` acts in as many.
     """
 
     token_width: int
@@ -171,10 +169,8 @@ class PolicyConfig:
 class PruningPolicy(nn.Module):
     """Actor and critic over the tokens of an image, told the question.
 
-    X = [Z; q~] is mixed by attention among alive tokens; a residual MLP turns each token into a
-    log-odds, another the mean over alive tokens into a value. Dead tokens are masked out of the
-    attention and the mean, so their content changes nothing. Without ``position_slots`` the policy
-    is equivariant to the order of the tokens.
+    X = [Z; q~] is mixed by attention among alive tokens; a residual MLP makes a log-odds of each,
+    another a value of their mean. Without ``position_slots`` their order has no meaning.
 
     Args:
         config: The architecture.
@@ -240,8 +236,12 @@ class PruningPolicy(nn.Module):
 
     def logits(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The log-odds alone, (B, N): a forward pass without the critic."""
-        alive, _, features, _, extra = self._shared(obs)
-        return self._masked(self.actor(features, extra), alive)
+        return self.token_features(obs)[2]
+
+    def token_features(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token features (B, N, w), mean question (B, d_q), log-odds (B, N)."""
+        alive, query, features, _, extra = self._shared(obs)
+        return features, query, self._masked(self.actor(features, extra), alive)
 
     @staticmethod
     def _masked(logits: Tensor, alive: Tensor) -> Tensor:
@@ -350,8 +350,8 @@ class PruningPolicy(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
         """Load what :meth:`save_pretrained` wrote; anything missing, extra or torn is refused.
 
-        Folders from before ``trained_steps`` was recorded count as trained in ``max_steps`` steps
-        with ``step_input``, in one step without: that is how they have been evaluated.
+        Folders from before ``trained_steps`` count as trained in ``max_steps`` steps with
+        ``step_input``, in one step without: that is how they have been evaluated.
 
         Raises:
             FileNotFoundError: When the folder or one of its two files is missing.

@@ -275,10 +275,10 @@ class PolicyPruner(Pruner):
         table = step_budgets(number.cpu().numpy(), np.full(len(number), budget), steps)
         return torch.from_numpy(table).to(number.device)
 
-    def _logits(self, obs: dict[str, Tensor], alive: Tensor, step: int, budget: int) -> Tensor:
+    def _logits(self, obs: dict[str, Tensor], alive: Tensor, step: int, budget: Any) -> Tensor:
         return self.policy.logits(with_progress(obs, alive=alive, step=step, budget=budget))
 
-    def _rollout(self, obs: dict[str, Tensor], counts: Tensor, budget: int) -> list[Tensor]:
+    def _rollout(self, obs: dict[str, Tensor], counts: Tensor, budget: Any) -> list[Tensor]:
         """Greedy top-k per step; masks bool (B, N) after each."""
         alive, masks = obs["alive"], []
         for step in range(counts.shape[1]):

@@ -33,6 +33,11 @@ Built = TypeVar("Built", bound=nn.Module)
 Shape = tuple[int, ...]
 
 
+def weights_digest(module: nn.Module) -> str:
+    """Checksum of a module's weights, the one that :func:`save_weights` writes."""
+    return _digest({key: value.detach().cpu() for key, value in module.state_dict().items()})
+
+
 def save_weights(
     folder: str | Path, *, kind: str, config: dict[str, Any], module: nn.Module
 ) -> None:
