@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     policy = PolicyPruner.from_pretrained(args.quickstart / "train" / "policy")
     codes = TokenAutoencoder.from_pretrained(args.quickstart / "autoencoder")
+    # tower and projector are not tuned, so the tokens are the ones that it was trained on
+    codes.config = replace(codes.config, lvlm_fingerprint="")
     train = FeatureStore.open(args.quickstart / "stores" / "train")
     samples = load_dataset(f"scenes-{args.task}", "test", limit=args.questions, seed=2002)
     lvlm = f"builtin:{args.task}"
