@@ -95,7 +95,7 @@ def test_full_scores_and_unknown_metric(made: Path):
     assert 0 < store.full_scores("likelihood").min() < 1
     exact[:] = 5  # a copy: the store is not touched
     assert store.full_scores("exact").max() <= 1
-    with pytest.raises(ValueError, match="'exact' or 'likelihood', got 'f1'"):
+    with pytest.raises(ValueError, match="'exact', 'likelihood', 'graded', got 'f1'"):
         store.full_scores("f1")
 
 

@@ -167,8 +167,8 @@ def _check(files: Sequence[Path]) -> int:
 
 
 def _on_ray(
-    work: Callable[[int, bytes], None],
-    todo: Iterator[tuple[int, bytes]],
+    work: Callable[[int, list[Any]], None],
+    todo: Iterator[tuple[int, list[Any]]],
     num_gpus: float,
     concurrency: int,
 ) -> None:
@@ -183,7 +183,7 @@ def _on_ray(
         import ray
 
         class Unit:
-            def run(self, number: int, samples: bytes) -> None:
+            def run(self, number: int, samples: list[Any]) -> None:
                 work(number, samples)
 
         remote: Any = ray.remote(num_cpus=1, num_gpus=num_gpus)(Unit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tprl_env.data.benchmarks import BENCHMARKS, BenchmarkDataset, load_benchmark
+from tprl_env.data.sample import Sample
 from tprl_env.evaluation.benchmark.answering import (
     ALL,
     Answerer,
@@ -31,7 +31,10 @@ _COUNTS = "units.json"
 Build = Callable[[], Mapping[str, Answerer]]
 """Loads the LVLM and gives an answerer per reducer; runs here, or in each worker."""
 
-Map = Callable[[Callable[[int, bytes], None], Iterator[tuple[int, bytes]]], None]
+Unit = tuple[int, list[Sample]]
+"""Number and questions."""
+
+Map = Callable[[Callable[[int, list[Sample]], None], Iterator[Unit]], None]
 """Runs a function on units, wherever; the default runs them here, one after the other."""
 
 
@@ -162,12 +165,12 @@ def _answer(
         return known
     count = 0
 
-    def todo() -> Iterator[tuple[int, bytes]]:
+    def todo() -> Iterator[Unit]:
         nonlocal count
         for number, samples in units(dataset, unit):
             count = number + 1
             if not all(part_path(folder, asked, cell, number).exists() for cell in cells):
-                yield number, pickle.dumps(samples)
+                yield number, samples
 
     work = Worker(build, tuple(cells), asked, folder, batch_size)
     (each or _here)(work, todo())
@@ -205,7 +208,7 @@ class Worker:
         self._folder, self._batch_size = folder, batch_size
         self._answerers: Mapping[str, Answerer] | None = None
 
-    def __call__(self, number: int, samples: bytes) -> None:
+    def __call__(self, number: int, samples: list[Sample]) -> None:
         """Answer one unit."""
         if self._answerers is None:
             self._answerers = self._build()
@@ -214,12 +217,12 @@ class Worker:
             self._cells,
             self._asked,
             number,
-            pickle.loads(samples),  # written by our own process a moment ago
+            samples,
             self._folder,
             self._batch_size,
         )
 
 
-def _here(work: Callable[[int, bytes], None], todo: Iterator[tuple[int, bytes]]) -> None:
+def _here(work: Callable[[int, list[Sample]], None], todo: Iterator[Unit]) -> None:
     for number, samples in todo:
         work(number, samples)
