@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from simulated_gpu import simulated_gpus
 
 pytest.importorskip("transformers")
 
 from tprl_env.cli import main
 from tprl_env.evaluation.efficiency import Bench, Protocol, model_sizes, random_prompt
-from tprl_env.lvlm.flops import language_flops
+from tprl_env.lvlm.flops import COUNTED, language_flops, projector_flops, tower_flops
 from tprl_env.lvlm.shapes import SHAPES, random_lvlm
-from tprl_env.reducers import make_reducer
+from tprl_env.reducers import REDUCERS, Merger, Pruner, make_reducer
+from tprl_env.reducers.layer import LAYER_PRUNERS
+from tprl_env.reducers.layer_pruner import LayerPruner
 
 QUICK = Protocol(text_tokens=35, new_tokens=2, warmup=0, samples=2)
 
@@ -104,10 +108,36 @@ def test_families_with_placements_are_measured(tmp_path: Path) -> None:
     lvlm = load_lvlm(save_random("llava_next", tmp_path))
     bench = Bench(lvlm, np.zeros((40, 70, 3), np.uint8), QUICK)
     assert bench.fixed > 0
+    full = bench.measure("all tokens", None, bench.count)["flops"]
+    sizes = model_sizes(lvlm, 5)  # the picture and four tiles of it
+    assert sizes is not None and sizes.tower is not None
+    assert full["counted_tower"] == projector_flops(80, 32, 64) + tower_flops(sizes.tower, tiles=5)
+    # LLaVA leaves the last block out of the closed form; here it runs
+    needed = projector_flops(80, 32, 64) + tower_flops(sizes.tower, 2, tiles=5)
+    assert full["conventions"][COUNTED.name] == full["counted_prefill"] + needed
     for name in ("divprune", "fastv"):
         row = bench.measure(name, make_reducer(name), bench.count // 2)
         assert row["average_tokens"] == pytest.approx(bench.count // 2, abs=1)
     assert row["kv_bytes"]["all"] > row["kv_bytes"]["visual"]
+
+
+@pytest.mark.parametrize("kind", [Pruner, Merger, LayerPruner])
+def test_reducers_are_measured_on_a_gpu_as_on_the_cpu(kind: type, lvlm: Any) -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8)
+    every = {**REDUCERS, **LAYER_PRUNERS}
+    names = [name for name, cls in every.items() if issubclass(cls, kind) and name != "oracle"]
+    more = {name: {"relevance": "query"} for name in ("cdpruner", "trim")}
+
+    def rows(on: Any) -> list[Any]:
+        bench, found = Bench(on, picture, Protocol(35, 1, 1, 0, 1)), []
+        for name in names:
+            reducer = make_reducer(name, **more.get(name, {}))
+            found.append(bench.measure(name, reducer, 4 if name == "pooled" else 9))
+        return [(row["reducer"], row["tokens_per_layer"], row["flops"]) for row in found]
+
+    wanted = rows(lvlm)
+    with simulated_gpus(), mock.patch("torch.cuda.synchronize"), mock.patch.object(Bench, "_peak"):
+        assert rows(random_lvlm("tiny", device="cuda", dtype="float32")) == wanted
 
 
 def test_what_cannot_be_measured_is_said(bench: Bench) -> None:

@@ -283,7 +283,7 @@ class Bench:
             "counted_reducer": 0 if reduce is None else counted_flops(reduce),
             "counted_prefill": counted_flops(lambda: write(1)) // self.protocol.batch,
         }
-        sizes = model_sizes(self.lvlm)
+        sizes = model_sizes(self.lvlm, self._tiles(tower))
         if sizes is not None:
             text = self.protocol.text_tokens + self.fixed
             found["conventions"] = {
@@ -292,6 +292,21 @@ class Bench:
                 if sizes.tower is not None or not one.tower
             }
         return found
+
+    def _tiles(self, tower: Callable[[], Any]) -> int:
+        """Images or tiles of the picture that the tower sees; AnyRes cuts it into several."""
+        modules = self.lvlm.model.named_modules()
+        patches = [one for name, one in modules if name.endswith("patch_embedding")]
+        if len(patches) != 1:
+            return 1
+        seen: list[int] = []
+        hook = patches[0].register_forward_hook(lambda *given: seen.append(len(given[2])))
+        try:
+            with torch.inference_mode():
+                tower()
+        finally:
+            hook.remove()
+        return sum(seen)
 
     def largest_batch(self, reducer: Reducer | None, budget: int, limit: int = 1024) -> int | None:
         """Prompts that fit on the GPU at once, by doubling; None on the CPU."""
@@ -335,8 +350,13 @@ def random_prompt(lvlm: Any, visual: Any, text_tokens: int) -> Prompt:
     return Prompt(tuple(ids), at, (end - _QUESTION, end), placement=placement)
 
 
-def model_sizes(lvlm: Any) -> ModelSizes | None:
-    """Sizes for the closed forms; None where the text model has none of them."""
+def model_sizes(lvlm: Any, tiles: int = 1) -> ModelSizes | None:
+    """Sizes for the closed forms; None where the text model has none of them.
+
+    Args:
+        lvlm: A loaded LVLM.
+        tiles: Images or tiles that its tower sees.
+    """
     config = lvlm.text_config
     kind = "qwen2" if config.model_type == "qwen2_5_vl_text" else config.model_type
     if kind not in LANGUAGE_MODELS:
@@ -357,7 +377,7 @@ def model_sizes(lvlm: Any) -> ModelSizes | None:
     layer = getattr(lvlm.model.config, "vision_feature_layer", -1)
     tower = TowerSizes.from_config(seen)
     blocks = tower.blocks + 1 + layer if isinstance(layer, int) and layer < 0 else None
-    return ModelSizes(language, tower, blocks)
+    return ModelSizes(language, tower, blocks, tiles)
 
 
 def _summary(values: Sequence[float]) -> dict[str, float]:

@@ -35,7 +35,7 @@ class DivPrune(Pruner):
         features = F.normalize(given(inputs.tokens), dim=1)
         distance = 1.0 - features @ features.T
         away = distance.clone().fill_diagonal_(math.inf).amin(1)
-        keep = torch.zeros(len(features), dtype=torch.bool)
+        keep = torch.zeros(len(features), dtype=torch.bool, device=features.device)
         pick = away.argmax()
         nearest = torch.full_like(away, math.inf)
         for _ in range(budget):

@@ -53,7 +53,7 @@ class VisPruner(Pruner):
         order = given(inputs.cls_attention).argsort(dim=0, descending=True, stable=True)
         important = int(budget * self.important_ratio)
         diverse = self._deduplicate(given(inputs.tower), order[important:], budget - important)
-        keep = torch.zeros(inputs.num_tokens, dtype=torch.bool)
+        keep = torch.zeros(inputs.num_tokens, dtype=torch.bool, device=order.device)
         keep[order[:important]] = True
         keep[diverse] = True
         return keep
