@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from tprl_env.cli import main
 from tprl_env.data import load_dataset
 from tprl_env.data.features.store import FeatureStore
 from tprl_env.evaluation.measure import keep_masks
+from tprl_env.inference import PrunedLVLM
 from tprl_env.inference.finetuning import TuningSettings, tune
 from tprl_env.lvlm import load_lvlm
 from tprl_env.lvlm.encoding.encode import encode_dataset
 from tprl_env.lvlm.stored import stored_prompt
 from tprl_env.lvlm.tiny.families import save_random
+from tprl_env.policy import PolicyConfig, PolicyPruner, PruningPolicy
+from tprl_env.policy.autoencoder import AutoencoderConfig, TokenAutoencoder
 from tprl_env.reducers import make_pruner
 
 LVLM = "builtin:crowded"
@@ -76,6 +80,14 @@ def test_tuning_learns_merges_and_is_saved(store: FeatureStore, tmp_path: Path) 
     assert found == pytest.approx(likelihood(lvlm, store, rows, 48), abs=1e-5)
     with pytest.raises(ValueError, match="encoded by another LVLM"):
         tune(again, store, None, TuningSettings(steps=1))
+    policy = PolicyPruner(PruningPolicy(PolicyConfig.question_aware(4, 64, width=16)))
+    for one in (lvlm, again):  # in memory, and loaded
+        codes = TokenAutoencoder(AutoencoderConfig(64, 4, 16, lvlm_fingerprint=before))
+        with pytest.warns(UserWarning, match="were trained on another LVLM"):
+            PrunedLVLM(one, policy, codes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PrunedLVLM(load_lvlm(LVLM), policy, codes)
     with pytest.raises(ValueError, match="holds a checkpoint already"):
         lvlm.save_pretrained(tmp_path / "tuned")
 

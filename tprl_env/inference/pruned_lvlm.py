@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class PrunedLVLM:
     def __post_init__(self) -> None:
         """Refuse a reducer whose inputs cannot be made from a picture and a question.
 
+        Codes of another LVLM's autoencoder are warned about.
+
         Raises:
             ValueError: It needs codes and there is no autoencoder, it needs a label, or it is
                 of no known kind.
@@ -64,6 +67,15 @@ class PrunedLVLM:
             raise ValueError(
                 f"pruner {self.reducer.name!r} looks at codes; pass the autoencoder of its store"
             )
+        if "codes" in self.reducer.required() and self.autoencoder is not None:
+            made_for = self.autoencoder.config.lvlm_fingerprint
+            if made_for not in ("", self.lvlm.fingerprint):
+                warnings.warn(
+                    f"the autoencoder, and a policy on its codes, were trained on another LVLM "
+                    f"({made_for[:19]}...) than {self.lvlm.name} ({self.lvlm.fingerprint[:19]}...):"
+                    f" measure how well it prunes this one, with a store that this one encoded",
+                    stacklevel=3,
+                )
         if "relevance" in self.reducer.required():
             raise ValueError(
                 f"pruner {self.reducer.name!r} knows the built-in scenes' labels; it cannot prune "
